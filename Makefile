@@ -1,0 +1,46 @@
+# Each target makes its environment itself (see tools/environment.py).
+PYTHON ?= python3
+PORT ?=
+DIR ?=
+IMAGE ?=
+OUT ?= demo_out
+GPU ?=
+ARGS ?=
+
+.DELETE_ON_ERROR:
+.PHONY: help demo serve test test-all lint nano python-run python-dev
+
+help:
+	@echo "make demo  [IMAGE=photo.jpg] [OUT=demo_out] [GPU=1]   restore photos with Nano"
+	@echo "make serve [PORT=8188] [DIR=folder] [GPU=1] [ARGS=..] ComfyUI with this pack"
+	@echo "make test | test-all | lint                           checks"
+	@echo "make nano  [ARGS=..]                                  train the shipped model again"
+
+# The set-up prints its progress on stderr and the environment's interpreter on stdout.
+define in_environment
+@command -v $(PYTHON) >/dev/null || { \
+  echo "error: there is no '$(PYTHON)'. Install Python 3.10 or newer, or name one: make $@ PYTHON=/path/to/python3" >&2; exit 1; }
+@python=$$($(PYTHON) -m tools.host setup --stage $(1)) || exit 1; $(2)
+endef
+
+demo:
+	$(call in_environment,run,"$$python" -m tools.demo --out "$(OUT)" \
+	  $(if $(IMAGE),--image "$(IMAGE)") $(if $(PORT),--port $(PORT)) $(if $(GPU),--gpu))
+
+serve:
+	$(call in_environment,run,exec "$$python" -m tools.host serve \
+	  $(if $(PORT),--port $(PORT)) $(if $(DIR),--dir "$(DIR)") $(if $(GPU),--gpu) $(if $(ARGS),-- $(ARGS)))
+
+test:
+	$(call in_environment,dev,exec "$$python" -m pytest tests -m "not slow" $(ARGS))
+
+test-all:
+	$(call in_environment,dev,exec "$$python" -m pytest tests $(ARGS))
+
+# ComfyUI on the path lets pyright check the nodes against the host's own classes.
+lint:
+	$(call in_environment,dev,set -e; "$$python" -m ruff check .; "$$python" -m ruff format --check .; \
+	  "$$python" -m pyright --pythonpath "$$python")
+
+nano:
+	$(call in_environment,dev,exec "$$python" -m training.nano $(ARGS))

@@ -1,0 +1,1 @@
+"""Programs around the pack: environment and host, API client, demo."""

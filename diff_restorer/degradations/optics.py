@@ -1,0 +1,116 @@
+"""Degradations of the lens: blur and drops on the glass."""
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .draw import Draw, geometric, lerp, per_sample
+from .filters import convolve, gaussian_blur, splat
+
+_KERNEL = 41
+_PATH_POINTS = 96
+_MAX_DROPS = 56
+
+
+def _grid(size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    axis = torch.arange(size, device=device) - size // 2.0
+    return axis.view(1, 1, -1), axis.view(1, -1, 1)
+
+
+def _gaussian_kernels(sigma_x: Tensor, sigma_y: Tensor, angle: Tensor) -> Tensor:
+    x, y = _grid(_KERNEL, angle.device)
+    cos, sin = angle.cos()[:, None, None], angle.sin()[:, None, None]
+    along = (x * cos + y * sin) / sigma_x[:, None, None]
+    across = (y * cos - x * sin) / sigma_y[:, None, None]
+    return torch.exp(-0.5 * (along**2 + across**2))
+
+
+def _disk_kernels(radius: Tensor) -> Tensor:
+    x, y = _grid(_KERNEL, radius.device)
+    return (radius[:, None, None] + 0.5 - (x**2 + y**2).sqrt()).clamp(0, 1)
+
+
+def _motion_kernels(draw: Draw, length: Tensor) -> Tensor:
+    """The path of a shaking camera: a bent line with uneven speed, (B, K, K)."""
+    steps = torch.linspace(-0.5, 0.5, _PATH_POINTS, device=draw.device)[None]
+    bend = draw.uniform(-2.0, 2.0)[:, None] * draw.chance(0.6)[:, None]
+    angle = draw.uniform(0, math.pi)[:, None] + bend * steps
+    speed = 1 + 0.6 * torch.sin(2 * math.pi * (steps + draw.rand(draw.batch, 1)))
+    x = (angle.cos() * speed).cumsum(1) / _PATH_POINTS
+    y = (angle.sin() * speed).cumsum(1) / _PATH_POINTS
+    centre = _KERNEL // 2
+    x = (x - x.mean(1, keepdim=True)) * length[:, None] + centre
+    y = (y - y.mean(1, keepdim=True)) * length[:, None] + centre
+    return splat(x, y, torch.ones_like(x), _KERNEL, _KERNEL)[:, 0]
+
+
+def blur(image: Tensor, severity: Tensor, generator: torch.Generator) -> Tensor:
+    """Motion, defocus, Gaussian or anisotropic Gaussian blur.
+
+    Lengths are in pixels of a picture whose short side is about 320.
+    """
+    draw = Draw(image, generator)
+    mode = draw.choice(0.5, 0.2, 0.15, 0.15)
+    motion = _motion_kernels(draw, geometric(4.0, 34.0, severity))
+    disk = _disk_kernels(geometric(1.2, 8.0, severity))
+    sigma = geometric(0.8, 4.5, severity)
+    narrow = sigma * draw.uniform(0.25, 0.6)
+    gauss = _gaussian_kernels(sigma, sigma, torch.zeros_like(sigma))
+    skewed = _gaussian_kernels(1.4 * sigma, narrow, draw.uniform(0, math.pi))
+    stack = torch.stack((motion, disk, gauss, skewed))
+    kernel = stack[mode, torch.arange(draw.batch, device=image.device)]
+    kernel = kernel / kernel.sum((1, 2), keepdim=True)
+    return convolve(image, kernel).clamp(0, 1)
+
+
+def raindrop(image: Tensor, severity: Tensor, generator: torch.Generator) -> Tensor:
+    """Drops on the lens or a window: each shows a bent, blurred, upside-down piece of the scene.
+
+    The drops are found at half size, where the nearest drop of every pixel (in units of its own
+    radius) gives the mask, the thickness and the place that the pixel looks at.
+    """
+    draw = Draw(image, generator)
+    height, width = max(2, draw.height // 2), max(2, draw.width // 2)
+    short = min(height, width)
+    x = torch.arange(width, device=image.device)[None, None]
+    y = torch.arange(height, device=image.device)[None, None]
+
+    shape = (draw.batch, _MAX_DROPS)
+    centre_x, centre_y = draw.rand(*shape) * width, draw.rand(*shape) * height
+    present = draw.rand(*shape) < lerp(0.15, 1.0, severity)[:, None]
+    largest = lerp(0.05, 0.16, severity)[:, None] * short
+    radius = (0.012 * short + largest * draw.rand(*shape) ** 2.5) * present + 1e-3
+    stretch = 1 + 0.5 * draw.rand(*shape)
+    # Squared distance in units of the drop's own radius: a sum of one term per axis.
+    apart_x = ((x - centre_x[..., None]) / radius[..., None]) ** 2
+    apart_y = ((y - centre_y[..., None]) / (radius * stretch)[..., None]) ** 2
+    distance, nearest = (apart_y[..., None] + apart_x[:, :, None]).min(1)
+    wobble = 1 + 0.25 * draw.field(max(4, short // 10), height, width)[:, 0]
+    rim = (distance * wobble.clamp(0.4)).sqrt()
+    owner = nearest.flatten(1)
+
+    def of_owner(value: Tensor) -> Tensor:
+        return value.gather(1, owner).view(-1, height, width)
+
+    reach = of_owner(radius)
+    mask = ((1 - rim) * reach.clamp(2) / 1.5).clamp(0, 1)[:, None]
+    offset_x = x[:, :, :] - of_owner(centre_x)
+    offset_y = y.transpose(1, 2) - of_owner(centre_y)
+    # A drop is a strong lens: it squeezes a wide, upside-down view into its disk.
+    power = draw.uniform(2.5, 5.0)[:, None, None] * (0.6 + 0.4 * rim.clamp(0, 1))
+    look_x = (of_owner(centre_x) - power * offset_x) / max(1, width - 1) * 2 - 1
+    look_y = (of_owner(centre_y) - power * offset_y) / max(1, height - 1) * 2 - 1
+    half = F.interpolate(image, size=(height, width), mode="bilinear", antialias=True)
+    soft = gaussian_blur(half, 1.5)
+    seen = F.grid_sample(
+        soft, torch.stack((look_x, look_y), -1), padding_mode="reflection", align_corners=True
+    )
+    # Light from above leaves the upper rim dark and the lower rim bright.
+    shade = 1 + 0.35 * (offset_y / reach.clamp(1)).clamp(-1, 1) * rim.clamp(0, 1) ** 2
+    seen = seen * shade[:, None]
+    size = (draw.height, draw.width)
+    both = F.interpolate(torch.cat((seen, gaussian_blur(mask, 0.8)), 1), size=size, mode="bilinear")
+    opacity = both[:, 3:] * per_sample(lerp(0.75, 1.0, severity))
+    return torch.lerp(image, both[:, :3], opacity).clamp(0, 1)

@@ -1,0 +1,126 @@
+"""Degradations of the air: haze, rain and snow."""
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .draw import Draw, lerp, per_sample
+from .filters import gaussian_blur, guided_filter, splat
+
+
+def _plausible_depth(image: Tensor, draw: Draw) -> Tensor:
+    """A depth map made by code, (B, 1, H, W), 0 (near) to 1 (far).
+
+    Far is up, and bright, colourless parts tend to be sky; a guided filter makes the edges of the
+    depth follow those of the photo.
+    """
+    size = [max(2, side // 4) for side in (draw.height, draw.width)]
+    small = F.interpolate(image, size=size, mode="area")
+    luminance = small.mean(1, keepdim=True)
+    colourless = 1 - (small.amax(1, keepdim=True) - small.amin(1, keepdim=True))
+    height = torch.linspace(1, 0, size[0], device=image.device).view(1, 1, -1, 1)
+    depth = (
+        per_sample(draw.uniform(0.2, 1.0)) * height
+        + per_sample(draw.uniform(0.0, 0.6)) * luminance * colourless
+        + per_sample(draw.uniform(0.1, 0.35)) * draw.field(3, *size)
+    )
+    depth = guided_filter(luminance, depth, max(1, min(size) // 12), 1e-3)
+    low, high = depth.amin((2, 3), keepdim=True), depth.amax((2, 3), keepdim=True)
+    depth = (depth - low) / (high - low + 1e-6)
+    return F.interpolate(depth, size=(draw.height, draw.width), mode="bilinear").clamp(0, 1)
+
+
+def haze(image: Tensor, severity: Tensor, generator: torch.Generator) -> Tensor:
+    """Atmospheric scattering, I = J t + A (1 - t) with t = exp(-beta d).
+
+    Source: the model behind RESIDE (Li et al. 2018), which uses measured depth, A in [0.7, 1] and
+    beta in [0.6, 1.8]; here the depth is made by code.
+    """
+    draw = Draw(image, generator)
+    depth = _plausible_depth(image, draw)
+    beta = per_sample(lerp(0.35, 2.4, severity))
+    transmission = torch.exp(-beta * (0.15 + depth))
+    airlight = per_sample(draw.uniform(0.7, 1.0)) + 0.02 * draw.randn(draw.batch, 3, 1, 1)
+    return (image * transmission + airlight * (1 - transmission)).clamp(0, 1)
+
+
+def _streaks(draw: Draw, count: int, length: Tensor, angle: Tensor, strength: Tensor) -> Tensor:
+    """Bright streaks of individual length, direction and brightness, (B, 1, H, W)."""
+    shape = (draw.batch, count)
+    points = 24
+    along = torch.linspace(-0.5, 0.5, points, device=draw.device)
+    own_length = length[:, None] * (0.5 + draw.rand(*shape))
+    own_angle = angle[:, None] + 0.04 * draw.randn(*shape)
+    margin = 0.05 * draw.height
+    x = draw.rand(*shape) * (draw.width + 2 * margin) - margin
+    y = draw.rand(*shape) * (draw.height + 2 * margin) - margin
+    reach = own_length[..., None] * along
+    taper = 1 - (2 * along).abs() ** 3
+    brightness = strength[:, None] * (0.3 + 0.7 * draw.rand(*shape))
+    weight = brightness[..., None] * taper * (own_length[..., None] / points)
+    x = x[..., None] + reach * own_angle.sin()[..., None]
+    y = y[..., None] + reach * own_angle.cos()[..., None]
+    return splat(x.flatten(1), y.flatten(1), weight.flatten(1), draw.height, draw.width)
+
+
+def rain(image: Tensor, severity: Tensor, generator: torch.Generator) -> Tensor:
+    """Streaks in two depth layers (far: many, short, thin; near: few, long, wide) and a veil."""
+    draw = Draw(image, generator)
+    scale = min(draw.height, draw.width) / 320
+    area = draw.height * draw.width / scale**2
+    angle = draw.uniform(-0.7, 0.7)
+    density = lerp(0.15, 1.0, severity)
+    far = _streaks(
+        draw, max(1, int(area / 80)), draw.uniform(10, 22) * scale, angle, density * 0.9
+    )
+    near = _streaks(
+        draw, max(1, int(area / 700)), draw.uniform(25, 55) * scale, angle, density * 1.6
+    )
+    layer = gaussian_blur(far, 0.6 * scale) + gaussian_blur(near, 1.1 * scale)
+    layer = (layer * per_sample(lerp(0.7, 1.0, severity))).clamp(0, 0.9)
+    veil = per_sample(lerp(0.0, 0.2, severity) * draw.uniform(0.3, 1.0))
+    air = per_sample(draw.uniform(0.7, 0.95))
+    image = image + veil * (0.8 * air - image)
+    return (image + layer * (air - image * 0.6)).clamp(0, 1)
+
+
+def _flakes(draw: Draw, count: int, radius: Tensor, fall: Tensor, density: Tensor) -> Tensor:
+    """Soft flakes, each with its own size, shape and opacity, drawn as small patches."""
+    shape = (draw.batch, count)
+    size = 2 * math.ceil(2.2 * float(radius.max())) + 1
+    axis = torch.arange(size, device=draw.device) - size // 2
+    x, y = draw.rand(*shape) * draw.width, draw.rand(*shape) * draw.height
+    own = radius[:, None] * (0.5 + 0.5 * draw.rand(*shape))
+    longer = 1 + 0.8 * draw.rand(*shape)
+    angle = fall[:, None] + 0.5 * draw.randn(*shape)
+    opacity = (draw.rand(*shape) < density[:, None]) * (0.4 + 0.6 * draw.rand(*shape))
+    cos, sin = angle.cos()[..., None, None], angle.sin()[..., None, None]
+    dx, dy = axis.view(1, 1, 1, -1), axis.view(1, 1, -1, 1)
+    along = (dx * sin + dy * cos) / longer[..., None, None]
+    across = dx * cos - dy * sin
+    reach = (along**2 + across**2).sqrt() / own[..., None, None]
+    patch = torch.sigmoid((1 - reach) * (1.5 + own[..., None, None])) * opacity[..., None, None]
+    patch = patch * (reach < 2)
+    px = (x[..., None, None] + dx).expand_as(patch)
+    py = (y[..., None, None] + dy).expand_as(patch)
+    return splat(px.flatten(1), py.flatten(1), patch.flatten(1), draw.height, draw.width)
+
+
+def snow(image: Tensor, severity: Tensor, generator: torch.Generator) -> Tensor:
+    """Flakes in three depth layers (many small, some, few large and out of focus) and a veil."""
+    draw = Draw(image, generator)
+    scale = min(draw.height, draw.width) / 320
+    area = draw.height * draw.width / scale**2
+    density = lerp(0.12, 1.0, severity)
+    fall = draw.uniform(-0.9, 0.9)
+    layer = torch.zeros(draw.batch, 1, draw.height, draw.width, device=image.device)
+    for radius, spacing in ((1.2, 140), (2.4, 500), (5.0, 3500)):
+        own = draw.uniform(0.75, 1.35) * radius * scale
+        layer = layer + _flakes(draw, max(1, int(area / spacing)), own, fall, density)
+    layer = (layer * per_sample(lerp(0.75, 1.0, severity))).clamp(0, 1)
+    veil = per_sample(lerp(0.0, 0.15, severity) * draw.uniform(0.2, 1.0))
+    white = per_sample(draw.uniform(0.88, 1.0))
+    image = image + veil * (0.85 - image)
+    return torch.lerp(image, white.expand_as(image), layer).clamp(0, 1)

@@ -1,0 +1,73 @@
+"""Draws kinds x severities of one photo, to see with one's own eyes what training learns from.
+
+Run: python -m training.contact_sheet --photo photo.jpg --out sheet.png
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import tyro
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from torch import Tensor
+
+from diff_restorer.degradations import ALL_KINDS, degrade
+
+_MARGIN, _HEADER = 90, 24
+
+
+@dataclass(frozen=True)
+class SheetConfig:
+    """Settings of the contact sheet."""
+
+    photo: Path
+    """Photo to degrade."""
+    out: Path
+    """PNG or JPEG file to write."""
+    kinds: tuple[str, ...] = ALL_KINDS
+    """Rows of the sheet."""
+    severities: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
+    """Columns of the sheet."""
+    side: int = 320
+    """Long side of each picture, pixels."""
+    seed: int = 0
+    """Seed; every cell has its own random numbers."""
+
+
+def _to_picture(image: Tensor) -> Image.Image:
+    """(3, H, W) in [0, 1] -> picture."""
+    return Image.fromarray((image * 255).round().byte().permute(1, 2, 0).numpy())
+
+
+def contact_sheet(config: SheetConfig) -> Image.Image:
+    """Returns the labelled sheet; each cell names its severity and its PSNR against the photo."""
+    photo = ImageOps.exif_transpose(Image.open(config.photo)).convert("RGB")
+    photo.thumbnail((config.side, config.side), Image.Resampling.LANCZOS)
+    image = torch.from_numpy(np.array(photo)).permute(2, 0, 1)[None].float() / 255
+    width, height = photo.size
+    columns, rows = len(config.severities), len(config.kinds)
+    size = (_MARGIN + columns * width, rows * (height + _HEADER))
+    sheet = Image.new("RGB", size, "white")
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(15)
+    for row, kind in enumerate(config.kinds):
+        top = row * (height + _HEADER)
+        pen.text((6, top + _HEADER), kind, "black", font)
+        for column, severity in enumerate(config.severities):
+            generator = torch.Generator().manual_seed(config.seed + 1000 * row + column)
+            degraded = degrade(kind, image, severity, generator)
+            psnr = -10 * (degraded - image).square().mean().clamp(1e-9).log10().item()
+            left = _MARGIN + column * width
+            label = f"{severity:.2f}   " + (f"{psnr:.1f} dB" if psnr < 80 else "identical")
+            pen.text((left + 6, top + 3), label, "black", font)
+            sheet.paste(_to_picture(degraded[0]), (left, top + _HEADER))
+    return sheet
+
+
+def main() -> None:
+    config = tyro.cli(SheetConfig, description=__doc__)
+    contact_sheet(config).save(config.out)
+
+
+if __name__ == "__main__":
+    main()

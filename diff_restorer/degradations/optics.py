@@ -95,22 +95,29 @@ def raindrop(image: Tensor, severity: Tensor, generator: torch.Generator) -> Ten
         return value.gather(1, owner).view(-1, height, width)
 
     reach = of_owner(radius)
-    mask = ((1 - rim) * reach.clamp(2) / 1.5).clamp(0, 1)[:, None]
-    offset_x = x[:, :, :] - of_owner(centre_x)
+    # The scene is in focus, so the drops are not: an edge as wide as a fair part of the drop.
+    defocus = draw.uniform(0.2, 1.0)
+    edge = 1 + 0.012 * short * defocus[:, None, None]
+    mask = ((1 - rim) * reach / edge).clamp(0, 1)[:, None]
+    offset_x = x - of_owner(centre_x)
     offset_y = y.transpose(1, 2) - of_owner(centre_y)
     # A drop is a strong lens: it squeezes a wide, upside-down view into its disk.
-    power = draw.uniform(2.5, 5.0)[:, None, None] * (0.6 + 0.4 * rim.clamp(0, 1))
+    power = draw.uniform(1.0, 3.0)[:, None, None] * (0.6 + 0.4 * rim.clamp(0, 1))
     look_x = (of_owner(centre_x) - power * offset_x) / max(1, width - 1) * 2 - 1
     look_y = (of_owner(centre_y) - power * offset_y) / max(1, height - 1) * 2 - 1
     half = F.interpolate(image, size=(height, width), mode="bilinear", antialias=True)
-    soft = gaussian_blur(half, 1.5)
+    sharp, soft = gaussian_blur(half, 0.012 * short), gaussian_blur(half, 0.045 * short)
     seen = F.grid_sample(
-        soft, torch.stack((look_x, look_y), -1), padding_mode="reflection", align_corners=True
+        torch.lerp(sharp, soft, per_sample(defocus)),
+        torch.stack((look_x, look_y), -1),
+        padding_mode="reflection",
+        align_corners=True,
     )
-    # Light from above leaves the upper rim dark and the lower rim bright.
-    shade = 1 + 0.35 * (offset_y / reach.clamp(1)).clamp(-1, 1) * rim.clamp(0, 1) ** 2
-    seen = seen * shade[:, None]
+    # Light from above: the lower part of a drop shows the sky, the upper rim the dark ground.
+    tilt = (offset_y / reach.clamp(1)).clamp(-1, 1) * rim.clamp(0, 1)
+    glow = per_sample(draw.uniform(0.0, 0.25))
+    seen = seen * (1 + 0.3 * tilt)[:, None] + glow * (0.5 + 0.5 * tilt)[:, None] * (1 - seen)
     size = (draw.height, draw.width)
-    both = F.interpolate(torch.cat((seen, gaussian_blur(mask, 0.8)), 1), size=size, mode="bilinear")
+    both = F.interpolate(torch.cat((seen, mask), 1), size=size, mode="bilinear")
     opacity = both[:, 3:] * per_sample(lerp(0.75, 1.0, severity))
     return torch.lerp(image, both[:, :3], opacity).clamp(0, 1)

@@ -41,13 +41,13 @@ def noise(image: Tensor, severity: Tensor, generator: torch.Generator) -> Tensor
 def low_light(image: Tensor, severity: Tensor, generator: torch.Generator) -> Tensor:
     """A short exposure: darkened in linear light, tinted, with shot and read noise, in 8 bits."""
     draw = Draw(image, generator)
-    stops = lerp(1.5, 6.0, severity) + draw.uniform(-0.4, 0.4)
+    stops = lerp(1.0, 5.5, severity) + draw.uniform(-0.4, 0.4)
     exposure = per_sample(2.0**-stops)
     cast = torch.exp(0.15 * lerp(0.3, 1.0, severity)[:, None] * draw.randn(draw.batch, 3))
     linear = image.clamp(0, 1) ** 2.2 * exposure * cast[:, :, None, None]
     shot = per_sample(geometric(2e-5, 4e-4, severity) * draw.uniform(0.4, 1.6))
     read = per_sample(geometric(2e-4, 2e-3, severity) * draw.uniform(0.4, 1.6))
     linear = linear + (shot * linear + read**2).sqrt() * draw.randn(*image.shape)
-    gamma = per_sample(draw.uniform(1.0, 1.25))
+    gamma = per_sample(draw.uniform(1.0, 1.15))
     encoded = linear.clamp(0, 1) ** (gamma / 2.2)
     return (encoded * 255).round() / 255

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .draw import Draw, lerp, per_sample
+from .draw import Draw, geometric, lerp, per_sample
 from .filters import gaussian_blur, guided_filter, splat
 
 
@@ -23,8 +23,8 @@ def _plausible_depth(image: Tensor, draw: Draw) -> Tensor:
     height = torch.linspace(1, 0, size[0], device=image.device).view(1, 1, -1, 1)
     depth = (
         per_sample(draw.uniform(0.2, 1.0)) * height
-        + per_sample(draw.uniform(0.0, 0.6)) * luminance * colourless
-        + per_sample(draw.uniform(0.1, 0.35)) * draw.field(3, *size)
+        + per_sample(draw.uniform(0.0, 0.4)) * luminance * colourless
+        + per_sample(draw.uniform(0.05, 0.25)) * draw.field(3, *size)
     )
     depth = guided_filter(luminance, depth, max(1, min(size) // 12), 1e-3)
     low, high = depth.amin((2, 3), keepdim=True), depth.amax((2, 3), keepdim=True)
@@ -40,9 +40,9 @@ def haze(image: Tensor, severity: Tensor, generator: torch.Generator) -> Tensor:
     """
     draw = Draw(image, generator)
     depth = _plausible_depth(image, draw)
-    beta = per_sample(lerp(0.35, 2.4, severity))
+    beta = per_sample(lerp(0.2, 2.0, severity))
     transmission = torch.exp(-beta * (0.15 + depth))
-    airlight = per_sample(draw.uniform(0.7, 1.0)) + 0.02 * draw.randn(draw.batch, 3, 1, 1)
+    airlight = per_sample(draw.uniform(0.7, 1.0)) + 0.012 * draw.randn(draw.batch, 3, 1, 1)
     return (image * transmission + airlight * (1 - transmission)).clamp(0, 1)
 
 
@@ -71,15 +71,13 @@ def rain(image: Tensor, severity: Tensor, generator: torch.Generator) -> Tensor:
     scale = min(draw.height, draw.width) / 320
     area = draw.height * draw.width / scale**2
     angle = draw.uniform(-0.7, 0.7)
-    density = lerp(0.15, 1.0, severity)
-    far = _streaks(
-        draw, max(1, int(area / 80)), draw.uniform(10, 22) * scale, angle, density * 0.9
-    )
-    near = _streaks(
-        draw, max(1, int(area / 700)), draw.uniform(25, 55) * scale, angle, density * 1.6
-    )
+    near_angle = angle + 0.1 * draw.randn(draw.batch)
+    strength = geometric(0.2, 1.8, severity)
+    far_length, near_length = draw.uniform(10, 24) * scale, draw.uniform(28, 64) * scale
+    far = _streaks(draw, max(1, int(area / 80)), far_length, angle, strength)
+    near = _streaks(draw, max(1, int(area / 500)), near_length, near_angle, 1.8 * strength)
     layer = gaussian_blur(far, 0.6 * scale) + gaussian_blur(near, 1.1 * scale)
-    layer = (layer * per_sample(lerp(0.7, 1.0, severity))).clamp(0, 0.9)
+    layer = layer.clamp(0, 0.9)
     veil = per_sample(lerp(0.0, 0.2, severity) * draw.uniform(0.3, 1.0))
     air = per_sample(draw.uniform(0.7, 0.95))
     image = image + veil * (0.8 * air - image)
@@ -89,11 +87,11 @@ def rain(image: Tensor, severity: Tensor, generator: torch.Generator) -> Tensor:
 def _flakes(draw: Draw, count: int, radius: Tensor, fall: Tensor, density: Tensor) -> Tensor:
     """Soft flakes, each with its own size, shape and opacity, drawn as small patches."""
     shape = (draw.batch, count)
-    size = 2 * math.ceil(2.2 * float(radius.max())) + 1
+    size = 2 * math.ceil(2 * 2.0 * float(radius.max())) + 1
     axis = torch.arange(size, device=draw.device) - size // 2
     x, y = draw.rand(*shape) * draw.width, draw.rand(*shape) * draw.height
-    own = radius[:, None] * (0.5 + 0.5 * draw.rand(*shape))
-    longer = 1 + 0.8 * draw.rand(*shape)
+    own = radius[:, None] * (0.35 + 0.65 * draw.rand(*shape))
+    longer = 1 + draw.uniform(0.2, 1.8)[:, None] * draw.rand(*shape)
     angle = fall[:, None] + 0.5 * draw.randn(*shape)
     opacity = (draw.rand(*shape) < density[:, None]) * (0.4 + 0.6 * draw.rand(*shape))
     cos, sin = angle.cos()[..., None, None], angle.sin()[..., None, None]
@@ -116,7 +114,7 @@ def snow(image: Tensor, severity: Tensor, generator: torch.Generator) -> Tensor:
     density = lerp(0.12, 1.0, severity)
     fall = draw.uniform(-0.9, 0.9)
     layer = torch.zeros(draw.batch, 1, draw.height, draw.width, device=image.device)
-    for radius, spacing in ((1.2, 140), (2.4, 500), (5.0, 3500)):
+    for radius, spacing in ((1.2, 130), (2.8, 500), (7.0, 3500)):
         own = draw.uniform(0.75, 1.35) * radius * scale
         layer = layer + _flakes(draw, max(1, int(area / spacing)), own, fall, density)
     layer = (layer * per_sample(lerp(0.75, 1.0, severity))).clamp(0, 1)

@@ -143,7 +143,7 @@ class _Setup:
             "(about 6 GB, mostly torch; once only). Details: " + str(self.log)
         )
         self._make_venv()
-        if "COMFYUI_PATH" not in os.environ and not (comfyui_root() / "main.py").exists():
+        if not os.environ.get("COMFYUI_PATH") and not (comfyui_root() / "main.py").exists():
             self._fetch_host()
         self._pip("PyTorch", "install", *TORCH)
         host_requirements = comfyui_root() / "requirements.txt"
@@ -239,7 +239,7 @@ class _Setup:
 
 
 def _run_key() -> str:
-    if "COMFYUI_PATH" in os.environ and os.environ["COMFYUI_PATH"]:
+    if os.environ.get("COMFYUI_PATH"):
         host = (comfyui_root() / "requirements.txt").read_text()
     else:
         host = HOST_WHEEL

@@ -1,7 +1,7 @@
 """Starts, watches and stops ComfyUI with this pack; the one door to the host for all programs.
 
-    python -m tools.host setup --stage run|dev     prints the environment's Python
-    python -m tools.host serve [--port N] [--dir D] [-- further arguments of ComfyUI]
+python -m tools.host setup --stage run|dev     prints the environment's Python
+python -m tools.host serve [--port N] [--dir D] [-- further arguments of ComfyUI]
 """
 
 from __future__ import annotations

@@ -1,0 +1,1 @@
+"""Training programs of Diff-Restorer; clients of the `diff_restorer` core."""

@@ -1,0 +1,49 @@
+"""The diffusion process of SD 1.5: noising, targets and a deterministic sampler for validation."""
+
+from __future__ import annotations
+
+import torch
+from diffusers import DDIMScheduler
+from torch import Tensor
+
+from .models import Models
+
+TIMESTEPS = 1000
+
+
+def scheduler() -> DDIMScheduler:
+    """Noise schedule of SD 1.5 (scaled linear, epsilon prediction)."""
+    return DDIMScheduler(
+        num_train_timesteps=TIMESTEPS,
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        timestep_spacing="trailing",
+    )
+
+
+@torch.no_grad()
+def sample(
+    models: Models, hint: Tensor, p_s: Tensor, p_d: Tensor, steps: int, generator: torch.Generator
+) -> Tensor:
+    """Sample restored latents from pure noise by DDIM without CFG.
+
+    Args:
+        hint: Scaled LQ latent, (B, 4, h, w).
+        p_s: (B, T, context_width). p_d: likewise.
+        steps: Number of UNet evaluations.
+
+    Returns:
+        Scaled latent, (B, 4, h, w).
+    """
+    ddim = scheduler()
+    ddim.set_timesteps(steps)
+    latent = torch.randn(hint.shape, generator=generator, device=hint.device)
+    for timestep in ddim.timesteps:
+        batch = timestep.expand(len(latent)).to(hint.device)
+        noise = models.denoise(latent, batch, hint, p_s, p_d).float()
+        latent = ddim.step(noise, timestep, latent).prev_sample
+    return latent

@@ -1,0 +1,90 @@
+"""Finish a trained file for release: `python -m training.export --help`."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+import tyro
+from torch import Tensor
+from torch.utils.data import default_collate
+from tqdm import tqdm
+
+from diff_restorer.checkpoint import read_checkpoint, write_checkpoint
+
+from .common import DataConfig, ModelConfig, open_data, open_models
+from .models import Models, clip_tokens
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Compute class prototypes, write fp16, load back and compare."""
+
+    data: DataConfig
+    out: Path
+    """File to write."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """`--model.init` is the file to finish."""
+    samples: int = 256
+    """Training samples that the prototypes are averaged over."""
+    scores: Path | None = None
+    """JSON of evaluation results for the file's metadata."""
+
+
+@torch.no_grad()
+def pooled_p_d(models: Models, batches: list[dict[str, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Pooled P_D (N, C) and labels (N,) of all samples."""
+    pooled = [
+        models.prompt(clip_tokens(models.vision, batch["clip_view"])).pooled for batch in batches
+    ]
+    return torch.cat(pooled), torch.cat([batch["label"] for batch in batches])
+
+
+def main(config: Config) -> Path:
+    """Finish the file.
+
+    Raises:
+        ValueError: No sample of some type was drawn, or the file read back gives other results.
+    """
+    models, _ = open_models(config.model, ("prompt_processor.", "control."))
+    train, validation = open_data(config.data, config.model.sizes, seed=1234)
+    batches = [
+        default_collate([train[i] for i in range(start, start + 16)])
+        for start in tqdm(range(0, config.samples, 16), unit="batch")
+    ]
+    pooled, labels = pooled_p_d(models, batches)
+    for index, kind in enumerate(models.types):
+        if not (labels == index).any():
+            raise ValueError(f"--samples: {config.samples} are too few, none of type {kind!r}")
+        models.prompt.prototypes[index] = pooled[labels == index].mean(dim=0)
+
+    source = read_checkpoint(config.model.init[-1])
+    prefixes = sorted({_part(key) for key in source.keys})
+    scores = json.loads(config.scores.read_text()) if config.scores else source.info.scores
+    info = replace(source.info, scores=scores)
+    write_checkpoint(config.out, models.file_tensors(prefixes, torch.float16), info)
+
+    again, _ = open_models(replace(config.model, init=(config.out,)))
+    difference = (
+        pooled_p_d(again, [validation])[0] - pooled_p_d(models, [validation])[0]
+    ).abs().max()  # fmt: skip
+    if difference > 0.05:
+        raise ValueError(f"{config.out}: P_D read back differs by {difference:.3f} from the trained")
+    size = config.out.stat().st_size / 1e6
+    log.info("%s: %.1f MB, P_D read back within %.4f", config.out, size, difference)
+    return config.out
+
+
+def _part(key: str) -> str:
+    """File prefix of a key: two components for `base.` and `decoder.`, else one."""
+    count = 2 if key.startswith(("base.", "decoder.")) else 1
+    return ".".join(key.split(".")[:count]) + "."
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config, description=__doc__))

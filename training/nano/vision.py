@@ -1,0 +1,66 @@
+"""Train Nano's vision encoder from scratch: `python -m training.nano.vision --help`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..loop import LoopConfig, Stage, maybe_compile, run
+from ..models import clip_tokens
+from ..common import DataConfig, ModelConfig, checkpoint_info, open_data, open_models
+from ..sheets import save_sheet
+
+
+@dataclass(frozen=True)
+class Config:
+    """Train the vision encoder and the degradation branch to name the degradation."""
+
+    loop: LoopConfig
+    data: DataConfig
+    model: ModelConfig = field(default_factory=ModelConfig)
+
+
+def main(config: Config) -> Path:
+    """Train, and write a file with `base.clip_vision.` and `prompt_processor.`."""
+    models, _ = open_models(config.model)
+    train, validation = open_data(config.data, config.model.sizes, config.loop.seed)
+    trainable = nn.ModuleList([models.vision, models.prompt.degradation, models.prompt.classifier])
+
+    def logits_of(view: Tensor) -> Tensor:
+        return models.prompt(clip_tokens(models.vision, view)).logits.float()
+
+    step_function = maybe_compile(logits_of, config.loop)
+
+    def loss(batch: dict[str, Tensor], _: torch.Generator) -> dict[str, Tensor]:
+        logits = step_function(batch["clip_view"])
+        accuracy = (logits.argmax(dim=1) == batch["label"]).float().mean()
+        return {"loss": F.cross_entropy(logits, batch["label"]), "accuracy": accuracy}
+
+    @torch.no_grad()
+    def validate(step: int, folder: Path) -> dict[str, float]:
+        logits = logits_of(validation["clip_view"])
+        names = [
+            f"{models.types[truth]} -> {models.types[found]}"
+            for truth, found in zip(validation["label"], logits.argmax(dim=1), strict=True)
+        ]
+        save_sheet(folder / f"{step:07d}.jpg", {"view": validation["clip_view"][:18]}, names)
+        return {
+            "cross_entropy": float(F.cross_entropy(logits, validation["label"])),
+            "accuracy": float((logits.argmax(dim=1) == validation["label"]).float().mean()),
+        }
+
+    def export(path: Path, settings: dict[str, Any]) -> None:
+        parts = ("base.clip_vision.", "prompt_processor.")
+        models.save(path, parts, checkpoint_info(models, settings), torch.float32)
+
+    return run(Stage(trainable, loss, validate, export), train, config.loop)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config, description=__doc__))

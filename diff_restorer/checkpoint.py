@@ -168,8 +168,14 @@ class Checkpoint:
         return all(map(self.has, BASE_PREFIXES))
 
 
-def read_checkpoint(path: Path | str) -> Checkpoint:
+def read_checkpoint(
+    path: Path | str, required: Iterable[str] = REQUIRED_PREFIXES
+) -> Checkpoint:
     """Open a Diff-Restorer file and check what it says of itself; no tensor is read yet.
+
+    Args:
+        path: The file.
+        required: Key prefixes that must be there; files between training stages lack some.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -206,7 +212,7 @@ def read_checkpoint(path: Path | str) -> Checkpoint:
         raise
     except ValueError as error:
         raise UnsupportedCheckpointError(f"{path}: {error}. Export the file again.") from error
-    absent = [prefix for prefix in REQUIRED_PREFIXES if not any(k.startswith(prefix) for k in keys)]
+    absent = [prefix for prefix in required if not any(k.startswith(prefix) for k in keys)]
     if absent:
         raise CheckpointKeysError.of(path, "file", [f"{prefix}*" for prefix in absent], ())
     return Checkpoint(path, info, keys)

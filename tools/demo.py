@@ -61,7 +61,7 @@ class Score:
 
     photo: str
     kind: str
-    predicted: str | None
+    predicted_kind: str | None
     probability: float
     """Of the predicted kind."""
     psnr_lq: float
@@ -100,7 +100,7 @@ def restore_sample(
     score = Score(
         photo=sample.photo.name,
         kind=sample.kind,
-        predicted=restoration.kind,
+        predicted_kind=restoration.kind,
         probability=max(restoration.probabilities.values(), default=0.0),
         psnr_lq=psnr(degraded, clean),
         psnr_restored=psnr(restored, clean),
@@ -128,7 +128,7 @@ def restore_samples(client: Client, workflow: Workflow, out: Path) -> None:
         name: float(np.mean([getattr(score, name) for score in scores]))
         for name in ("psnr_lq", "psnr_restored", "seconds")
     }
-    means["accuracy"] = float(np.mean([score.predicted == score.kind for score in scores]))
+    means["accuracy"] = float(np.mean([score.predicted_kind == score.kind for score in scores]))
     report = {"photos": [asdict(score) for score in scores], "mean": means}
     (out / "metrics.json").write_text(json.dumps(report, indent=2) + "\n")
     _print_table(scores, means)
@@ -154,7 +154,7 @@ def _prediction(restoration: Restoration) -> str:
 def _print_table(scores: Sequence[Score], means: dict[str, float]) -> None:
     print(f"\n{'kind':<10} {'predicted':<16} {'degraded':>9} {'restored':>9} {'seconds':>8}")
     for score in scores:
-        seen = f"{score.predicted} {score.probability:.0%}"
+        seen = f"{score.predicted_kind} {score.probability:.0%}"
         print(
             f"{score.kind:<10} {seen:<16} {score.psnr_lq:>6.2f} dB {score.psnr_restored:>6.2f} dB "
             f"{score.seconds:>8.1f}"

@@ -66,8 +66,7 @@ class Host:
         log: Path | None = None,
     ) -> None:
         self.temporary = base is None
-        self.base = Path(tempfile.mkdtemp(prefix="diff-restorer-")) if base is None else base
-        self.base = self.base.resolve()
+        self.base = Path(base or tempfile.mkdtemp(prefix="diff-restorer-")).resolve()
         self.port = free_port() if port is None else port
         self.cpu = cpu
         self.arguments = arguments

@@ -1,0 +1,1 @@
+"""Tests; `tests/nodes` and `tests/e2e` run against the real ComfyUI."""

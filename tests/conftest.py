@@ -1,0 +1,52 @@
+"""Fixtures that give the tests the real host: in this process, or as a running server."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tools import environment
+from tools.host import Host
+
+
+@pytest.fixture(scope="session")
+def comfyui_root() -> Path:
+    """The ComfyUI checkout that the set-up made, or that COMFYUI_PATH names."""
+    root = environment.comfyui_root()
+    if not (root / "main.py").exists():
+        pytest.fail(f"there is no ComfyUI in {root}: run `make test`, or set COMFYUI_PATH")
+    return root
+
+
+@pytest.fixture(scope="session")
+def comfyui(comfyui_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """ComfyUI importable in this process, on the CPU, with an empty base directory.
+
+    Returns the base directory, which has models, input, output and custom_nodes.
+    """
+    # Before the pack's own `nodes` folder, which would hide the host's nodes.py.
+    sys.path.insert(0, str(comfyui_root))
+    import comfy.cli_args
+
+    base = tmp_path_factory.mktemp("comfyui")
+    comfy.cli_args.args.cpu = True
+    comfy.cli_args.args.base_directory = str(base)
+    import folder_paths
+
+    assert Path(folder_paths.base_path) == base, "ComfyUI was imported before this fixture"
+    for name in ("models", "input", "output", "custom_nodes"):
+        (base / name).mkdir(exist_ok=True)
+    import nodes
+
+    assert Path(nodes.__file__).parent == comfyui_root
+    return base
+
+
+@pytest.fixture(scope="session")
+def server(comfyui_root: Path) -> Iterator[Host]:
+    """A running ComfyUI with the pack, in a temporary base directory."""
+    with Host() as host:
+        yield host

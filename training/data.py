@@ -222,7 +222,7 @@ class RestorationSamples(Dataset[dict[str, Tensor]]):
 
 
 def seeded(*numbers: int) -> torch.Generator:
-    """A CPU generator that depends on all the given whole numbers, and not on their sum or order."""
+    """A CPU generator seeded by a row of whole numbers."""
     # torch keeps 32 bits of a CPU seed, so the numbers are hashed, not packed.
     state = np.random.SeedSequence(numbers).generate_state(1, np.uint32)
     return torch.Generator().manual_seed(int(state[0]))

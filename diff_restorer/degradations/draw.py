@@ -43,7 +43,7 @@ class Draw:
         return torch.bucketize(self.rand(self.batch) * edges[-1], edges[:-1], right=True)
 
     def field(self, cells: int, height: int | None = None, width: int | None = None) -> Tensor:
-        """A smooth random field, (B, 1, H, W), roughly standard normal, about `cells` bumps wide."""
+        """A smooth random field, (B, 1, H, W), roughly standard normal, some `cells` bumps wide."""
         size = (height or self.height, width or self.width)
         short = min(size)
         grid = [max(2, round(cells * side / short)) + 1 for side in size]

@@ -59,28 +59,44 @@ def guided_filter(guide: Tensor, target: Tensor, radius: int, epsilon: float) ->
     return box_blur(slope, radius) * guide + box_blur(offset, radius)
 
 
-def splat(x: Tensor, y: Tensor, weight: Tensor, height: int, width: int) -> Tensor:
-    """Adds weighted points to an empty picture with bilinear weights.
+def add_pixels(column: Tensor, row: Tensor, value: Tensor, height: int, width: int) -> Tensor:
+    """Adds values to the pixels of an empty picture.
 
     Sums in fixed point, so that the result does not depend on the order of the additions and is
     the same on every run on a GPU too.
 
     Args:
-        x, y: (B, N), pixels; points outside the picture are dropped.
-        weight: (B, N), below 2^14 in sum at any pixel.
+        column, row: (B, N) int64; places outside the picture are dropped.
+        value: (B, N), below 2^14 in sum at any pixel.
 
     Returns:
         (B, 1, H, W).
     """
-    canvas = torch.zeros(x.shape[0], height * width, dtype=torch.int32, device=x.device)
+    canvas = torch.zeros(column.shape[0], height * width, dtype=torch.int32, device=value.device)
+    inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
+    index = row.clamp(0, height - 1) * width + column.clamp(0, width - 1)
+    canvas.scatter_add_(1, index, (value * inside * _FIXED_POINT).round().int())
+    return canvas.view(-1, 1, height, width).float() / _FIXED_POINT
+
+
+def splat(x: Tensor, y: Tensor, weight: Tensor, height: int, width: int) -> Tensor:
+    """Adds weighted points (B, N) at fractional places to an empty picture, bilinearly."""
     left, top = x.floor(), y.floor()
     right_share, bottom_share = x - left, y - top
-    left, top = left.long(), top.long()
-    for dx, share_x in ((0, 1 - right_share), (1, right_share)):
-        for dy, share_y in ((0, 1 - bottom_share), (1, bottom_share)):
-            column, row = left + dx, top + dy
-            inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
-            value = (weight * share_x * share_y * inside * _FIXED_POINT).round().int()
-            index = row.clamp(0, height - 1) * width + column.clamp(0, width - 1)
-            canvas.scatter_add_(1, index, value)
-    return canvas.view(-1, 1, height, width).float() / _FIXED_POINT
+    column, row = left.long(), top.long()
+    upper, lower = weight * (1 - bottom_share), weight * bottom_share
+    return add_pixels(
+        torch.cat((column, column + 1, column, column + 1), 1),
+        torch.cat((row, row, row + 1, row + 1), 1),
+        torch.cat(
+            (
+                upper * (1 - right_share),
+                upper * right_share,
+                lower * (1 - right_share),
+                lower * right_share,
+            ),
+            1,
+        ),
+        height,
+        width,
+    )

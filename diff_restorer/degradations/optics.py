@@ -11,7 +11,7 @@ from .filters import convolve, gaussian_blur, splat
 
 _KERNEL = 41
 _PATH_POINTS = 96
-_MAX_DROPS = 56
+_MAX_DROPS = 64
 
 
 def _grid(size: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -68,8 +68,8 @@ def blur(image: Tensor, severity: Tensor, generator: torch.Generator) -> Tensor:
 def raindrop(image: Tensor, severity: Tensor, generator: torch.Generator) -> Tensor:
     """Drops on the lens or a window: each shows a bent, blurred, upside-down piece of the scene.
 
-    The drops are found at half size, where the nearest drop of every pixel (in units of its own
-    radius) gives the mask, the thickness and the place that the pixel looks at.
+    The drops are found at half size, where the nearest drop of every pixel gives the mask, the
+    thickness and the place that the pixel looks at.
     """
     draw = Draw(image, generator)
     height, width = max(2, draw.height // 2), max(2, draw.width // 2)
@@ -79,22 +79,22 @@ def raindrop(image: Tensor, severity: Tensor, generator: torch.Generator) -> Ten
 
     shape = (draw.batch, _MAX_DROPS)
     centre_x, centre_y = draw.rand(*shape) * width, draw.rand(*shape) * height
-    present = draw.rand(*shape) < lerp(0.15, 1.0, severity)[:, None]
-    largest = lerp(0.05, 0.16, severity)[:, None] * short
-    radius = (0.012 * short + largest * draw.rand(*shape) ** 2.5) * present + 1e-3
+    present = draw.rand(*shape) < lerp(0.3, 1.0, severity)[:, None]
+    largest = lerp(0.06, 0.15, severity) * draw.uniform(0.6, 1.0)
+    radius = short * (0.015 + largest[:, None] * draw.rand(*shape) ** 3) * present + 1e-3
     stretch = 1 + 0.5 * draw.rand(*shape)
-    # Squared distance in units of the drop's own radius: a sum of one term per axis.
-    apart_x = ((x - centre_x[..., None]) / radius[..., None]) ** 2
-    apart_y = ((y - centre_y[..., None]) / (radius * stretch)[..., None]) ** 2
-    distance, nearest = (apart_y[..., None] + apart_x[:, :, None]).min(1)
-    wobble = 1 + 0.25 * draw.field(max(4, short // 10), height, width)[:, 0]
-    rim = (distance * wobble.clamp(0.4)).sqrt()
+    # Squared distance less squared radius, a sum of one term per axis: large drops swallow small.
+    apart_x = (x - centre_x[..., None]) ** 2
+    apart_y = ((y - centre_y[..., None]) / stretch[..., None]) ** 2 - radius[..., None] ** 2
+    power, nearest = (apart_y[..., None] + apart_x[:, :, None]).min(1)
     owner = nearest.flatten(1)
 
     def of_owner(value: Tensor) -> Tensor:
         return value.gather(1, owner).view(-1, height, width)
 
     reach = of_owner(radius)
+    wobble = 1 + 0.25 * draw.field(max(4, short // 10), height, width)[:, 0]
+    rim = ((power / reach**2 + 1) * wobble.clamp(0.4)).clamp(0).sqrt()
     # The scene is in focus, so the drops are not: an edge as wide as a fair part of the drop.
     defocus = draw.uniform(0.2, 1.0)
     edge = 1 + 0.012 * short * defocus[:, None, None]
@@ -102,9 +102,9 @@ def raindrop(image: Tensor, severity: Tensor, generator: torch.Generator) -> Ten
     offset_x = x - of_owner(centre_x)
     offset_y = y.transpose(1, 2) - of_owner(centre_y)
     # A drop is a strong lens: it squeezes a wide, upside-down view into its disk.
-    power = draw.uniform(1.0, 3.0)[:, None, None] * (0.6 + 0.4 * rim.clamp(0, 1))
-    look_x = (of_owner(centre_x) - power * offset_x) / max(1, width - 1) * 2 - 1
-    look_y = (of_owner(centre_y) - power * offset_y) / max(1, height - 1) * 2 - 1
+    zoom = draw.uniform(1.0, 3.0)[:, None, None] * (0.6 + 0.4 * rim.clamp(0, 1))
+    look_x = (of_owner(centre_x) - zoom * offset_x) / max(1, width - 1) * 2 - 1
+    look_y = (of_owner(centre_y) - zoom * offset_y) / max(1, height - 1) * 2 - 1
     half = F.interpolate(image, size=(height, width), mode="bilinear", antialias=True)
     sharp, soft = gaussian_blur(half, 0.012 * short), gaussian_blur(half, 0.045 * short)
     seen = F.grid_sample(

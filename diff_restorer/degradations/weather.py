@@ -7,7 +7,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .draw import Draw, geometric, lerp, per_sample
-from .filters import gaussian_blur, guided_filter, splat
+from .filters import add_pixels, gaussian_blur, guided_filter, splat
+
+_FLAKE_REACH = 3.0
 
 
 def _plausible_depth(image: Tensor, draw: Draw) -> Tensor:
@@ -22,9 +24,9 @@ def _plausible_depth(image: Tensor, draw: Draw) -> Tensor:
     colourless = 1 - (small.amax(1, keepdim=True) - small.amin(1, keepdim=True))
     height = torch.linspace(1, 0, size[0], device=image.device).view(1, 1, -1, 1)
     depth = (
-        per_sample(draw.uniform(0.2, 1.0)) * height
+        per_sample(draw.uniform(0.5, 1.0)) * height
         + per_sample(draw.uniform(0.0, 0.4)) * luminance * colourless
-        + per_sample(draw.uniform(0.05, 0.25)) * draw.field(3, *size)
+        + per_sample(draw.uniform(0.05, 0.25)) * draw.field(2, *size)
     )
     depth = guided_filter(luminance, depth, max(1, min(size) // 12), 1e-3)
     low, high = depth.amin((2, 3), keepdim=True), depth.amax((2, 3), keepdim=True)
@@ -42,7 +44,9 @@ def haze(image: Tensor, severity: Tensor, generator: torch.Generator) -> Tensor:
     depth = _plausible_depth(image, draw)
     beta = per_sample(lerp(0.2, 2.0, severity))
     transmission = torch.exp(-beta * (0.15 + depth))
-    airlight = per_sample(draw.uniform(0.7, 1.0)) + 0.012 * draw.randn(draw.batch, 3, 1, 1)
+    # Haze is grey, a little blue, or yellow with dust.
+    tint = torch.tensor([1.0, 0.3, -1.3], device=image.device).view(1, 3, 1, 1)
+    airlight = per_sample(draw.uniform(0.7, 0.98)) + per_sample(draw.uniform(-0.02, 0.05)) * tint
     return (image * transmission + airlight * (1 - transmission)).clamp(0, 1)
 
 
@@ -68,7 +72,7 @@ def _streaks(draw: Draw, count: int, length: Tensor, angle: Tensor, strength: Te
 def rain(image: Tensor, severity: Tensor, generator: torch.Generator) -> Tensor:
     """Streaks in two depth layers (far: many, short, thin; near: few, long, wide) and a veil."""
     draw = Draw(image, generator)
-    scale = min(draw.height, draw.width) / 320
+    scale = math.sqrt(min(draw.height, draw.width) / 320)
     area = draw.height * draw.width / scale**2
     angle = draw.uniform(-0.7, 0.7)
     near_angle = angle + 0.1 * draw.randn(draw.batch)
@@ -87,29 +91,31 @@ def rain(image: Tensor, severity: Tensor, generator: torch.Generator) -> Tensor:
 def _flakes(draw: Draw, count: int, radius: Tensor, fall: Tensor, density: Tensor) -> Tensor:
     """Soft flakes, each with its own size, shape and opacity, drawn as small patches."""
     shape = (draw.batch, count)
-    size = 2 * math.ceil(2 * 2.0 * float(radius.max())) + 1
-    axis = torch.arange(size, device=draw.device) - size // 2
+    reach = math.ceil(_FLAKE_REACH * float(radius.max()))
+    axis = torch.arange(-reach, reach + 1, device=draw.device)
     x, y = draw.rand(*shape) * draw.width, draw.rand(*shape) * draw.height
     own = radius[:, None] * (0.35 + 0.65 * draw.rand(*shape))
     longer = 1 + draw.uniform(0.2, 1.8)[:, None] * draw.rand(*shape)
     angle = fall[:, None] + 0.5 * draw.randn(*shape)
     opacity = (draw.rand(*shape) < density[:, None]) * (0.4 + 0.6 * draw.rand(*shape))
-    cos, sin = angle.cos()[..., None, None], angle.sin()[..., None, None]
-    dx, dy = axis.view(1, 1, 1, -1), axis.view(1, 1, -1, 1)
-    along = (dx * sin + dy * cos) / longer[..., None, None]
-    across = dx * cos - dy * sin
-    reach = (along**2 + across**2).sqrt() / own[..., None, None]
-    patch = torch.sigmoid((1 - reach) * (1.5 + own[..., None, None])) * opacity[..., None, None]
-    patch = patch * (reach < 2)
-    px = (x[..., None, None] + dx).expand_as(patch)
-    py = (y[..., None, None] + dy).expand_as(patch)
-    return splat(px.flatten(1), py.flatten(1), patch.flatten(1), draw.height, draw.width)
+    x, y, own, longer, angle, opacity = (
+        value[..., None, None] for value in (x, y, own, longer, angle, opacity)
+    )
+    column, row = x.long() + axis.view(1, 1, 1, -1), y.long() + axis.view(1, 1, -1, 1)
+    dx, dy = column - x, row - y
+    cos, sin = angle.cos() / own, angle.sin() / own
+    distance = (((dx * sin + dy * cos) / longer) ** 2 + (dx * cos - dy * sin) ** 2).sqrt()
+    patch = torch.sigmoid((1 - distance) * (1.5 + own)) * opacity
+    # Fade to nothing at the border of the patch, which would show as a square otherwise.
+    patch = patch * (_FLAKE_REACH - distance).clamp(0, 1)
+    column, row = column.expand_as(patch), row.expand_as(patch)
+    return add_pixels(column.flatten(1), row.flatten(1), patch.flatten(1), draw.height, draw.width)
 
 
 def snow(image: Tensor, severity: Tensor, generator: torch.Generator) -> Tensor:
     """Flakes in three depth layers (many small, some, few large and out of focus) and a veil."""
     draw = Draw(image, generator)
-    scale = min(draw.height, draw.width) / 320
+    scale = math.sqrt(min(draw.height, draw.width) / 320)
     area = draw.height * draw.width / scale**2
     density = lerp(0.12, 1.0, severity)
     fall = draw.uniform(-0.9, 0.9)

@@ -168,9 +168,7 @@ class Checkpoint:
         return all(map(self.has, BASE_PREFIXES))
 
 
-def read_checkpoint(
-    path: Path | str, required: Iterable[str] = REQUIRED_PREFIXES
-) -> Checkpoint:
+def read_checkpoint(path: Path | str, required: Iterable[str] = REQUIRED_PREFIXES) -> Checkpoint:
     """Open a Diff-Restorer file and check what it says of itself; no tensor is read yet.
 
     Args:
@@ -218,9 +216,7 @@ def read_checkpoint(
     return Checkpoint(path, info, keys)
 
 
-def write_checkpoint(
-    path: Path | str, tensors: Mapping[str, Tensor], info: CheckpointInfo
-) -> None:
+def write_checkpoint(path: Path | str, tensors: Mapping[str, Tensor], info: CheckpointInfo) -> None:
     """Write a Diff-Restorer file; a reader sees the old file or the new one, never a part.
 
     Args:

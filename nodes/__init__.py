@@ -1,0 +1,26 @@
+"""ComfyUI nodes: thin adapters between the host and the core in `diff_restorer/`."""
+
+from __future__ import annotations
+
+from comfy_api.latest import ComfyExtension, io
+
+from . import host
+from .classifier import DiffRestorerDegradationClassifier
+from .conditioning import DiffRestorerDegradationControl, DiffRestorerPromptProcessor
+from .decode import DiffRestorerAwareVAEDecode
+from .loaders import DiffRestorerLoader, DiffRestorerNanoLoader
+
+
+class DiffRestorerExtension(ComfyExtension):
+    """The pack, as the host sees it."""
+
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        host.register_model_folder()
+        return [
+            DiffRestorerLoader,
+            DiffRestorerNanoLoader,
+            DiffRestorerPromptProcessor,
+            DiffRestorerDegradationControl,
+            DiffRestorerAwareVAEDecode,
+            DiffRestorerDegradationClassifier,
+        ]

@@ -1,0 +1,133 @@
+"""The node from latent to picture."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from comfy_api.latest import io
+from torch import Tensor
+
+from .conditioning import check_degradation
+from .host_models import DiffRestorer
+from .host_vae import SCALE, AwareDecoder
+from .images import common_batch, pad_to_multiple, split_alpha, to_batch
+from .sockets import CATEGORY, Degradation, DegradationSocket, DiffRestorerSocket
+
+
+class DiffRestorerAwareVAEDecode(io.ComfyNode):
+    """Aware VAE Decode: the VAE's decoder with the photo's own detail fused in."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="DiffRestorerAwareVAEDecode",
+            display_name="Aware VAE Decode",
+            category=CATEGORY,
+            description=(
+                "Decodes like VAE Decode, but puts back detail of the degraded photo that the "
+                "VAE loses, filtered by what is known of its degradation. The result has the "
+                "exact size of the photo, and its transparency if it has any."
+            ),
+            inputs=[
+                io.Latent.Input("samples", tooltip="The sampler's result."),
+                io.Vae.Input("vae", tooltip="The VAE of the diffusion model."),
+                DiffRestorerSocket.Input("diff_restorer", tooltip="From Load Diff-Restorer."),
+                DegradationSocket.Input(
+                    "degradation", tooltip="From the Prompt Processor, for the same photos."
+                ),
+                io.Image.Input("image", tooltip="The degraded photos that were restored."),
+                io.Float.Input(
+                    "fidelity",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip=(
+                        "How much of the photo's own detail is put back. 0 decodes the latent "
+                        "alone."
+                    ),
+                ),
+                io.Int.Input(
+                    "tile_size",
+                    default=0,
+                    min=0,
+                    max=4096,
+                    step=64,
+                    tooltip=(
+                        "Side of the tiles in pixels. 0 decodes the whole picture at once and "
+                        "uses tiles only where memory is too small for it."
+                    ),
+                ),
+                io.Int.Input(
+                    "overlap",
+                    default=64,
+                    min=0,
+                    max=1024,
+                    step=8,
+                    tooltip=(
+                        "Overlap of the tiles in pixels, at most half a tile. More hides their "
+                        "borders better and takes longer."
+                    ),
+                ),
+            ],
+            outputs=[
+                io.Image.Output(
+                    display_name="image", tooltip="The restored photos, at their exact size."
+                ),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        samples: dict[str, Any],
+        vae: Any,
+        diff_restorer: DiffRestorer,
+        degradation: Degradation,
+        image: Tensor,
+        fidelity: float,
+        tile_size: int,
+        overlap: int,
+    ) -> io.NodeOutput:
+        if not 0 <= fidelity <= 1:
+            raise ValueError(f"fidelity: {fidelity}, expected 0 to 1.")
+        if tile_size and (tile_size < 64 or 2 * overlap > tile_size):
+            raise ValueError(
+                f"tile_size: {tile_size} px with overlap {overlap} px. Use 0, or at least 64 px "
+                "and an overlap of at most half a tile."
+            )
+        check_degradation(degradation, diff_restorer)
+        rgb, alpha = split_alpha(image)
+        latent, photo = samples["samples"], pad_to_multiple(rgb, SCALE)
+        check_size(latent, photo)
+        batch = common_batch(samples=len(latent), image=len(photo), degradation=degradation.batch)
+        decoder = AwareDecoder(vae, diff_restorer, fidelity)
+        restored = decoder.decode(
+            to_batch(latent, batch),
+            to_batch(photo, batch),
+            to_batch(degradation.pooled, batch),
+            tile_size,
+            overlap,
+        )
+        height, width = rgb.shape[1:3]
+        restored = restored[:, :height, :width]
+        if alpha is not None:
+            restored = torch.cat([restored, to_batch(alpha, batch).to(restored)], dim=-1)
+        return io.NodeOutput(restored)
+
+
+def check_size(latent: Tensor, photo: Tensor) -> None:
+    """The latent must show the photo, padded to a multiple of 8 pixels.
+
+    Raises:
+        ValueError: It has another size or is no latent of pictures.
+    """
+    height, width = photo.shape[1:3]
+    if latent.ndim != 4 or latent.shape[-2:] != (height // SCALE, width // SCALE):
+        found = " x ".join(str(SCALE * side) for side in reversed(latent.shape[-2:]))
+        raise ValueError(
+            f"samples: a latent of {found} px, but the image is {width} x {height} px (padded to "
+            f"multiples of {SCALE}). Scale the image like the latent, or use the LATENT of "
+            "Degradation Control."
+        )

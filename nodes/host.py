@@ -1,0 +1,106 @@
+"""The host's folders, devices and number formats (with the other host_*.py the only such code)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import comfy.model_management
+import comfy.model_patcher
+import folder_paths
+import torch
+from comfy.cli_args import args
+
+MODEL_FOLDER = "diff_restorer"
+NANO_FILE = Path(__file__).parents[1] / "models" / "diff_restorer_nano.safetensors"
+
+# The user's own choice of number format, which goes before ours.
+_UNET_FLAGS = (
+    "force_fp32 force_fp16 fp32_unet fp64_unet bf16_unet fp16_unet "
+    "fp8_e4m3fn_unet fp8_e5m2_unet fp8_e8m0fnu_unet"
+).split()
+_VAE_FLAGS = "force_fp32 force_fp16 fp16_vae fp32_vae bf16_vae".split()
+
+# Newer hosts load their own models through CoreModelPatcher.
+ModelPatcher = getattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcher)
+
+
+def register_model_folder() -> None:
+    """Make `models/diff_restorer` known to the host, beside folders of extra_model_paths.yaml.
+
+    `folder_paths.add_model_folder_path` alone leaves the set of extensions empty, which would list
+    every file.
+    """
+    default = str(Path(folder_paths.models_dir) / MODEL_FOLDER)
+    known, _ = folder_paths.folder_names_and_paths.get(MODEL_FOLDER, ([], set()))
+    paths = known if default in known else [*known, default]
+    folder_paths.folder_names_and_paths[MODEL_FOLDER] = (paths, {".safetensors"})
+
+
+def model_files() -> list[str]:
+    """Names of the Diff-Restorer files that the host finds."""
+    return folder_paths.get_filename_list(MODEL_FOLDER)
+
+
+def model_path(name: str) -> Path:
+    """Full path of one of `model_files`.
+
+    Raises:
+        ValueError: There is no such file; the message says where it belongs.
+    """
+    path = folder_paths.get_full_path(MODEL_FOLDER, name)
+    if path is None:
+        folders = " or ".join(folder_paths.get_folder_paths(MODEL_FOLDER))
+        raise ValueError(
+            f"file: no Diff-Restorer file '{name}'. Put a .safetensors file into {folders} and "
+            f"refresh; found there: {', '.join(model_files()) or 'none'}."
+        )
+    return Path(path)
+
+
+def file_stamp(path: Path) -> str:
+    """Changes when the file does, so that a replaced model is loaded again."""
+    stat = path.stat()
+    return f"{path}:{stat.st_size}:{stat.st_mtime_ns}"
+
+
+def cpu_has_native_bf16() -> bool:
+    """Whether the CPU multiplies bf16 in hardware (AVX512-BF16, AMX, Arm BF16).
+
+    oneDNN's own check also accepts CPUs that emulate bf16 slowly, so on x86 the instruction
+    sets are asked for by name.
+    """
+    tests = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    if any(getattr(torch.cpu, test, bool)() for test in tests):
+        return True
+    try:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()) and _is_arm()
+    except (AttributeError, RuntimeError):
+        return False
+
+
+def _is_arm() -> bool:
+    import platform
+
+    return platform.machine().lower() in ("aarch64", "arm64")
+
+
+def _bf16_or_host(device: torch.device, flags: Iterable[str]) -> torch.dtype | None:
+    asked = any(getattr(args, flag, False) for flag in flags)
+    on_cpu = comfy.model_management.is_device_cpu(device)
+    return torch.bfloat16 if on_cpu and not asked and cpu_has_native_bf16() else None
+
+
+def nano_unet_dtype() -> torch.dtype | None:
+    """bf16 on CPUs that have it, where the host would take fp32; None leaves it to the host."""
+    return _bf16_or_host(comfy.model_management.get_torch_device(), _UNET_FLAGS)
+
+
+def nano_vae_dtype() -> torch.dtype | None:
+    """Like `nano_unet_dtype`, for the VAE and its device."""
+    return _bf16_or_host(comfy.model_management.vae_device(), _VAE_FLAGS)
+
+
+def check_interrupt() -> None:
+    """Raise the host's exception if the user has cancelled the run."""
+    comfy.model_management.throw_exception_if_processing_interrupted()

@@ -1,0 +1,150 @@
+"""The self-contained Nano file as the host's own MODEL, CLIP_VISION and VAE."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import comfy.clip_vision
+import comfy.latent_formats
+import comfy.model_detection
+import comfy.model_management
+import comfy.sd
+import comfy.supported_models
+import comfy.utils
+import torch
+from torch import Tensor
+
+from ..diff_restorer.checkpoint import (
+    Checkpoint,
+    CheckpointKeysError,
+    UnsupportedCheckpointError,
+    read_checkpoint,
+)
+from .host import ModelPatcher, nano_unet_dtype, nano_vae_dtype
+from .host_models import DiffRestorer, check_fit, detect_unet, vae_config
+
+
+class _NanoUNet(comfy.supported_models.SD15):
+    """Stable Diffusion 1.5 at another width; not registered, so it never matches other files."""
+
+
+class _NanoLatent(comfy.latent_formats.LatentFormat):
+    """Latents of a VAE of our own: the previews made for Stable Diffusion's would be wrong."""
+
+    def __init__(self, scale_factor: float) -> None:
+        self.scale_factor = scale_factor
+
+
+def load_nano(path: Path) -> tuple[Any, Any, Any, DiffRestorer]:
+    """MODEL, CLIP_VISION, VAE and DIFF_RESTORER of one self-contained file.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        CheckpointError: The file cannot be used; the message says why.
+    """
+    checkpoint = read_checkpoint(path)
+    if not checkpoint.self_contained:
+        raise UnsupportedCheckpointError(
+            f"{path}: holds no UNet, VAE and vision model of its own, so it is not a Nano file. "
+            "Open it with Load Diff-Restorer."
+        )
+    return (
+        _unet(checkpoint),
+        _clip_vision(checkpoint),
+        _vae(checkpoint),
+        DiffRestorer(checkpoint, control_dtype=nano_unet_dtype()),
+    )
+
+
+def _unet(checkpoint: Checkpoint) -> Any:
+    state, part = checkpoint.state("base.unet."), "UNet"
+    config = _NanoUNet(detect_unet(state, checkpoint.path, part))
+    config.latent_format = _NanoLatent(checkpoint.info.latent_scale)
+    device = comfy.model_management.get_torch_device()
+    offload_device = comfy.model_management.unet_offload_device()
+    dtype = nano_unet_dtype()
+    if dtype is None:
+        dtype = comfy.model_management.unet_dtype(
+            model_params=comfy.utils.calculate_parameters(state),
+            supported_dtypes=config.supported_inference_dtypes,
+            weight_dtype=comfy.utils.weight_dtype(state),
+        )
+        cast = comfy.model_management.unet_manual_cast(
+            dtype, device, config.supported_inference_dtypes
+        )
+        config.set_inference_dtype(dtype, cast)
+    else:
+        config.set_inference_dtype(dtype, None)
+    model = config.get_model(state, "", device=offload_device)
+    check_fit(model.diffusion_model, state, checkpoint.path, part)
+    model.load_model_weights(dict(state), "")
+    return ModelPatcher(model, load_device=device, offload_device=offload_device)
+
+
+def _vae(checkpoint: Checkpoint) -> Any:
+    state, part = checkpoint.state("base.vae."), "VAE"
+    try:
+        sizes = vae_config(state)
+        embed = state["post_quant_conv.weight"].shape[1]
+    except KeyError as error:
+        raise CheckpointKeysError.of(checkpoint.path, part, [error.args[0]], ()) from error
+    config = {"params": {"ddconfig": sizes, "embed_dim": embed}}
+    try:
+        vae = comfy.sd.VAE(sd=state, config=config, dtype=nano_vae_dtype())
+    except RuntimeError as error:
+        raise CheckpointKeysError(f"{checkpoint.path}: the VAE does not fit ({error}).") from error
+    vae.latent_channels = embed
+    check_fit(vae.first_stage_model, state, checkpoint.path, part)
+    return vae
+
+
+def _clip_vision(checkpoint: Checkpoint) -> Any:
+    state, part = checkpoint.state("base.clip_vision."), "vision model"
+    try:
+        config = _clip_config(state, checkpoint.info.clip)
+    except KeyError as error:
+        raise CheckpointKeysError.of(checkpoint.path, part, [error.args[0]], ()) from error
+    # The host's class reads its configuration from a file only.
+    handle, name = tempfile.mkstemp(suffix=".json")
+    try:
+        with os.fdopen(handle, "w") as file:
+            json.dump(config, file)
+        clip_vision = comfy.clip_vision.ClipVisionModel(name)
+    finally:
+        os.unlink(name)
+    check_fit(clip_vision.model, state, checkpoint.path, part)
+    clip_vision.load_sd(state)
+    return clip_vision
+
+
+def _clip_config(state: Mapping[str, Tensor], trained: Mapping[str, Any]) -> dict[str, Any]:
+    """Sizes of a CLIP vision transformer in Hugging Face layout.
+
+    Raises:
+        KeyError: A tensor that carries a size is missing.
+    """
+    width, _, patch, _ = state["vision_model.embeddings.patch_embedding.weight"].shape
+    positions = state["vision_model.embeddings.position_embedding.weight"].shape[0]
+    layers = comfy.model_detection.count_blocks(state.keys(), "vision_model.encoder.layers.{}.")
+    preprocessing = {
+        f"image_{name}": list(trained[name]) for name in ("mean", "std") if name in trained
+    }
+    return {
+        "model_type": "clip_vision_model",
+        "hidden_act": "quick_gelu",
+        "hidden_size": width,
+        "image_size": math.isqrt(positions - 1) * patch,
+        "intermediate_size": state["vision_model.encoder.layers.0.mlp.fc1.weight"].shape[0],
+        "num_attention_heads": width // 64,
+        "num_channels": 3,
+        "num_hidden_layers": layers,
+        "patch_size": patch,
+        "projection_dim": state["visual_projection.weight"].shape[0],
+        **preprocessing,
+    }

@@ -1,0 +1,66 @@
+"""Images of the host, (B, H, W, C) in [0, 1]: checks, channels, padding, batches."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def split_alpha(image: Tensor, name: str = "image") -> tuple[Tensor, Tensor | None]:
+    """Check an image and take it apart.
+
+    Args:
+        image: (B, H, W, C), C = 1 (grey), 2 (grey and alpha), 3 (RGB) or 4 (RGBA).
+        name: Name of the input, for the error.
+
+    Returns:
+        RGB (B, H, W, 3) and alpha (B, H, W, 1), None where the image has none.
+
+    Raises:
+        ValueError: The image has another shape, is empty, or holds NaN or infinite values.
+    """
+    if image.ndim != 4 or image.shape[-1] not in (1, 2, 3, 4) or 0 in image.shape:
+        raise ValueError(
+            f"{name}: expected images (batch, height, width, channels) with 1 to 4 channels, "
+            f"found shape {tuple(image.shape)}."
+        )
+    if not torch.isfinite(image).all():
+        raise ValueError(
+            f"{name}: holds NaN or infinite values, so it cannot be restored. They come from the "
+            "node before, often a VAE decode in fp16: try --fp32-vae."
+        )
+    channels = image.shape[-1]
+    alpha = image[..., -1:] if channels in (2, 4) else None
+    rgb = image[..., :3] if channels > 2 else image[..., :1].expand(*image.shape[:3], 3)
+    return rgb, alpha
+
+
+def pad_to_multiple(rgb: Tensor, multiple: int) -> Tensor:
+    """Repeat the right and bottom edges until both sides are multiples of `multiple` pixels.
+
+    Replication rather than reflection, because it also works on an image of one pixel.
+    """
+    height, width = rgb.shape[1:3]
+    pad = (0, -width % multiple, 0, -height % multiple)
+    return F.pad(rgb.movedim(-1, 1), pad, mode="replicate").movedim(1, -1) if any(pad) else rgb
+
+
+def common_batch(**batches: int) -> int:
+    """The batch size of inputs that must go together, where 1 goes with any.
+
+    Raises:
+        ValueError: Two inputs have different sizes, neither of them 1.
+    """
+    sizes = {size for size in batches.values() if size != 1}
+    if len(sizes) > 1:
+        found = ", ".join(f"{name} {size}" for name, size in batches.items())
+        raise ValueError(
+            f"The batches do not go together: {found}. They must be equal, or 1 to be used for all."
+        )
+    return sizes.pop() if sizes else 1
+
+
+def to_batch(tensor: Tensor, batch: int) -> Tensor:
+    """Repeat a batch of one; see `common_batch`, which has checked the rest."""
+    return tensor.expand(batch, *tensor.shape[1:]) if tensor.shape[0] == 1 else tensor

@@ -1,0 +1,101 @@
+"""Nodes that open Diff-Restorer files."""
+
+from __future__ import annotations
+
+from comfy_api.latest import io
+
+from . import host
+from .host_models import load_restorer
+from .host_nano import load_nano
+from .sockets import CATEGORY, DiffRestorerSocket
+
+NO_FILE = "(put a .safetensors file into models/diff_restorer)"
+
+
+class DiffRestorerLoader(io.ComfyNode):
+    """Load Diff-Restorer: the parts that the paper adds to Stable Diffusion 1.5."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="DiffRestorerLoader",
+            display_name="Load Diff-Restorer",
+            category=CATEGORY,
+            description=(
+                "Opens a Diff-Restorer file from models/diff_restorer: prompt processor, "
+                "degradation control and decoder. The diffusion model, the VAE and the CLIP "
+                "vision model that it was trained with are loaded by the usual nodes."
+            ),
+            inputs=[
+                io.Combo.Input(
+                    "file",
+                    options=host.model_files() or [NO_FILE],
+                    tooltip=(
+                        "A .safetensors file in models/diff_restorer (or in a diff_restorer "
+                        "folder of extra_model_paths.yaml). Press R to refresh the list."
+                    ),
+                ),
+            ],
+            outputs=[
+                DiffRestorerSocket.Output(
+                    display_name="diff_restorer",
+                    tooltip="The opened file, for the other Diff-Restorer nodes.",
+                ),
+            ],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, file: str) -> str:
+        return file if file == NO_FILE else host.file_stamp(host.model_path(file))
+
+    @classmethod
+    def execute(cls, file: str) -> io.NodeOutput:
+        return io.NodeOutput(load_restorer(host.model_path(file)))
+
+
+class DiffRestorerNanoLoader(io.ComfyNode):
+    """Load Diff-Restorer Nano: the small model that comes with the pack, complete in one file."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="DiffRestorerNanoLoader",
+            display_name="Load Diff-Restorer Nano",
+            category=CATEGORY,
+            description=(
+                "Loads Nano, the small self-contained Diff-Restorer that comes with this pack and "
+                "runs on a CPU. Nothing else has to be downloaded. Its parts only work with each "
+                "other, not with Stable Diffusion files."
+            ),
+            inputs=[],
+            outputs=[
+                io.Model.Output(
+                    display_name="model", tooltip="Nano's diffusion model, for any sampler."
+                ),
+                io.ClipVision.Output(
+                    display_name="clip_vision",
+                    tooltip="Nano's vision model, which reads the photo.",
+                ),
+                io.Vae.Output(
+                    display_name="vae",
+                    tooltip="Nano's VAE. Its latents are not Stable Diffusion's.",
+                ),
+                DiffRestorerSocket.Output(
+                    display_name="diff_restorer",
+                    tooltip="Nano's prompt processor, degradation control and decoder.",
+                ),
+            ],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls) -> str:
+        return host.file_stamp(host.NANO_FILE) if host.NANO_FILE.is_file() else "missing"
+
+    @classmethod
+    def execute(cls) -> io.NodeOutput:
+        if not host.NANO_FILE.is_file():
+            raise FileNotFoundError(
+                f"Nano's weights are missing: there is no {host.NANO_FILE}. They come with the "
+                "pack: install it again, or train them with `make nano`."
+            )
+        return io.NodeOutput(*load_nano(host.NANO_FILE))

@@ -1,0 +1,42 @@
+"""The pack's own socket types and what travels through them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from comfy_api.latest import io
+from torch import Tensor
+
+CATEGORY = "restoration/diff-restorer"
+
+DiffRestorerSocket = io.Custom("DIFF_RESTORER")
+"""Carries a `nodes.host_models.DiffRestorer`."""
+
+DegradationSocket = io.Custom("DEGRADATION")
+"""Carries a `Degradation`."""
+
+
+@dataclass(frozen=True, eq=False)
+class Degradation:
+    """What the Prompt Processor reads from a batch of photos about their damage."""
+
+    tokens: Tensor
+    """P_D, (B, T, C): cross-attention context of the control module."""
+    pooled: Tensor
+    """Mean of P_D over tokens, (B, C): modulates the decoder's fusion blocks."""
+    probabilities: Tensor
+    """(B, N), softmax of the classifier's logits."""
+    types: tuple[str, ...]
+    """Names of the N types."""
+    prototypes: Tensor
+    """(N, C): pooled P_D of each type, averaged over the training photos."""
+
+    @property
+    def batch(self) -> int:
+        """Number of photos, B."""
+        return self.tokens.shape[0]
+
+    def as_dicts(self) -> list[dict[str, float]]:
+        """Per photo: type -> probability, most probable first."""
+        rows = (zip(self.types, row.tolist(), strict=True) for row in self.probabilities)
+        return [dict(sorted(row, key=lambda entry: -entry[1])) for row in rows]

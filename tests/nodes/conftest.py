@@ -1,0 +1,85 @@
+"""The pack as the host loads it, in this process, with toy models."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from tests import toy_weights
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="session")
+def pack(comfyui: Path) -> ModuleType:
+    """The pack's root module, loaded by the host's own loader under the host's own name."""
+    import nodes
+
+    assert asyncio.run(nodes.load_custom_node(str(ROOT)))
+    return sys.modules[str(ROOT).replace(".", "_x_")]
+
+
+@pytest.fixture(autouse=True)
+def _as_in_the_host() -> Iterator[None]:
+    """The executor runs every node without autograd."""
+    with torch.inference_mode():
+        yield
+
+
+@pytest.fixture(scope="session")
+def run(pack: ModuleType) -> Callable[..., tuple[Any, ...]]:
+    """Execute a node by id, as the executor does: on a locked clone, with defaults filled in."""
+    import nodes
+
+    def execute(node_id: str, **inputs: Any) -> tuple[Any, ...]:
+        node = nodes.NODE_CLASS_MAPPINGS[node_id]
+        defaults = {
+            entry.id: entry.default
+            for entry in node.GET_SCHEMA().inputs
+            if getattr(entry, "default", None) is not None
+        }
+        clone = node.PREPARE_CLASS_CLONE(None)
+        return clone.EXECUTE_NORMALIZED(**(defaults | inputs)).args
+
+    return execute
+
+
+@pytest.fixture(scope="session")
+def toy_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("toy")
+
+
+@pytest.fixture(scope="session")
+def toy(pack: ModuleType, toy_folder: Path) -> SimpleNamespace:
+    """A toy Nano in fp32: model, clip_vision, vae, restorer."""
+    from comfy.cli_args import args
+
+    path = toy_weights.write_nano(toy_folder / "nano.safetensors")
+    args.fp32_unet = args.fp32_vae = True
+    try:
+        with torch.inference_mode():
+            parts = pack.nodes.host_nano.load_nano(path)
+    finally:
+        args.fp32_unet = args.fp32_vae = False
+    names = ("model", "clip_vision", "vae", "restorer")
+    return SimpleNamespace(**dict(zip(names, parts, strict=True)), path=path)
+
+
+@pytest.fixture(scope="session")
+def photo() -> Callable[..., torch.Tensor]:
+    """Random pictures (B, H, W, C) in [0, 1] that are smooth enough to survive a VAE."""
+
+    def make(height: int = 64, width: int = 64, batch: int = 1, channels: int = 3, seed: int = 0):
+        generator = torch.Generator().manual_seed(seed)
+        coarse = torch.rand(batch, channels, 4, 4, generator=generator)
+        fine = torch.nn.functional.interpolate(coarse, (height, width), mode="bilinear")
+        return fine.movedim(1, -1).contiguous()
+
+    return make

@@ -43,7 +43,8 @@ def unet_keys(keys: Iterable[str]) -> dict[str, str]:
         KeyError: A key belongs to no known block.
     """
     keys = tuple(keys)
-    layers = 1 + max(int(m[1]) for k in keys if (m := re.match(r"down_blocks\.0\.resnets\.(\d+)", k)))
+    resnets = (re.match(r"down_blocks\.0\.resnets\.(\d+)", key) for key in keys)
+    layers = 1 + max(int(match[1]) for match in resnets if match)
     attended = {m[1] for k in keys if (m := re.match(r"(up_blocks\.\d+)\.attentions", k))}
     return {key: _unet_key(key, layers, attended) for key in keys}
 

@@ -1,4 +1,4 @@
-"""Prompt Processor of Diff-Restorer: CLIP tokens -> semantic prompt P_S and degradation prompt P_D."""
+"""Prompt Processor: CLIP tokens -> semantic prompt P_S and degradation prompt P_D."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 DEFAULT_TYPES = ("noise", "blur", "jpeg", "low_light", "haze", "rain", "snow", "raindrop")
-"""The eight degradation types of the published evaluation (our reading of it, see docs/method.md)."""
+"""The eight degradation types of the published evaluation, as far as they can be inferred."""
 
 
 @dataclass(frozen=True)

@@ -74,7 +74,7 @@ def main(config: Config) -> Path:
         pooled_p_d(again, [validation])[0] - pooled_p_d(models, [validation])[0]
     ).abs().max()  # fmt: skip
     if difference > 0.05:
-        raise ValueError(f"{config.out}: P_D read back differs by {difference:.3f} from the trained")
+        raise ValueError(f"{config.out}: P_D read back differs by {difference:.3f} from training")
     size = config.out.stat().st_size / 1e6
     log.info("%s: %.1f MB, P_D read back within %.4f", config.out, size, difference)
     return config.out

@@ -109,6 +109,7 @@ def run(stage: Stage, dataset: Dataset[dict[str, Tensor]], config: LoopConfig) -
     """
     if config.threads:
         torch.set_num_threads(config.threads)
+    logging.getLogger("accelerate").setLevel(logging.WARNING)  # a line per file and checkpoint
     set_seed(config.seed)
     accelerator = Accelerator(mixed_precision=config.precision, cpu=not torch.cuda.is_available())
     config.out.mkdir(parents=True, exist_ok=True)
@@ -119,7 +120,7 @@ def run(stage: Stage, dataset: Dataset[dict[str, Tensor]], config: LoopConfig) -
     optimizer = torch.optim.AdamW(params, lr=config.lr, weight_decay=config.weight_decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: learning_rate(s, config))
     average = AveragedModel(stage.trainable, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
-    trainable, optimizer, schedule = accelerator.prepare(stage.trainable, optimizer, schedule)
+    _, optimizer, schedule = accelerator.prepare(stage.trainable, optimizer, schedule)
     accelerator.register_for_checkpointing(average)
 
     start = _resume(accelerator, config.out)
@@ -207,7 +208,9 @@ class _swapped:  # noqa: N801 - reads as a function
 def _check_finite(terms: dict[str, Tensor], step: int) -> None:
     bad = [key for key, value in terms.items() if not torch.isfinite(value).all()]
     if bad:
-        raise NonFiniteError(f"step {step}: {', '.join(bad)} is not finite; lower lr or raise warmup")
+        raise NonFiniteError(
+            f"step {step}: {', '.join(bad)} is not finite; lower lr or raise warmup"
+        )
 
 
 def _describe_gradients(module: nn.Module, step: int) -> str:

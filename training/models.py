@@ -171,7 +171,9 @@ class Models(nn.Module):
         """Scaled latent mean (B, 4, H/8, W/8) of pixels (B, 3, H, W) in [-1, 1]."""
         return self.vae.encode(pixels).latent_dist.mode() * self.latent_scale
 
-    def denoise(self, noisy: Tensor, timestep: Tensor, hint: Tensor, p_s: Tensor, p_d: Tensor) -> Tensor:
+    def denoise(
+        self, noisy: Tensor, timestep: Tensor, hint: Tensor, p_s: Tensor, p_d: Tensor
+    ) -> Tensor:
         """Predicted noise: the UNet with P_S, steered by the control module with hint and P_D."""
         down, middle = self.control(
             noisy, timestep, encoder_hidden_states=p_d, controlnet_cond=hint, return_dict=False

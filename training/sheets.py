@@ -32,6 +32,8 @@ def save_sheet(path: Path, columns: dict[str, Tensor], captions: Sequence[str] =
         top = CAPTION_HEIGHT + row * height
         sheet.paste(Image.fromarray(pixels), (0, top))
         if row < len(captions):
-            draw.text((4, top + 2), captions[row], fill="yellow", stroke_width=1, stroke_fill="black")
+            draw.text(
+                (4, top + 2), captions[row], fill="yellow", stroke_width=1, stroke_fill="black"
+            )
     path.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path, quality=92)

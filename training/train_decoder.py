@@ -131,7 +131,8 @@ def main(config: Config) -> Path:
         }
         for kind in models.types:
             rows = torch.tensor([label == kind for label in labels])
-            scores[kind] = float((after - before)[rows].mean()) if kind != "clean" else float(after[rows].mean())
+            score = after if kind == "clean" else after - before
+            scores[kind] = float(score[rows].mean())
         return scores
 
     def export(path: Path, settings: dict[str, Any]) -> None:

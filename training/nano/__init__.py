@@ -1,1 +1,1 @@
-"""Nano's base: autoencoder and vision encoder from scratch, and the recipe that joins all stages."""
+"""Nano's base from scratch (autoencoder, vision encoder) and the recipe of all stages."""

@@ -11,9 +11,9 @@ import tyro
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..common import DataConfig, ModelConfig, checkpoint_info, open_data, open_models
 from ..loop import LoopConfig, Stage, maybe_compile, run
 from ..models import clip_tokens
-from ..common import DataConfig, ModelConfig, checkpoint_info, open_data, open_models
 from ..sheets import save_sheet
 
 

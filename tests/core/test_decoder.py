@@ -1,0 +1,108 @@
+"""Aware decoder and VAE trunk against diffusers' own autoencoder, at toy width."""
+
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from torch import nn
+
+from diff_restorer import (
+    FusionBlocks,
+    FusionConfig,
+    UnsupportedVaeError,
+    VaeTrunk,
+    aware_decode,
+    encode_with_features,
+)
+
+CHANNELS = (32, 32, 64, 64)
+CONFIGS = [
+    FusionConfig(channels=((1, 32), (2, 64)), growth=4, depth=2, context_width=6),
+    FusionConfig(channels=((0, 32), (1, 32), (2, 64)), growth=8, depth=3, context_width=16),
+    FusionConfig(channels=((2, 64),), growth=5, depth=1, context_width=3),
+]
+
+
+@pytest.fixture(scope="module")
+def vae() -> AutoencoderKL:
+    torch.manual_seed(0)
+    return AutoencoderKL(
+        block_out_channels=CHANNELS,
+        layers_per_block=1,
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+    ).eval()
+
+
+def trained_fusion(config: FusionConfig) -> FusionBlocks:
+    """Fusion blocks whose zero-initialised layers are not zero any more."""
+    fusion = FusionBlocks(config)
+    for parameter in fusion.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    return fusion
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_sizes_are_read_back_from_weights(config: FusionConfig) -> None:
+    assert FusionConfig.from_state_dict(FusionBlocks(config).state_dict()) == config
+
+
+@torch.no_grad()
+def test_trunk_walks_the_vae_exactly(vae: AutoencoderKL) -> None:
+    pixels = torch.randn(2, 3, 40, 64)
+    trunk = VaeTrunk.of(vae)
+    moments, features = encode_with_features(trunk, pixels, range(4))
+    assert torch.equal(moments, vae.encode(pixels).latent_dist.parameters)
+    for level, channels in enumerate(CHANNELS):
+        assert features[level].shape == (2, channels, 40 >> level, 64 >> level)
+    latent = moments[:, :4]
+    assert torch.equal(aware_decode(trunk, None, latent, {}, latent), vae.decode(latent).sample)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("config", CONFIGS)
+def test_untrained_fusion_and_fidelity_0_are_identities(
+    vae: AutoencoderKL, config: FusionConfig
+) -> None:
+    trunk, pixels = VaeTrunk.of(vae), torch.randn(1, 3, 32, 48)
+    moments, features = encode_with_features(trunk, pixels, [i for i, _ in config.channels])
+    latent, pooled = moments[:, :4], torch.randn(1, config.context_width)
+    plain = vae.decode(latent).sample
+    untrained = aware_decode(trunk, FusionBlocks(config), latent, features, pooled)
+    assert torch.equal(untrained, plain)
+    trained = trained_fusion(config)
+    assert torch.equal(aware_decode(trunk, trained, latent, features, pooled, 0.0), plain)
+    assert not torch.allclose(aware_decode(trunk, trained, latent, features, pooled), plain)
+
+
+@torch.no_grad()
+def test_decode_depends_on_lq_features_and_on_p_d(vae: AutoencoderKL) -> None:
+    config = CONFIGS[0]
+    trunk, fusion = VaeTrunk.of(vae), trained_fusion(config)
+    moments, features = encode_with_features(trunk, torch.randn(1, 3, 32, 32), (1, 2))
+    latent, pooled = moments[:, :4], torch.randn(1, config.context_width)
+    image = aware_decode(trunk, fusion, latent, features, pooled)
+    assert not torch.allclose(aware_decode(trunk, fusion, latent, features, -pooled), image)
+    other = {level: -feature for level, feature in features.items()}
+    assert not torch.allclose(aware_decode(trunk, fusion, latent, other, pooled), image)
+
+
+def test_every_fusion_parameter_learns(vae: AutoencoderKL) -> None:
+    config = CONFIGS[1]
+    trunk, fusion = VaeTrunk.of(vae), trained_fusion(config)
+    with torch.no_grad():
+        moments, features = encode_with_features(trunk, torch.randn(2, 3, 32, 32), fusion.levels)
+    image = aware_decode(trunk, fusion, moments[:, :4], features, torch.randn(2, 16))
+    image.square().mean().backward()
+    for name, parameter in fusion.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.any(), name
+
+
+def test_other_autoencoders_are_refused_by_name() -> None:
+    class Tiny(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.decoder = nn.Sequential(nn.Conv2d(4, 3, 3))
+
+    with pytest.raises(UnsupportedVaeError, match="found a Tiny"):
+        VaeTrunk.of(Tiny())

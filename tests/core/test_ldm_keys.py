@@ -1,0 +1,71 @@
+"""The key map is one to one and gives the keys that SD 1.5 files have."""
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
+
+from diff_restorer import make_hint_conv
+from diff_restorer.ldm_keys import from_ldm, to_ldm, unet_keys, vae_keys
+
+
+@pytest.fixture(scope="module")
+def unet() -> UNet2DConditionModel:
+    """SD 1.5's block structure at toy width."""
+    return UNet2DConditionModel(
+        block_out_channels=(32, 64, 128, 128),
+        layers_per_block=2,
+        cross_attention_dim=16,
+        attention_head_dim=8,
+    )
+
+
+def test_unet_keys_are_those_of_sd15(unet: UNet2DConditionModel) -> None:
+    keys = unet_keys(unet.state_dict())
+    assert len(set(keys.values())) == len(keys) == 686  # as in every SD 1.5 checkpoint
+    expected = {
+        "down_blocks.0.resnets.0.time_emb_proj.weight": "input_blocks.1.0.emb_layers.1.weight",
+        "down_blocks.0.downsamplers.0.conv.weight": "input_blocks.3.0.op.weight",
+        "down_blocks.1.resnets.0.conv_shortcut.bias": "input_blocks.4.0.skip_connection.bias",
+        "down_blocks.3.resnets.1.norm2.weight": "input_blocks.11.0.out_layers.0.weight",
+        "mid_block.attentions.0.proj_in.weight": "middle_block.1.proj_in.weight",
+        "mid_block.resnets.1.conv2.weight": "middle_block.2.out_layers.3.weight",
+        "up_blocks.0.upsamplers.0.conv.weight": "output_blocks.2.1.conv.weight",
+        "up_blocks.1.upsamplers.0.conv.weight": "output_blocks.5.2.conv.weight",
+        "up_blocks.3.attentions.2.proj_out.bias": "output_blocks.11.1.proj_out.bias",
+        "conv_out.weight": "out.2.weight",
+    }
+    assert {name: keys[name] for name in expected} == expected
+
+
+def test_control_keys_hold_the_hint_and_the_zero_convs(unet: UNet2DConditionModel) -> None:
+    control = ControlNetModel.from_unet(unet)
+    control.controlnet_cond_embedding = make_hint_conv(4, 32)
+    keys = unet_keys(control.state_dict())
+    assert keys["controlnet_cond_embedding.weight"] == "input_hint_block.0.weight"
+    assert keys["controlnet_down_blocks.11.bias"] == "zero_convs.11.0.bias"
+    assert keys["controlnet_mid_block.weight"] == "middle_block_out.0.weight"
+    assert len(set(keys.values())) == len(keys)
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_vae_round_trip_keeps_every_tensor(layers: int) -> None:
+    vae = AutoencoderKL(
+        block_out_channels=(32, 32, 64, 64),
+        layers_per_block=layers,
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+    )
+    state = vae.state_dict()
+    keys = vae_keys(state)
+    ldm = to_ldm(state, keys)
+    assert ldm["encoder.mid.attn_1.q.weight"].shape == (64, 64, 1, 1)
+    assert "decoder.up.3.block.0.norm1.weight" in ldm
+    assert "encoder.down.0.downsample.conv.weight" in ldm
+    back = from_ldm(ldm, keys)
+    assert back.keys() == state.keys()
+    assert all(torch.equal(back[key], state[key]) for key in state)
+
+
+def test_unknown_keys_are_errors() -> None:
+    with pytest.raises(KeyError, match="class_embedding"):
+        unet_keys(["down_blocks.0.resnets.0.conv1.weight", "class_embedding.weight"])

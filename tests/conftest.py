@@ -1,15 +1,13 @@
-"""Fixtures that give the tests the real host: in this process, or as a running server."""
+"""Fixtures that give the tests the real host."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tools import environment
-from tools.host import Host
 
 
 @pytest.fixture(scope="session")
@@ -43,10 +41,3 @@ def comfyui(comfyui_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
     assert Path(nodes.__file__).parent == comfyui_root
     return base
-
-
-@pytest.fixture(scope="session")
-def server(comfyui_root: Path) -> Iterator[Host]:
-    """A running ComfyUI with the pack, in a temporary base directory."""
-    with Host() as host:
-        yield host

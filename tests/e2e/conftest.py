@@ -1,0 +1,35 @@
+"""One server for all end-to-end tests, with the tests' own nodes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.graph import Graph, Runner, make_photo
+from tools.host import Host
+
+HOST_NODES = Path(__file__).parent / "host_nodes"
+
+
+@pytest.fixture(scope="session")
+def runner(comfyui_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runner]:
+    """A server with the pack and `host_nodes`."""
+    base = tmp_path_factory.mktemp("server")
+    (base / "custom_nodes").mkdir()
+    (base / "custom_nodes/e2e_host_nodes").symlink_to(HOST_NODES, target_is_directory=True)
+    with Host(base) as host:
+        yield Runner(host)
+
+
+@pytest.fixture(scope="session")
+def photo(runner: Runner) -> str:
+    """The name of an uploaded photo of 96 x 72."""
+    return runner.upload(make_photo(), "photo.png")
+
+
+@pytest.fixture
+def nano(photo: str) -> Graph:
+    """The shipped Nano workflow on the photo, with few steps."""
+    return Graph.load(photo=photo).set("KSampler", steps=3)

@@ -1,0 +1,147 @@
+"""The shipped Nano workflow in a running ComfyUI."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.e2e.graph import Graph, Runner, make_photo
+from tools.client import Progress, PromptInterruptedError
+from tools.environment import ROOT
+from tools.host import PACK_NAME
+
+pytestmark = pytest.mark.comfy
+
+NODE_IDS = {
+    "DiffRestorerLoader",
+    "DiffRestorerNanoLoader",
+    "DiffRestorerPromptProcessor",
+    "DiffRestorerDegradationControl",
+    "DiffRestorerAwareVAEDecode",
+    "DiffRestorerDegradationClassifier",
+}
+PROCESSOR = "DiffRestorerPromptProcessor"
+CONTROL = "DiffRestorerDegradationControl"
+# Two runs that do the same sums in another order, in bf16, of 255 levels.
+ROUNDING = 3.0
+
+
+def difference(first: np.ndarray, second: np.ndarray) -> float:
+    return float(np.abs(first - second).mean())
+
+
+def with_control_net(graph: Graph, after: str, strength: float, seed_photo: str) -> Graph:
+    """Puts a stock ControlNet behind the conditioning outputs of a node."""
+    changed = graph.copy()
+    source = changed.node(after)
+    model = changed.input("KSampler", "model")
+    net = changed.add("E2EControlNet", model=model)
+    photo = changed.add("LoadImage", image=seed_photo)
+    applied = changed.add(
+        "ControlNetApplyAdvanced",
+        positive=[source, 0],
+        negative=[source, 1],
+        control_net=[net, 0],
+        image=[photo, 0],
+        strength=strength,
+        start_percent=0.0,
+        end_percent=1.0,
+    )
+    changed.replace_link([source, 0], [applied, 0])
+    return changed.replace_link([source, 1], [applied, 1])
+
+
+def test_host_lists_nodes_and_workflows(runner: Runner):
+    listed = set(runner.client.get("/object_info"))
+    assert listed >= NODE_IDS
+    templates = runner.client.get("/workflow_templates")[PACK_NAME]
+    assert set(templates) == {path.stem for path in (ROOT / "workflows").glob("*.json")}
+
+
+@pytest.mark.parametrize("size", [(96, 72), (97, 53), (33, 130), (1, 1)])
+def test_result_has_the_photos_exact_size(runner: Runner, nano: Graph, size: tuple[int, int]):
+    nano.set("LoadImage", image=runner.upload(make_photo(*size), f"size{size[0]}.png"))
+    (restored,) = runner.pictures(nano)
+    assert restored.shape == (size[1], size[0], 3)
+    assert np.isfinite(restored).all()
+
+
+def test_classifier_reports_probabilities(runner: Runner, nano: Graph):
+    shown = runner.run(nano).outputs[nano.node("DiffRestorerDegradationClassifier")]
+    probabilities = json.loads(shown["text"][0])
+    assert sum(probabilities.values()) == pytest.approx(1, abs=1e-3)
+    assert shown["images"]
+
+
+def test_grey_photo(runner: Runner, nano: Graph):
+    nano.set("LoadImage", image=runner.upload(make_photo(mode="L"), "grey.png"))
+    (restored,) = runner.pictures(nano)
+    assert restored.shape == (72, 96, 3)
+
+
+def test_transparency_is_kept(runner: Runner, nano: Graph):
+    alpha = Image.linear_gradient("L").resize((96, 72))
+    picture = make_photo()
+    picture.putalpha(alpha)
+    loaded = nano.set("LoadImage", image=runner.upload(picture, "alpha.png")).node("LoadImage")
+    joined = nano.add("JoinImageWithAlpha", image=[loaded, 0], alpha=[loaded, 1])
+    nano.replace_link([loaded, 0], [joined, 0])
+    (restored,) = runner.pictures(nano)
+    assert restored.shape == (72, 96, 4)
+    assert np.abs(restored[..., 3] - np.asarray(alpha, np.float32)).max() <= 1
+
+
+def test_batch_equals_single_photos(runner: Runner, nano: Graph, photo: str):
+    (alone,) = runner.pictures(nano)
+    loaded = nano.node("LoadImage")
+    other = nano.add("LoadImage", image=runner.upload(make_photo(seed=1), "other.png"))
+    batch = nano.add("ImageBatch", image1=[loaded, 0], image2=[other, 0])
+    nano.replace_link([loaded, 0], [batch, 0])
+    nano.nodes[batch]["inputs"]["image1"] = [loaded, 0]
+    first, second = runner.pictures(nano)
+    assert difference(first, alone) < ROUNDING
+    assert difference(second, alone) > 2 * ROUNDING
+
+
+def test_cfg(runner: Runner, nano: Graph):
+    (plain,) = runner.pictures(nano.set("KSampler", cfg=1.0))
+    (guided,) = runner.pictures(nano.set("KSampler", cfg=7.5))
+    assert guided.shape == plain.shape
+    assert difference(guided, plain) > 0
+
+
+def test_stock_control_nets_before_and_behind(runner: Runner, nano: Graph):
+    other = runner.upload(make_photo(seed=2), "control.png")
+    nano.set("KSampler", cfg=2.0)
+    (plain,) = runner.pictures(nano)
+    (before,) = runner.pictures(with_control_net(nano, PROCESSOR, 0.3, other))
+    (behind,) = runner.pictures(with_control_net(nano, CONTROL, 0.3, other))
+    both = with_control_net(with_control_net(nano, PROCESSOR, 0.3, other), CONTROL, 0.3, other)
+    (twice,) = runner.pictures(both)
+    (idle,) = runner.pictures(with_control_net(nano, CONTROL, 0.0, other))
+    assert np.array_equal(idle, plain)
+    assert difference(before, plain) > 0
+    assert difference(before, behind) < ROUNDING
+    assert difference(twice, before) > 0
+
+
+def test_interrupt_and_queue_again(runner: Runner, nano: Graph):
+    (undisturbed,) = runner.pictures(nano)
+
+    def stop(report: Progress) -> None:
+        if report.node == nano.node("KSampler") and report.step >= 1:
+            runner.client.cancel(report.prompt_id)
+
+    large = runner.upload(make_photo(160, 128, seed=3), "large.png")
+    other = nano.copy().set("LoadImage", image=large).set("KSampler", steps=500)
+    with pytest.raises(PromptInterruptedError):
+        runner.run(other, stop)
+    # Another seed first, because the host would answer the same graph from its cache.
+    runner.run(nano.copy().set("KSampler", seed=99))
+    (again,) = runner.pictures(nano.set("KSampler", seed=nano.input("KSampler", "seed")))
+    assert np.array_equal(again, undisturbed)
+    (resumed,) = runner.pictures(other.set("KSampler", steps=3))
+    assert resumed.shape == (128, 160, 3)

@@ -1,0 +1,95 @@
+"""The programs that users run: the restore client and the demo."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from tests.e2e.graph import Runner, make_photo
+from tools import demo, restore
+from tools.environment import ROOT
+from tools.host import free_port
+
+pytestmark = pytest.mark.comfy
+
+
+def test_restore_writes_a_photo(runner: Runner, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    photo = tmp_path / "my photo.jpg"
+    make_photo(101, 67).save(photo)
+    assert restore.main([str(photo), "--server", runner.host.url, "--out", str(tmp_path)]) == 0
+    with Image.open(tmp_path / "my photo_restored.png") as restored:
+        assert restored.size == (101, 67)
+    assert "seen as" in capsys.readouterr().out
+
+
+def test_restore_turns_a_photo_upright(runner: Runner, tmp_path: Path):
+    photo = tmp_path / "turned.jpg"
+    orientation = Image.Exif()
+    orientation[0x0112] = 6
+    make_photo(80, 64).save(photo, exif=orientation)
+    assert restore.main([str(photo), "--server", runner.host.url, "--out", str(tmp_path)]) == 0
+    with Image.open(tmp_path / "turned_restored.png") as restored:
+        assert restored.size == (64, 80)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere.jpg"], "nowhere.jpg"),
+        ([str(ROOT / "LICENSE")], "not a picture"),
+        (["{photo}", "--workflow", str(ROOT / "workflows/restore_nano.json")], "API format"),
+        (["{photo}", "--workflow", "nowhere.json"], "nowhere.json"),
+        (["{photo}", "--server", f"http://127.0.0.1:{free_port()}"], "no ComfyUI answers"),
+    ],
+)
+def test_restore_names_faults(
+    runner: Runner,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    message: str,
+):
+    photo = tmp_path / "photo.png"
+    make_photo().save(photo)
+    given = [argument.format(photo=photo) for argument in arguments]
+    assert restore.main(["--server", runner.host.url, "--out", str(tmp_path), *given]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_demo_of_own_photo(runner: Runner, tmp_path: Path):
+    photo = tmp_path / "own.png"
+    make_photo(120, 90).save(photo)
+    arguments = ["--server", runner.host.url, "--out", str(tmp_path), "--image", str(photo)]
+    assert demo.main([*arguments, "--max-side", "96"]) == 0
+    with Image.open(tmp_path / "own_restored.png") as restored:
+        assert restored.size == (96, 72)
+    assert (tmp_path / "own_sheet.png").exists()
+
+
+def test_demo_improves_photos(runner: Runner, tmp_path: Path):
+    assert demo.main(["--server", runner.host.url, "--out", str(tmp_path)]) == 0
+    report = json.loads((tmp_path / "metrics.json").read_text())
+    scores = {score["kind"]: score for score in report["photos"]}
+    assert set(scores) == {sample.kind for sample in demo.SAMPLES}
+    assert report["mean"]["psnr_restored"] > report["mean"]["psnr_lq"]
+    for kind in ("noise", "low_light"):
+        assert scores[kind]["psnr_restored"] > scores[kind]["psnr_lq"]
+    for kind in scores:
+        for name in ("degraded", "restored", "sheet"):
+            assert (tmp_path / f"{kind}_{name}.png").stat().st_size > 1000
+    assert (tmp_path / "sheet.jpg").exists()
+
+
+def test_demo_degrades_reproducibly():
+    sample = demo.SAMPLES[0]
+    photo = make_photo(64, 64)
+    first, second = (demo.degrade_photo(photo, sample) for _ in range(2))
+    assert first.tobytes() == second.tobytes()
+    assert demo.psnr(first, photo) < 35
+
+
+def test_demo_photos_are_at_hand():
+    assert [sample.photo for sample in demo.SAMPLES if not sample.photo.is_file()] == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,10 +27,44 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
 
 
+def start_patch_filters(patch_embedding: nn.Conv2d, views: Tensor) -> None:
+    """Start the patch filters as a whitened cosine basis over all frequencies.
+
+    Random filters see little but brightness, because photos have most of their energy there, while
+    noise, blur and JPEG live in high frequencies. Dividing each cosine by its standard deviation
+    over `views` gives all frequencies the same say from the first step.
+
+    Args:
+        patch_embedding: (width, 3, P, P) filters, overwritten.
+        views: Photos in [0, 1], (B, 3, H, W) with H, W multiples of P.
+    """
+    width, _, side, _ = patch_embedding.weight.shape
+    place = torch.arange(side)
+    cosine = torch.cos(math.pi * (place[None, :] + 0.5) * place[:, None] / side)
+    cosine = F.normalize(cosine, dim=1)
+    plane = torch.einsum("ui,vj->uvij", cosine, cosine).flatten(0, 1)  # (P*P, P, P)
+    order = (place[:, None] + place[None, :]).flatten().argsort(stable=True)
+    luma = plane[order[torch.linspace(0, side * side - 1, width * 2 // 3).long()]]
+    chroma = plane[order[: (width - len(luma) + 1) // 2]]
+    grey, red, blue = (
+        torch.tensor(weights)[None, :, None, None]
+        for weights in ((0.58, 0.58, 0.58), (0.71, 0.0, -0.71), (-0.41, 0.82, -0.41))
+    )
+    filters = torch.cat([luma[:, None] * grey, chroma[:, None] * red, chroma[:, None] * blue])
+    filters = filters[:width]
+    responses = F.conv2d((views - 0.5) / 0.27, filters, stride=side)
+    spread = responses.std(dim=(0, 2, 3)).clamp_min(1e-3)
+    with torch.no_grad():
+        patch_embedding.weight.copy_(filters / spread[:, None, None, None])
+
+
 def main(config: Config) -> Path:
     """Train, and write a file with `base.clip_vision.` and `prompt_processor.`."""
     models, _ = open_models(config.model)
     train, validation = open_data(config.data, config.model.sizes, config.loop.seed)
+    start_patch_filters(
+        models.vision.vision_model.embeddings.patch_embedding, validation["clip_view"]
+    )
     trainable = nn.ModuleList([models.vision, models.prompt.degradation, models.prompt.classifier])
 
     def logits_of(view: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -10,16 +11,17 @@ import comfy.model_patcher
 import folder_paths
 import torch
 from comfy.cli_args import args
+from torch import nn
 
 MODEL_FOLDER = "diff_restorer"
 NANO_FILE = Path(__file__).parents[1] / "models" / "diff_restorer_nano.safetensors"
 
 # The user's own choice of number format, which goes before ours.
 _UNET_FLAGS = (
-    "force_fp32 force_fp16 fp32_unet fp64_unet bf16_unet fp16_unet "
-    "fp8_e4m3fn_unet fp8_e5m2_unet fp8_e8m0fnu_unet"
-).split()
-_VAE_FLAGS = "force_fp32 force_fp16 fp16_vae fp32_vae bf16_vae".split()
+    *("force_fp32", "force_fp16", "fp32_unet", "fp64_unet", "bf16_unet", "fp16_unet"),
+    *("fp8_e4m3fn_unet", "fp8_e5m2_unet", "fp8_e8m0fnu_unet"),
+)
+_VAE_FLAGS = ("force_fp32", "force_fp16", "fp16_vae", "fp32_vae", "bf16_vae")
 
 # Newer hosts load their own models through CoreModelPatcher.
 ModelPatcher = getattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcher)
@@ -67,22 +69,13 @@ def file_stamp(path: Path) -> str:
 def cpu_has_native_bf16() -> bool:
     """Whether the CPU multiplies bf16 in hardware (AVX512-BF16, AMX, Arm BF16).
 
-    oneDNN's own check also accepts CPUs that emulate bf16 slowly, so on x86 the instruction
+    oneDNN's own check also accepts x86 CPUs that emulate bf16 slowly, so there the instruction
     sets are asked for by name.
     """
+    if platform.machine().lower() in ("aarch64", "arm64"):
+        return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     tests = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    if any(getattr(torch.cpu, test, bool)() for test in tests):
-        return True
-    try:
-        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()) and _is_arm()
-    except (AttributeError, RuntimeError):
-        return False
-
-
-def _is_arm() -> bool:
-    import platform
-
-    return platform.machine().lower() in ("aarch64", "arm64")
+    return any(getattr(torch.cpu, test, bool)() for test in tests)
 
 
 def _bf16_or_host(device: torch.device, flags: Iterable[str]) -> torch.dtype | None:
@@ -99,6 +92,17 @@ def nano_unet_dtype() -> torch.dtype | None:
 def nano_vae_dtype() -> torch.dtype | None:
     """Like `nano_unet_dtype`, for the VAE and its device."""
     return _bf16_or_host(comfy.model_management.vae_device(), _VAE_FLAGS)
+
+
+def for_cpu(module: nn.Module, dtype: torch.dtype | None) -> None:
+    """Lay out the weights as oneDNN's bf16 convolutions like them: a quarter less time in the VAE.
+
+    Args:
+        module: A network with 2D convolutions.
+        dtype: From `nano_unet_dtype` or `nano_vae_dtype`; None changes nothing.
+    """
+    if dtype is not None:
+        module.to(memory_format=torch.channels_last)
 
 
 def check_interrupt() -> None:

@@ -149,9 +149,10 @@ class DegradationControlNet(comfy.controlnet.ControlNet):
         config = model.model_config.unet_config
         found, needed = config.get("context_dim"), self.control_model.context_width
         if found != needed:
+            width = f"{found} wide" if found else "of another kind"
             raise ValueError(
-                f"model: its cross-attention is {found} wide, this Diff-Restorer file needs "
-                f"{needed} ({_family(needed)}). SDXL, SD 2 and Flux models do not work with it: "
+                f"model: its cross-attention is {width}, this Diff-Restorer file needs {needed}"
+                f"{_family(needed)}. SDXL (2048), SD 2 (1024) and Flux models do not work with it: "
                 "connect the model that the file was trained for."
             )
         # The host does not clean up after an interrupt, and the next run may have another size.
@@ -174,4 +175,4 @@ class DegradationControlNet(comfy.controlnet.ControlNet):
 
 
 def _family(context_width: int) -> str:
-    return "Stable Diffusion 1.5" if context_width == 768 else "the model of its own loader"
+    return " (Stable Diffusion 1.5)" if context_width == 768 else ""

@@ -26,7 +26,7 @@ from ..diff_restorer.checkpoint import (
     UnsupportedCheckpointError,
     read_checkpoint,
 )
-from .host import ModelPatcher, nano_unet_dtype, nano_vae_dtype
+from .host import ModelPatcher, for_cpu, nano_unet_dtype, nano_vae_dtype
 from .host_models import DiffRestorer, check_fit, detect_unet, vae_config
 
 
@@ -54,36 +54,33 @@ def load_nano(path: Path) -> tuple[Any, Any, Any, DiffRestorer]:
             f"{path}: holds no UNet, VAE and vision model of its own, so it is not a Nano file. "
             "Open it with Load Diff-Restorer."
         )
-    return (
-        _unet(checkpoint),
-        _clip_vision(checkpoint),
-        _vae(checkpoint),
-        DiffRestorer(checkpoint, control_dtype=nano_unet_dtype()),
-    )
+    dtype = nano_unet_dtype()
+    restorer = DiffRestorer(checkpoint, control_dtype=dtype)
+    for_cpu(restorer.control.control_model, dtype)
+    return _unet(checkpoint, dtype), _clip_vision(checkpoint), _vae(checkpoint), restorer
 
 
-def _unet(checkpoint: Checkpoint) -> Any:
+def _unet(checkpoint: Checkpoint, dtype: torch.dtype | None) -> Any:
     state, part = checkpoint.state("base.unet."), "UNet"
     config = _NanoUNet(detect_unet(state, checkpoint.path, part))
     config.latent_format = _NanoLatent(checkpoint.info.latent_scale)
     device = comfy.model_management.get_torch_device()
     offload_device = comfy.model_management.unet_offload_device()
-    dtype = nano_unet_dtype()
     if dtype is None:
-        dtype = comfy.model_management.unet_dtype(
-            model_params=comfy.utils.calculate_parameters(state),
-            supported_dtypes=config.supported_inference_dtypes,
-            weight_dtype=comfy.utils.weight_dtype(state),
+        supported = config.supported_inference_dtypes
+        parameters = comfy.utils.calculate_parameters(state)
+        weights = comfy.utils.weight_dtype(state)
+        host_dtype = comfy.model_management.unet_dtype(
+            model_params=parameters, supported_dtypes=supported, weight_dtype=weights
         )
-        cast = comfy.model_management.unet_manual_cast(
-            dtype, device, config.supported_inference_dtypes
-        )
-        config.set_inference_dtype(dtype, cast)
+        cast = comfy.model_management.unet_manual_cast(host_dtype, device, supported)
+        config.set_inference_dtype(host_dtype, cast)
     else:
         config.set_inference_dtype(dtype, None)
     model = config.get_model(state, "", device=offload_device)
     check_fit(model.diffusion_model, state, checkpoint.path, part)
     model.load_model_weights(dict(state), "")
+    for_cpu(model.diffusion_model, dtype)
     return ModelPatcher(model, load_device=device, offload_device=offload_device)
 
 
@@ -95,12 +92,14 @@ def _vae(checkpoint: Checkpoint) -> Any:
     except KeyError as error:
         raise CheckpointKeysError.of(checkpoint.path, part, [error.args[0]], ()) from error
     config = {"params": {"ddconfig": sizes, "embed_dim": embed}}
+    dtype = nano_vae_dtype()
     try:
-        vae = comfy.sd.VAE(sd=state, config=config, dtype=nano_vae_dtype())
+        vae = comfy.sd.VAE(sd=state, config=config, dtype=dtype)
     except RuntimeError as error:
         raise CheckpointKeysError(f"{checkpoint.path}: the VAE does not fit ({error}).") from error
     vae.latent_channels = embed
     check_fit(vae.first_stage_model, state, checkpoint.path, part)
+    for_cpu(vae.first_stage_model, dtype)
     return vae
 
 

@@ -9,12 +9,14 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from diff_restorer import FusionBlocks, FusionConfig, PromptProcessor, PromptProcessorConfig
-from diff_restorer.checkpoint import CheckpointInfo, write_checkpoint
 from safetensors.torch import save_file
 from torch import Tensor
+
+from diff_restorer import FusionBlocks, FusionConfig, PromptProcessor, PromptProcessorConfig
+from diff_restorer.checkpoint import CheckpointInfo, write_checkpoint
 
 Shapes = Iterator[tuple[str, tuple[int, ...]]]
 
@@ -286,13 +288,13 @@ def base_tensors(
 
 
 def info(
-    base_model: str = "nano", types: tuple[str, ...] = TYPES, **changes: object
+    base_model: str = "nano", types: tuple[str, ...] = TYPES, **changes: Any
 ) -> CheckpointInfo:
     """Metadata of the toy files."""
     clip = {"name": "toy", "image_size": 64, "mean": [0.48, 0.46, 0.41], "std": [0.27, 0.26, 0.28]}
     if base_model == "sd15":
         clip = {"name": "openai/clip-vit-large-patch14", "image_size": 224}
-    entries: dict = {
+    entries: dict[str, Any] = {
         "base_model": base_model,
         "types": types,
         "clip": clip,
@@ -301,21 +303,21 @@ def info(
     return CheckpointInfo(**(entries | changes))
 
 
-def write_nano(path: Path, **sizes: object) -> Path:
+def write_nano(path: Path, **sizes: Any) -> Path:
     """A self-contained toy file in fp16, as Nano is."""
     tensors = restorer_tensors(dtype=torch.float16, **sizes) | base_tensors(dtype=torch.float16)
     write_checkpoint(path, tensors, info())
     return path
 
 
-def write_restorer(path: Path, **sizes: object) -> Path:
+def write_restorer(path: Path, **sizes: Any) -> Path:
     """A toy file without UNet, VAE and vision model."""
     write_checkpoint(path, restorer_tensors(**sizes), info())
     return path
 
 
 def write_sd15(folder: Path, dtype: torch.dtype = torch.bfloat16) -> dict[str, Path]:
-    """Full-size files with random weights (3.3 GB in bf16), in the folders of a ComfyUI base folder.
+    """Full-size files with random weights (3.3 GB in bf16), in the folders of a ComfyUI.
 
     The checkpoint has no text encoder, which the restoration graph does not use.
     """

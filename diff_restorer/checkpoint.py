@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save_file  # pyright: ignore[reportUnknownVariableType]
 from torch import Tensor
 
 FORMAT = "diff-restorer"
@@ -141,7 +141,7 @@ class Checkpoint:
 
     @cached_property
     def _file(self) -> Any:
-        return safe_open(self.path, framework="pt", device="cpu")
+        return _open(self.path)
 
     def has(self, prefix: str) -> bool:
         """Whether the file holds tensors under `prefix`."""
@@ -185,8 +185,9 @@ def read_checkpoint(path: Path | str, required: Iterable[str] = REQUIRED_PREFIXE
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file.")
     try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            metadata, keys = dict(file.metadata() or {}), frozenset(file.keys())
+        with _open(path) as file:
+            metadata: dict[str, str] = dict(file.metadata() or {})
+            keys: frozenset[str] = frozenset(file.keys())
     except SafetensorError as error:
         raise _unreadable(path, error) from error
     if metadata.get("format") != FORMAT:
@@ -237,6 +238,10 @@ def write_checkpoint(path: Path | str, tensors: Mapping[str, Tensor], info: Chec
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def _open(path: Path) -> Any:
+    return safe_open(path, framework="pt", device="cpu")
 
 
 def _unreadable(path: Path, error: Exception) -> CheckpointError:

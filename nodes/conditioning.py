@@ -148,7 +148,6 @@ class DiffRestorerDegradationControl(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        percent = {"min": 0.0, "max": 1.0, "step": 0.001}
         return io.Schema(
             node_id="DiffRestorerDegradationControl",
             display_name="Degradation Control",
@@ -186,14 +185,18 @@ class DiffRestorerDegradationControl(io.ComfyNode):
                 io.Float.Input(
                     "start_percent",
                     default=0.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.001,
                     tooltip="Part of the sampling after which the control begins to act.",
-                    **percent,
                 ),
                 io.Float.Input(
                     "end_percent",
                     default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.001,
                     tooltip="Part of the sampling after which the control stops.",
-                    **percent,
                 ),
             ],
             outputs=[
@@ -230,7 +233,7 @@ class DiffRestorerDegradationControl(io.ComfyNode):
         check_degradation(degradation, diff_restorer)
         rgb, _ = split_alpha(image)
         batch = common_batch(image=len(rgb), degradation=degradation.batch)
-        channels = diff_restorer.control.control_model.latent_channels
+        channels = diff_restorer.control.network.latent_channels
         padded, encoded = encode_photo(vae, rgb, channels)
         latent = {"samples": to_batch(encoded, batch).contiguous()}
         if strength == 0:

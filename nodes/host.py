@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any, cast
 
 import comfy.model_management
 import comfy.model_patcher
@@ -102,7 +103,7 @@ def for_cpu(module: nn.Module, dtype: torch.dtype | None) -> None:
         dtype: From `nano_unet_dtype` or `nano_vae_dtype`; None changes nothing.
     """
     if dtype is not None:
-        module.to(memory_format=torch.channels_last)
+        cast(Any, module).to(memory_format=torch.channels_last)
 
 
 def check_interrupt() -> None:

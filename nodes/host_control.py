@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import comfy.cldm.cldm
 import comfy.controlnet
@@ -24,7 +24,7 @@ class ControlModel(comfy.cldm.cldm.ControlNet):
         latent_channels: int,
         operations: Any,
         device: torch.device | None = None,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__(
             **config,
@@ -102,6 +102,11 @@ class DegradationControlNet(comfy.controlnet.ControlNet):
     ControlNets of the chain instead.
     """
 
+    @property
+    def network(self) -> ControlModel:
+        """The network itself, which copies share."""
+        return cast(ControlModel, self.control_model)
+
     def attach(
         self,
         pixels: Tensor,
@@ -147,7 +152,7 @@ class DegradationControlNet(comfy.controlnet.ControlNet):
             ValueError: The model is not of the kind that the control was trained for.
         """
         config = model.model_config.unet_config
-        found, needed = config.get("context_dim"), self.control_model.context_width
+        found, needed = config.get("context_dim"), self.network.context_width
         if found != needed:
             width = f"{found} wide" if found else "of another kind"
             raise ValueError(

@@ -56,8 +56,10 @@ class DiffRestorer:
         self.latent_format = comfy.latent_formats.SD15(scale_factor=self.info.latent_scale)
         self.prompt_processor = _prompt_processor(checkpoint)
         self.control = _control(checkpoint, self.latent_format, control_dtype)
-        self.fusion = _fusion(checkpoint) if checkpoint.has("decoder.fusion.") else None
-        self.tuned_decoder = _tuned_decoder(checkpoint) if checkpoint.has("decoder.vae.") else None
+        self.fusion: Any = _fusion(checkpoint) if checkpoint.has("decoder.fusion.") else None
+        self.tuned_decoder: Any = (
+            _tuned_decoder(checkpoint) if checkpoint.has("decoder.vae.") else None
+        )
         self._last_tokens: tuple[weakref.ref[Any], bytes, Tensor] | None = None
 
     @property
@@ -222,10 +224,10 @@ def _control(
     device = comfy.model_management.get_torch_device()
     cast = None
     if dtype is None:
-        dtype = comfy.model_management.unet_dtype(
-            model_params=-1, weight_dtype=comfy.utils.weight_dtype(state)
-        )
+        weights = comfy.utils.weight_dtype(state)
+        dtype = comfy.model_management.unet_dtype(model_params=-1, weight_dtype=weights)
         cast = comfy.model_management.unet_manual_cast(dtype, device)
+    assert dtype is not None
     operations = comfy.ops.pick_operations(dtype, cast)
     model = ControlModel(config, hint.shape[1], operations, torch.device("meta"), dtype)
     check_fit(model, state, checkpoint.path, part)

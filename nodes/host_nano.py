@@ -56,13 +56,13 @@ def load_nano(path: Path) -> tuple[Any, Any, Any, DiffRestorer]:
         )
     dtype = nano_unet_dtype()
     restorer = DiffRestorer(checkpoint, control_dtype=dtype)
-    for_cpu(restorer.control.control_model, dtype)
+    for_cpu(restorer.control.network, dtype)
     return _unet(checkpoint, dtype), _clip_vision(checkpoint), _vae(checkpoint), restorer
 
 
 def _unet(checkpoint: Checkpoint, dtype: torch.dtype | None) -> Any:
     state, part = checkpoint.state("base.unet."), "UNet"
-    config = _NanoUNet(detect_unet(state, checkpoint.path, part))
+    config: Any = _NanoUNet(detect_unet(state, checkpoint.path, part))
     config.latent_format = _NanoLatent(checkpoint.info.latent_scale)
     device = comfy.model_management.get_torch_device()
     offload_device = comfy.model_management.unet_offload_device()
@@ -94,7 +94,7 @@ def _vae(checkpoint: Checkpoint) -> Any:
     config = {"params": {"ddconfig": sizes, "embed_dim": embed}}
     dtype = nano_vae_dtype()
     try:
-        vae = comfy.sd.VAE(sd=state, config=config, dtype=dtype)
+        vae: Any = comfy.sd.VAE(sd=state, config=config, dtype=dtype)
     except RuntimeError as error:
         raise CheckpointKeysError(f"{checkpoint.path}: the VAE does not fit ({error}).") from error
     vae.latent_channels = embed

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import comfy.model_management
 import comfy.utils
@@ -89,7 +89,7 @@ class AwareDecoder:
         """
         trunk = self._trunk()
         needed = self._load(latent)
-        free = comfy.model_management.get_free_memory(self.vae.device)
+        free = cast(int, comfy.model_management.get_free_memory(self.vae.device))
         images = None
         if tile == 0 and needed <= free:
             try:
@@ -106,7 +106,7 @@ class AwareDecoder:
     def _trunk(self) -> VaeTrunk:
         module, tuned = self.vae.first_stage_model, self.restorer.tuned_decoder
         trunk = VaeTrunk.of(module)
-        check_vae(self.vae, self.restorer.control.control_model.latent_channels)
+        check_vae(self.vae, self.restorer.control.network.latent_channels)
         if self._fuses:
             self._check_fusion(module)
         if tuned is None:

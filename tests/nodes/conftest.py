@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,9 +21,8 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture(scope="session")
 def pack(comfyui: Path) -> ModuleType:
     """The pack's root module, loaded by the host's own loader under the host's own name."""
-    import nodes
-
-    assert asyncio.run(nodes.load_custom_node(str(ROOT)))
+    host_nodes = importlib.import_module("nodes")
+    assert asyncio.run(host_nodes.load_custom_node(str(ROOT)))
     return sys.modules[str(ROOT).replace(".", "_x_")]
 
 
@@ -36,10 +36,10 @@ def _as_in_the_host() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def run(pack: ModuleType) -> Callable[..., tuple[Any, ...]]:
     """Execute a node by id, as the executor does: on a locked clone, with defaults filled in."""
-    import nodes
+    host_nodes = importlib.import_module("nodes")
 
     def execute(node_id: str, **inputs: Any) -> tuple[Any, ...]:
-        node = nodes.NODE_CLASS_MAPPINGS[node_id]
+        node = host_nodes.NODE_CLASS_MAPPINGS[node_id]
         defaults = {
             entry.id: entry.default
             for entry in node.GET_SCHEMA().inputs

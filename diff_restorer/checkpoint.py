@@ -160,7 +160,7 @@ class Checkpoint:
         """VAE levels with a fusion block, ascending; empty where the decoder is untrained."""
         prefix = "decoder.fusion."
         levels = {key[len(prefix) :].split(".")[0] for key in self.keys if key.startswith(prefix)}
-        return tuple(sorted(map(int, levels)))
+        return tuple(sorted(int(level) for level in levels if level.isdigit()))
 
     @property
     def self_contained(self) -> bool:

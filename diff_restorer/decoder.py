@@ -13,8 +13,10 @@ from torch.nn import functional as F
 from .control import zero_init
 from .vae_trunk import VaeTrunk
 
+PIXELS = -1
+"""The photo itself, beside the VAE's levels 0, 1, ..."""
 Features = dict[int, Tensor]
-"""Encoder features of the LQ image by VAE level: {level: (B, C, H / 2**level, W / 2**level)}."""
+"""The LQ image by level: (B, C, H / 2**level, W / 2**level) of the encoder, PIXELS (B, 3, H, W)."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,8 @@ class FusionConfig:
     """Number of convs in the residual dense block."""
     context_width: int
     """Width of pooled P_D."""
+    pixel_width: int = 0
+    """Width of the block that fuses the photo's own pixels; 0: there is none."""
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Tensor]) -> FusionConfig:
@@ -40,14 +44,16 @@ class FusionConfig:
         Raises:
             KeyError: A tensor that carries a size is missing; the message is its key.
         """
-        levels = sorted({int(key.split(".")[0]) for key in state})
-        first = levels[0] if levels else 0
+        names = {key.split(".")[0] for key in state}
+        levels = sorted(int(name) for name in names if name != "pixels")
+        first = levels[0] if levels else "pixels"
         depth = len([key for key in state if key.startswith(f"{first}.dense.") and "bias" in key])
         return cls(
             channels=tuple((level, state[f"{level}.out.weight"].shape[0]) for level in levels),
             growth=state[f"{first}.dense.0.weight"].shape[0],
             depth=depth,
             context_width=state[f"{first}.film.weight"].shape[1],
+            pixel_width=len(state["pixels.merge.weight"]) if "pixels" in names else 0,
         )
 
 
@@ -63,36 +69,36 @@ class FusionBlock(nn.Module):
 
     def __init__(
         self,
-        channels: int,
-        growth: int,
-        depth: int,
-        context_width: int,
+        channels_in: int,
+        width: int,
+        channels_out: int,
+        config: FusionConfig,
         ops: Any = nn,
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        growth, depth = config.growth, config.depth
 
         def conv(channels_in: int, channels_out: int) -> nn.Module:
             return ops.Conv2d(channels_in, channels_out, 3, padding=1, device=device, dtype=dtype)
 
-        self.merge = conv(2 * channels, channels)
-        self.dense = nn.ModuleList(conv(channels + i * growth, growth) for i in range(depth))
-        self.squeeze = conv(channels + depth * growth, channels)
+        self.merge = conv(channels_in, width)
+        self.dense = nn.ModuleList(conv(width + i * growth, growth) for i in range(depth))
+        self.squeeze = conv(width + depth * growth, width)
         self.film = zero_init(
-            ops.Linear(context_width, 2 * channels, device=device, dtype=dtype)
+            ops.Linear(config.context_width, 2 * width, device=device, dtype=dtype)
         )
-        self.out = zero_init(conv(channels, channels))
+        self.out = zero_init(conv(width, channels_out))
 
-    def forward(self, encoded: Tensor, decoded: Tensor, pooled: Tensor) -> Tensor:
-        """The residual to add to `decoded`.
+    def forward(self, inputs: Tensor, pooled: Tensor) -> Tensor:
+        """What to add to the decoder, (B, channels_out, h, w).
 
         Args:
-            encoded: Encoder features of the LQ image, (B, C, h, w).
-            decoded: Decoder features at the same level, (B, C, h, w).
+            inputs: Features of the LQ image and of the decoder, (B, channels_in, h, w).
             pooled: Pooled P_D, (B, context_width).
         """
-        h = F.leaky_relu(self.merge(torch.cat([encoded, decoded], dim=1)), 0.2)
+        h = F.leaky_relu(self.merge(inputs), 0.2)
         grown = [h]
         for conv in self.dense:
             grown.append(F.leaky_relu(conv(torch.cat(grown, dim=1)), 0.2))
@@ -102,7 +108,14 @@ class FusionBlock(nn.Module):
 
 
 class FusionBlocks(nn.ModuleDict):
-    """One `FusionBlock` per VAE level, under the level's number as its key."""
+    """One `FusionBlock` per VAE level, under the level's number, and one for the pixels.
+
+    The block at level l adds to the decoder's features what it finds in the encoder's. The block
+    `pixels` works on the decoded image: from the LQ photo and the image it computes a gate g and a
+    residual r per pixel and channel; image + w (g (LQ - image) + r) lets undamaged detail of the
+    photo through unchanged. The latter is our addition: a small VAE loses more than features at
+    half size can bring back.
+    """
 
     def __init__(
         self,
@@ -111,12 +124,16 @@ class FusionBlocks(nn.ModuleDict):
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__({
-            str(level): FusionBlock(
-                channels, config.growth, config.depth, config.context_width, ops, device, dtype
-            )
+        def block(channels_in: int, width: int, channels_out: int) -> FusionBlock:
+            return FusionBlock(channels_in, width, channels_out, config, ops, device, dtype)
+
+        blocks = {
+            str(level): block(2 * channels, channels, channels)
             for level, channels in config.channels
-        })  # fmt: skip
+        }
+        if config.pixel_width:
+            blocks["pixels"] = block(6, config.pixel_width, 6)
+        super().__init__(blocks)
         self.config = config
 
     @property
@@ -125,8 +142,20 @@ class FusionBlocks(nn.ModuleDict):
         return tuple(level for level, _ in self.config.channels)
 
     def fuse(self, level: int, encoded: Tensor, decoded: Tensor, pooled: Tensor) -> Tensor:
-        """The residual of `level`, see `FusionBlock.forward`."""
-        return cast(Tensor, self[str(level)](encoded, decoded, pooled))
+        """The residual for the decoder's features (B, C, h, w) of `level`."""
+        return cast(Tensor, self[str(level)](torch.cat([encoded, decoded], dim=1), pooled))
+
+    def fuse_pixels(self, photo: Tensor, image: Tensor, pooled: Tensor) -> Tensor:
+        """The residual for the decoded image, (B, 3, H, W), in fp32.
+
+        Args:
+            photo: LQ photo, (B, 3, H, W) in [-1, 1].
+            image: Decoded image, likewise.
+            pooled: Pooled P_D, (B, context_width).
+        """
+        out = cast(Tensor, self["pixels"](torch.cat([photo, image], dim=1), pooled)).float()
+        gate, residual = out.chunk(2, dim=1)
+        return gate * (photo.float() - image.float()) + residual
 
 
 def encode_with_features(
@@ -144,7 +173,7 @@ def encode_with_features(
         features.
     """
     wanted = set(levels)
-    features: Features = {}
+    features: Features = {PIXELS: pixels}
     h = trunk.encoder_stem(pixels)
     for index, level in enumerate(trunk.encoder_levels):
         for block in level.blocks:
@@ -189,4 +218,7 @@ def aware_decode(
             h = h + fidelity * fusion.fuse(index, features[index], h, pooled)
         if level.resample is not None:
             h = level.resample(h)
-    return trunk.decoder_head(h)
+    image = trunk.decoder_head(h)
+    if fusion is not None and fidelity > 0 and fusion.config.pixel_width:
+        image = image + fidelity * fusion.fuse_pixels(features[PIXELS], image, pooled)
+    return image

@@ -47,9 +47,10 @@ class Sizes:
     vision_patch: int = 16
     vision_head_width: int = 64
     prompt_hidden: int = 384
-    fusion_levels: tuple[int, ...] = (0, 1, 2)
+    fusion_levels: tuple[int, ...] = (1, 2)
     fusion_growth: int = 16
     fusion_depth: int = 3
+    fusion_pixel_width: int = 32
 
 
 def build_vae(sizes: Sizes) -> AutoencoderKL:
@@ -155,12 +156,18 @@ class Models(nn.Module):
             growth=sizes.fusion_growth,
             depth=sizes.fusion_depth,
             context_width=sizes.context_width,
+            pixel_width=sizes.fusion_pixel_width,
         )
 
     def start_decoder(self) -> None:
-        """Copy the trained VAE decoder into the aware decoder (start of stage 2)."""
+        """Copy the trained VAE decoder into the aware decoder (start of stage 2).
+
+        The pixel gate starts open: from the photo itself, much damage is a short way to mend.
+        """
         self.decoder.decoder.load_state_dict(self.vae.decoder.state_dict())
         self.decoder.post_quant_conv.load_state_dict(self.vae.post_quant_conv.state_dict())
+        if self.sizes.fusion_pixel_width:
+            nn.init.ones_(self.decoder.fusion["pixels"].out.bias[:3])
 
     def start_control(self) -> None:
         """Copy the UNet's encoder into the control module (start of stage 1)."""

@@ -13,29 +13,43 @@ def add_gaussian_noise(image: Tensor, sigma: Tensor, generator: torch.Generator)
 
 
 def noise(image: Tensor, severity: Tensor, generator: torch.Generator) -> Tensor:
-    """Gaussian noise (colour or grey), Poisson noise or film grain.
+    """Gaussian noise (colour or grey), Poisson noise, film grain or developed camera noise.
 
     Sigma runs from 5/255 to 75/255; the benchmark's 50/255 lies at severity 0.64.
     """
     draw = Draw(image, generator)
     sigma = lerp(5 / 255, 75 / 255, severity)
-    mode = draw.choice(0.55, 0.1, 0.2, 0.15)
-    white = draw.randn(*image.shape)
-    grey = white[:, :1].expand_as(white)
-    # Photon noise: variance proportional to brightness, equal to sigma^2 at mid grey.
+    mode = draw.choice(0.5, 0.1, 0.15, 0.1, 0.15)
+    added = draw.randn(*image.shape) * per_sample(sigma)
+    for index, variant in ((1, _grey), (2, _photons), (3, _grain), (4, _developed)):
+        chosen = mode == index
+        if chosen.any():
+            added[chosen] = variant(added[chosen], image[chosen], sigma[chosen], generator)
+    return (image + added).clamp(0, 1)
+
+
+def _grey(added: Tensor, image: Tensor, sigma: Tensor, generator: torch.Generator) -> Tensor:
+    return added[:, :1].expand_as(added)
+
+
+def _photons(added: Tensor, image: Tensor, sigma: Tensor, generator: torch.Generator) -> Tensor:
+    """Poisson noise: its variance is proportional to brightness, and sigma^2 at mid grey."""
     gain = per_sample(2 * sigma**2)
-    shot = white.clone()
-    photons = mode == 2
-    if photons.any():
-        counts = (image[photons] / gain[photons]).to(generator.device)
-        sampled = torch.poisson(counts, generator=generator).to(image.device)
-        shot[photons] = (sampled * gain[photons] - image[photons]) / per_sample(sigma[photons])
-    # Grain is a little coarser than a pixel and strongest in the mid-tones.
-    grain = grey + 0.7 * (grey.roll(1, -1) + grey.roll(1, -2)) + 0.3 * white
-    grain = grain * (4 * image * (1 - image)).clamp(0.15).sqrt() / 1.6
-    stack = torch.stack((white, grey, shot, grain))
-    chosen = stack[mode, torch.arange(draw.batch, device=image.device)]
-    return (image + per_sample(sigma) * chosen).clamp(0, 1)
+    counts = torch.poisson((image / gain).to(generator.device), generator=generator)
+    return counts.to(image.device) * gain - image
+
+
+def _grain(added: Tensor, image: Tensor, sigma: Tensor, generator: torch.Generator) -> Tensor:
+    """Film grain: a little coarser than a pixel, nearly grey, strongest in the mid-tones."""
+    grey = added[:, :1]
+    coarse = grey + 0.7 * (grey.roll(1, -1) + grey.roll(1, -2)) + 0.3 * added
+    return coarse * (4 * image * (1 - image)).clamp(0.15).sqrt() / 1.6
+
+
+def _developed(added: Tensor, image: Tensor, sigma: Tensor, generator: torch.Generator) -> Tensor:
+    """Sensor noise after demosaicing: coloured blotches of about two pixels, less in the dark."""
+    across = added + added.roll(1, -1)
+    return (across + across.roll(1, -2)) / 2 * (0.4 + 1.2 * image).clamp(max=1)
 
 
 def low_light(image: Tensor, severity: Tensor, generator: torch.Generator) -> Tensor:

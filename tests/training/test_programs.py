@@ -30,6 +30,7 @@ TOY = Sizes(
     fusion_levels=(0, 2),
     fusion_growth=4,
     fusion_depth=1,
+    fusion_pixel_width=8,
 )
 
 

@@ -278,15 +278,15 @@ def _describe_rejection(answer: dict[str, Any]) -> str:
 
 
 def _check_status(status: dict[str, Any], workflow: Workflow) -> None:
-    for kind, data in status["messages"]:
-        if kind == "execution_interrupted":
+    for event, data in status["messages"]:
+        if event == "execution_interrupted":
             raise PromptInterruptedError(f"the run was interrupted at node {data['node_id']}")
-        if kind == "execution_error":
+        if event == "execution_error":
             title = workflow.get(data["node_id"], {}).get("_meta", {}).get("title")
             name = f"{data['node_type']}{f', {title!r}' if title else ''}"
-            raise ExecutionError(
-                f"node {data['node_id']} ({name}) failed: "
-                f"{data['exception_type']}: {data['exception_message'].strip()}"
-            )
+            # The host writes types of custom nodes with the folder of the pack in front.
+            kind = data["exception_type"].rpartition(".")[2]
+            message = data["exception_message"].strip()
+            raise ExecutionError(f"node {data['node_id']} ({name}) failed: {kind}: {message}")
     if not status["completed"]:
         raise ExecutionError(f"the run ended as {status['status_str']!r} without a reason")

@@ -115,6 +115,11 @@ def restore_sample(
     degraded.save(out / f"{sample.kind}_degraded.png")
     restored.save(out / f"{sample.kind}_restored.png")
     drawn.save(out / f"{sample.kind}_sheet.png")
+    print(
+        f"{sample.kind:<10} {score.psnr_lq:5.2f} -> {score.psnr_restored:5.2f} dB, "
+        f"{_prediction(restoration)}, {score.seconds:.1f} s",
+        flush=True,
+    )
     return score, drawn
 
 
@@ -131,7 +136,7 @@ def restore_samples(client: Client, workflow: Workflow, out: Path) -> None:
     means["accuracy"] = float(np.mean([score.predicted_kind == score.kind for score in scores]))
     report = {"photos": [asdict(score) for score in scores], "mean": means}
     (out / "metrics.json").write_text(json.dumps(report, indent=2) + "\n")
-    _print_table(scores, means)
+    print(f"{'mean':<10} {means['psnr_lq']:5.2f} -> {means['psnr_restored']:5.2f} dB")
 
 
 def restore_own(client: Client, workflow: Workflow, path: Path, max_side: int, out: Path) -> None:
@@ -149,20 +154,6 @@ def _prediction(restoration: Restoration) -> str:
     if restoration.kind is None:
         return "no classifier in the workflow"
     return f"seen as {restoration.kind} ({restoration.probabilities[restoration.kind]:.0%})"
-
-
-def _print_table(scores: Sequence[Score], means: dict[str, float]) -> None:
-    print(f"\n{'kind':<10} {'predicted':<16} {'degraded':>9} {'restored':>9} {'seconds':>8}")
-    for score in scores:
-        seen = f"{score.predicted_kind} {score.probability:.0%}"
-        print(
-            f"{score.kind:<10} {seen:<16} {score.psnr_lq:>6.2f} dB {score.psnr_restored:>6.2f} dB "
-            f"{score.seconds:>8.1f}"
-        )
-    print(
-        f"{'mean':<10} {'':<16} {means['psnr_lq']:>6.2f} dB {means['psnr_restored']:>6.2f} dB "
-        f"{means['seconds']:>8.1f}"
-    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -23,7 +23,6 @@ from tools.client import (
     Progress,
     Result,
     Workflow,
-    WorkflowError,
     find_node,
     load_workflow,
 )
@@ -92,7 +91,8 @@ def restore(client: Client, workflow: Workflow, photo: Image.Image, name: str) -
     filled = copy.deepcopy(workflow)
     stored = client.upload(stream.getvalue(), f"diff-restorer-{name}.png")
     filled[source]["inputs"]["image"] = stored
-    with tqdm(desc=f"{name:<12}", leave=True, unit="step", dynamic_ncols=True) as bar:
+    # disable=None: no bar where the output is no terminal.
+    with tqdm(desc=name, leave=False, unit="step", dynamic_ncols=True, disable=None) as bar:
         result = client.run(filled, lambda progress: _show(bar, filled, progress))
     images = client.images(result, target)
     if len(images) != 1:
@@ -141,9 +141,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             restored.image.save(target)
             seen = f", seen as {restored.kind}" if restored.kind else ""
             sys.stdout.write(f"{target} ({restored.seconds:.1f} s{seen})\n")
-    except WorkflowError as error:
-        sys.stderr.write(f"error in {options.workflow}: {error}\n")
-        return 1
     except ClientError as error:
         sys.stderr.write(f"error: {error}\n")
         return 1

@@ -40,7 +40,7 @@ test-all:
 # ComfyUI on the path lets pyright check the nodes against the host's own classes.
 lint:
 	$(call in_environment,dev,set -e; "$$python" -m ruff check .; "$$python" -m ruff format --check .; \
-	  "$$python" -m pyright --pythonpath "$$python")
+	  PYTHONPATH="$$("$$python" -m tools.host root)" "$$python" -m pyright --pythonpath "$$python")
 
 nano:
 	$(call in_environment,dev,exec "$$python" -m training.nano $(ARGS))

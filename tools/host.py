@@ -248,6 +248,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     setup = commands.add_parser("setup", help="make the environment, print its Python")
     setup.add_argument("--stage", choices=environment.STAGES, default="run")
+    commands.add_parser("root", help="print the ComfyUI checkout")
     server = commands.add_parser("serve", help="run ComfyUI with the pack")
     server.add_argument("--port", type=int, default=8188)
     server.add_argument("--dir", type=Path, help="base directory (default: in the cache folder)")
@@ -258,6 +259,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if options.command == "setup":
             sys.stdout.write(f"{environment.ensure(options.stage)}\n")
+            return 0
+        if options.command == "root":
+            sys.stdout.write(f"{environment.comfyui_root()}\n")
             return 0
         base = options.dir or environment.cache_dir() / "serve"
         return serve(base, options.port, not options.gpu, options.rest)

@@ -33,7 +33,8 @@ def split_alpha(image: Tensor, name: str = "image") -> tuple[Tensor, Tensor | No
     channels = image.shape[-1]
     alpha = image[..., -1:] if channels in (2, 4) else None
     rgb = image[..., :3] if channels > 2 else image[..., :1].expand(*image.shape[:3], 3)
-    return rgb, alpha
+    # Contiguous, because another memory layout changes the last bits of a convolution.
+    return rgb.contiguous(), alpha
 
 
 def pad_to_multiple(rgb: Tensor, multiple: int) -> Tensor:

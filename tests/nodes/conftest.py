@@ -83,3 +83,79 @@ def photo() -> Callable[..., torch.Tensor]:
         return fine.movedim(1, -1).contiguous()
 
     return make
+
+
+@pytest.fixture(scope="session")
+def prepare(toy: SimpleNamespace, run: Callable[..., tuple[Any, ...]]) -> Callable[..., Any]:
+    """The graph up to the sampler: prompts, degradation, controlled prompts and latent."""
+
+    def make(image: torch.Tensor, **control: Any) -> SimpleNamespace:
+        positive, negative, degradation = run(
+            "DiffRestorerPromptProcessor",
+            diff_restorer=toy.restorer,
+            clip_vision=toy.clip_vision,
+            image=image,
+        )
+        controlled = run(
+            "DiffRestorerDegradationControl",
+            **{
+                "positive": positive,
+                "negative": negative,
+                "diff_restorer": toy.restorer,
+                "degradation": degradation,
+                "image": image,
+                "vae": toy.vae,
+            }
+            | control,
+        )
+        return SimpleNamespace(
+            prompts=(positive, negative),
+            degradation=degradation,
+            positive=controlled[0],
+            negative=controlled[1],
+            latent=controlled[2],
+            control=controlled[0][0][1].get("control"),
+        )
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def sample(toy: SimpleNamespace) -> Callable[..., torch.Tensor]:
+    """KSampler of the host."""
+    host_nodes = importlib.import_module("nodes")
+
+    def run_sampler(
+        positive: Any,
+        negative: Any,
+        latent: dict,
+        steps: int = 2,
+        cfg: float = 1.0,
+        sampler: str = "euler",
+    ) -> torch.Tensor:
+        return host_nodes.common_ksampler(
+            toy.model, 1, steps, cfg, sampler, "normal", positive, negative, latent
+        )[0]["samples"]
+
+    return run_sampler
+
+
+@pytest.fixture
+def calls() -> Iterator[Callable[..., list[Any]]]:
+    """Record the real calls of a method, which still does its work."""
+    undo = []
+
+    def record(owner: Any, name: str) -> list[Any]:
+        original, seen = getattr(owner, name), []
+
+        def recorded(*args: Any, **kwargs: Any) -> Any:
+            seen.append((args, kwargs))
+            return original(*args, **kwargs)
+
+        setattr(owner, name, recorded)
+        undo.append(lambda: delattr(owner, name))
+        return seen
+
+    yield record
+    for restore in undo:
+        restore()

@@ -1,0 +1,345 @@
+"""Degradation Control inside the host's sampling, against the host's own ControlNet."""
+
+from __future__ import annotations
+
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from tests import toy_weights
+
+pytestmark = pytest.mark.comfy
+
+
+def keep_percent(model: Any) -> Any:
+    return model.model.model_sampling.percent_to_sigma
+
+
+def evaluate(
+    control: Any, model: Any, context: torch.Tensor, batch: int = 1, size: int = 8
+) -> dict:
+    """One evaluation outside the sampler, at half of the noise."""
+    control.pre_run(model.model, keep_percent(model))
+    generator = torch.Generator().manual_seed(3)
+    noisy = torch.randn(batch, 4, size, size, generator=generator)
+    sigma = torch.full((batch,), keep_percent(model)(0.5))
+    return control.get_control(noisy, sigma, {"c_crossattn": context}, 1, {})
+
+
+def stock_control(toy: SimpleNamespace, seed: int = 20) -> Any:
+    """A ControlNet of the host for the toy UNet, with a picture as its hint."""
+    import comfy.cldm.cldm
+    import comfy.controlnet
+    import comfy.model_management
+
+    config = dict(toy.model.model.model_config.unet_config)
+    for entry in ("out_channels", "dtype"):
+        config.pop(entry, None)
+    net = comfy.cldm.cldm.ControlNet(hint_channels=3, **config)
+    shapes = ((key, tuple(tensor.shape)) for key, tensor in net.state_dict().items())
+    net.load_state_dict(toy_weights.random_state(shapes, seed=seed))
+    device = comfy.model_management.get_torch_device()
+    return comfy.controlnet.ControlNet(net.eval(), load_device=device)
+
+
+def test_is_the_stock_controlnet_where_the_hint_is_zero(toy, prepare, photo) -> None:
+    """Same weights, same context, no hint: bit for bit the host's ControlNet."""
+    restoration = prepare(photo())
+    ours, stock = restoration.control, stock_control(toy)
+    weights = {k: v for k, v in ours.network.state_dict().items() if "hint" not in k}
+    stock.control_model.load_state_dict(weights, strict=False)
+    hint_conv = ours.network.input_hint_block[0]
+    kept = [parameter.clone() for parameter in hint_conv.parameters()]
+    last = stock.control_model.input_hint_block[-1]
+    try:
+        for parameter in (*hint_conv.parameters(), *last.parameters()):
+            parameter.zero_()
+        tokens = restoration.degradation.tokens
+        picture = photo().movedim(-1, 1)
+        expected = evaluate(stock.set_cond_hint(picture), toy.model, tokens)
+        found = evaluate(ours, toy.model, torch.zeros_like(tokens))
+    finally:
+        for parameter, value in zip(hint_conv.parameters(), kept, strict=True):
+            parameter.copy_(value)
+    for part in ("output", "middle"):
+        assert len(found[part]) == len(expected[part]) > 0
+        assert all(map(torch.equal, found[part], expected[part]))
+        assert all(tensor.abs().max() > 0.01 for tensor in found[part])
+
+
+def test_hint_is_the_scaled_latent(toy, prepare, photo) -> None:
+    restoration = prepare(photo())
+    seen = []
+    handle = restoration.control.network.input_hint_block.register_forward_pre_hook(
+        lambda module, args: seen.append(args[0])
+    )
+    try:
+        evaluate(restoration.control, toy.model, restoration.degradation.tokens)
+    finally:
+        handle.remove()
+    torch.testing.assert_close(seen[0], restoration.latent["samples"] * 0.18215)
+
+
+@pytest.mark.parametrize("ours_last", [True, False])
+def test_every_link_of_a_chain_has_its_own_context(toy, prepare, photo, ours_last: bool) -> None:
+    """Ours attends to P_D, the ControlNet before or after it to the prompt; both are added."""
+    restoration = prepare(photo())
+    prompt = restoration.prompts[0][0][0]
+    ours, stock = restoration.control, stock_control(toy).set_cond_hint(photo().movedim(-1, 1), 0.7)
+    alone = [evaluate(control, toy.model, prompt) for control in (ours, stock)]
+
+    contexts = {}
+    handles = [
+        control.control_model.register_forward_pre_hook(
+            lambda module, args, kwargs, name=name: contexts.update({name: kwargs}),
+            with_kwargs=True,
+        )
+        for name, control in (("ours", ours), ("stock", stock))
+    ]
+    first, last = (stock, ours) if ours_last else (ours, stock)
+    chain = last.copy().set_previous_controlnet(first)
+    try:
+        together = evaluate(chain, toy.model, prompt)
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert torch.equal(contexts["stock"]["context"], prompt)
+    assert torch.equal(contexts["ours"]["degradation"], restoration.degradation.tokens)
+    for part in ("output", "middle"):
+        for both, a, b in zip(together[part], alone[0][part], alone[1][part], strict=True):
+            torch.testing.assert_close(both, a + b)
+
+
+@pytest.mark.parametrize("cfg", [1.0, 7.5])
+@pytest.mark.parametrize("sampler", ["euler", "uni_pc", "ddim"])
+def test_sampling_in_a_chain(toy, prepare, photo, sample, cfg: float, sampler: str) -> None:
+    """Applied before and after a stock ControlNet by the host's node: the same picture."""
+    import nodes
+
+    apply = nodes.ControlNetApplyAdvanced().apply_controlnet  # type: ignore
+    image = photo()
+    plain = prepare(image)
+    before = apply(*plain.prompts, stock_control(toy), image, 0.5, 0.0, 1.0)
+    ours_last = prepare(image, positive=before[0], negative=before[1])
+    stock_last = apply(plain.positive, plain.negative, stock_control(toy), image, 0.5, 0.0, 1.0)
+    a = sample(ours_last.positive, ours_last.negative, plain.latent, cfg=cfg, sampler=sampler)
+    b = sample(*stock_last, plain.latent, cfg=cfg, sampler=sampler)
+    torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
+    only = sample(plain.positive, plain.negative, plain.latent, cfg=cfg, sampler=sampler)
+    assert not torch.allclose(a, only, rtol=1e-2, atol=1e-2)
+
+
+def test_shared_between_positive_and_negative(prepare, photo) -> None:
+    restoration = prepare(photo())
+    assert restoration.positive[0][1]["control"] is restoration.negative[0][1]["control"]
+    assert restoration.positive[0][1]["control_apply_to_uncond"] is False
+
+
+@pytest.mark.parametrize("cfg", [1.0, 7.5])
+def test_costs_of_a_restoration(toy, prepare, photo, sample, calls, cfg: float) -> None:
+    """One VAE encode in all, and per step one evaluation of the control, with CFG and without."""
+    encodes = calls(toy.vae, "encode")
+    restoration = prepare(photo())
+    assert len(encodes) == 1
+    forwards = calls(restoration.control.network, "forward")
+    sample(restoration.positive, restoration.negative, restoration.latent, steps=4, cfg=cfg)
+    assert len(forwards) == 4
+    assert len(encodes) == 1
+
+
+def test_strength_zero_is_not_there(toy, prepare, photo, sample) -> None:
+    restoration = prepare(photo(), strength=0.0)
+    assert restoration.positive is restoration.prompts[0]
+    assert restoration.negative is restoration.prompts[1]
+    assert restoration.latent["samples"].shape == (1, 4, 8, 8)
+
+
+def test_strength_scales_what_is_added(toy, prepare, photo) -> None:
+    whole, half = prepare(photo()), prepare(photo(), strength=0.5)
+    context = whole.degradation.tokens
+    a = evaluate(whole.control, toy.model, context)["middle"][0]
+    b = evaluate(half.control, toy.model, context)["middle"][0]
+    torch.testing.assert_close(b, a / 2)
+
+
+def test_acts_within_its_percents_only(toy, prepare, photo) -> None:
+    context = prepare(photo()).degradation.tokens
+    early = prepare(photo(), start_percent=0.0, end_percent=0.3)
+    late = prepare(photo(), start_percent=0.7, end_percent=1.0)
+    around = prepare(photo(), start_percent=0.4, end_percent=0.6)
+    assert evaluate(early.control, toy.model, context) is None
+    assert evaluate(late.control, toy.model, context) is None
+    assert evaluate(around.control, toy.model, context) is not None
+
+
+def test_percents_in_the_wrong_order(prepare, photo) -> None:
+    with pytest.raises(ValueError, match="start_percent: 0.8 is after end_percent 0.2"):
+        prepare(photo(), start_percent=0.8, end_percent=0.2)
+
+
+def test_copy_keeps_class_and_degradation(toy, prepare, photo) -> None:
+    restoration = prepare(photo())
+    control, context = restoration.control, restoration.degradation.tokens
+    copy = control.copy()
+    assert type(copy) is type(control)
+    assert copy.control_model_wrapped is control.control_model_wrapped
+    a, b = (evaluate(c, toy.model, context)["middle"][0] for c in (control, copy))
+    assert torch.equal(a, b)
+
+
+def test_other_tools_may_crop_the_hint(toy, prepare, photo, calls) -> None:
+    """As UltimateSDUpscale does: a copy with another hint is encoded anew, the first one is not."""
+    image = photo(64, 64)
+    restoration = prepare(image)
+    encodes = calls(toy.vae, "encode")
+    tile = restoration.control.copy()
+    tile.cond_hint_original = tile.cond_hint_original[:, :, :32, 32:]
+    context = restoration.degradation.tokens
+    found = evaluate(tile, toy.model, context, size=4)["middle"][0]
+    assert len(encodes) == 1
+    direct = prepare(image[:, :32, 32:])
+    direct.control.set_extra_arg("degradation", restoration.degradation.tokens)
+    torch.testing.assert_close(
+        found, evaluate(direct.control, toy.model, context, size=4)["middle"][0]
+    )
+    evaluate(restoration.control, toy.model, context)
+    assert len(encodes) == 2  # the tile and the direct run; never the whole photo again
+
+
+def test_stale_hint_after_an_interrupt(toy, prepare, photo, sample) -> None:
+    """The host does not clean up after an interrupt; the next run is right nevertheless."""
+    import comfy.model_management
+
+    restoration = prepare(photo())
+    args = (restoration.positive, restoration.negative, restoration.latent)
+    expected = sample(*args)
+
+    def interrupt(*_: Any) -> None:
+        comfy.model_management.interrupt_current_processing()
+
+    handle = restoration.control.network.register_forward_hook(interrupt)
+    try:
+        with pytest.raises(comfy.model_management.InterruptProcessingException):
+            sample(*args)
+    finally:
+        handle.remove()
+        comfy.model_management.interrupt_current_processing(False)
+    assert restoration.control.cond_hint is not None, "nothing stale: this test tests nothing"
+    restoration.control.cond_hint.zero_()
+    assert torch.equal(sample(*args), expected)
+
+
+def test_a_batch_equals_its_photos_one_by_one(prepare, photo, sample) -> None:
+    images = photo(batch=2)
+    batch = prepare(images)
+    together = sample(batch.positive, batch.negative, batch.latent, cfg=7.5)
+    for index in range(2):
+        single = prepare(images[index : index + 1])
+        # Noise depends on the place in the batch: draw it for both places and keep one.
+        latent = {"samples": single.latent["samples"].repeat(2, 1, 1, 1)}
+        alone = sample(single.positive, single.negative, latent, cfg=7.5)
+        torch.testing.assert_close(together[index], alone[index], rtol=1e-3, atol=1e-3)
+
+
+def test_one_photo_for_many_latents(prepare, photo, sample) -> None:
+    restoration = prepare(photo())
+    latent = {"samples": restoration.latent["samples"].repeat(3, 1, 1, 1)}
+    assert sample(restoration.positive, restoration.negative, latent, cfg=3.0).shape[0] == 3
+
+
+def test_batches_that_do_not_go_together(toy, prepare, photo, sample) -> None:
+    three = prepare(photo(batch=3))
+    with pytest.raises(ValueError, match="image 2, degradation 3.*must be equal, or 1"):
+        prepare(photo(batch=2), degradation=three.degradation)
+    latent = {"samples": three.latent["samples"][:2]}
+    with pytest.raises(ValueError, match="latent_image: a batch of 2, .* given 3 photos"):
+        sample(three.positive, three.negative, latent)
+
+
+def test_one_degradation_for_many_photos(toy, prepare, photo, sample) -> None:
+    one = prepare(photo())
+    many = prepare(photo(batch=2), degradation=one.degradation)
+    assert sample(many.positive, many.negative, many.latent).shape[0] == 2
+
+
+def test_areas_masks_and_their_costs(toy, prepare, photo, sample, calls) -> None:
+    """Two areas of two sizes and a mask: each size is encoded once, not once per step."""
+    import nodes
+
+    restoration = prepare(photo())
+    tokens, extra = restoration.positive[0]
+    left = [tokens, extra | {"area": (8, 4, 0, 0), "strength": 1.0}]
+    top = [tokens, extra | {"area": (4, 8, 0, 0), "strength": 1.0}]
+    mask = torch.zeros(1, 64, 64)
+    mask[:, :, 32:] = 1
+    masked = nodes.ConditioningSetMask().append(  # type: ignore
+        restoration.positive, mask, "default", 1.0
+    )[0]
+    encodes = calls(toy.vae, "encode")
+    out = sample([left, top, *masked], restoration.negative, restoration.latent, steps=3, cfg=2.0)
+    assert torch.isfinite(out).all()
+    assert len(encodes) == 2
+
+
+@pytest.mark.parametrize("size", [(61, 75), (8, 200), (1, 1), (7, 9)])
+def test_sizes_that_are_no_multiples_of_8(prepare, photo, sample, size: tuple[int, int]) -> None:
+    restoration = prepare(photo(*size))
+    expected = tuple(-(-side // 8) for side in size)
+    assert restoration.latent["samples"].shape[-2:] == expected
+    out = sample(restoration.positive, restoration.negative, restoration.latent, cfg=2.0)
+    assert torch.isfinite(out).all()
+
+
+def test_inputs_are_not_changed(toy, prepare, photo) -> None:
+    image = photo(61, 75)
+    before, plain = image.clone(), prepare(photo(61, 75))
+    entry = plain.prompts[0][0]
+    keys, tokens = set(entry[1]), entry[0].clone()
+    prepare(image, positive=plain.prompts[0], negative=plain.prompts[1])
+    assert torch.equal(image, before)
+    assert set(entry[1]) == keys
+    assert torch.equal(entry[0], tokens)
+
+
+def test_a_model_of_another_family(toy, prepare, photo) -> None:
+    """SDXL's UNet, as far as the control looks at it: it must say so before anything is run."""
+    import comfy.model_base
+    import comfy.supported_models
+
+    restoration = prepare(photo())
+    config = comfy.supported_models.SDXL({"context_dim": 2048, "disable_unet_model_creation": True})
+    sdxl = comfy.model_base.SDXL(config)
+    with pytest.raises(ValueError, match="cross-attention is 2048 wide, .* needs 32.*SDXL"):
+        restoration.control.pre_run(sdxl, keep_percent(toy.model))
+
+
+def test_a_degradation_of_another_file(toy, prepare, photo, pack: ModuleType) -> None:
+    import dataclasses
+
+    degradation = prepare(photo()).degradation
+    foreign = dataclasses.replace(
+        degradation, tokens=torch.zeros(1, 16, 768), pooled=torch.zeros(1, 768)
+    )
+    with pytest.raises(
+        ValueError, match=r"degradation: it is 768 wide, nano\.safetensors needs 32"
+    ):
+        prepare(photo(), degradation=foreign)
+
+
+def test_another_vae(prepare, photo) -> None:
+    import comfy.sd
+
+    sizes = toy_weights.VaeSizes(128, (1, 2, 4, 4), 2, latent_channels=16)
+    vae = comfy.sd.VAE(sd=toy_weights.random_state(toy_weights.vae_shapes(sizes)))
+    with pytest.raises(ValueError, match="vae: its latents have 16 channels at 1/8 size"):
+        prepare(photo(), vae=vae)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_pictures_with_holes(prepare, photo, bad: float) -> None:
+    image = photo()
+    image[0, 3, 4, 1] = bad
+    with pytest.raises(ValueError, match="image: holds NaN or infinite values"):
+        prepare(image)

@@ -1,0 +1,312 @@
+"""Aware VAE Decode against the host's own decode."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+import torch
+
+from tests import toy_weights
+
+pytestmark = pytest.mark.comfy
+
+
+@pytest.fixture
+def decode(toy, run, prepare, photo) -> Any:
+    """The node on a photo's own latent, as if nothing had been restored."""
+
+    def execute(image: torch.Tensor | None = None, **inputs: Any) -> torch.Tensor:
+        image = photo() if image is None else image
+        restoration = prepare(image)
+        entries = {
+            "samples": restoration.latent,
+            "vae": toy.vae,
+            "diff_restorer": toy.restorer,
+            "degradation": restoration.degradation,
+            "image": image,
+        }
+        return run("DiffRestorerAwareVAEDecode", **(entries | inputs))[0]
+
+    return execute
+
+
+def stock_decode(vae: Any, latent: dict) -> torch.Tensor:
+    import nodes
+
+    return nodes.VAEDecode().decode(vae, latent)[0]  # type: ignore
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_fidelity_zero_is_the_stock_decode(toy, decode, prepare, photo, batch: int) -> None:
+    image = photo(batch=batch)
+    expected = stock_decode(toy.vae, prepare(image).latent)
+    assert torch.equal(decode(image, fidelity=0.0), expected)
+    assert not torch.allclose(decode(image), expected, atol=1e-2)
+
+
+def test_an_untrained_fusion_is_the_stock_decode(toy, decode, prepare, photo) -> None:
+    """Fusion blocks end in zero convs, which training starts from."""
+    blocks = toy.restorer.fusion.model
+    kept = {key: tensor.clone() for key, tensor in blocks.state_dict().items()}
+    try:
+        for block in blocks.values():
+            for parameter in block.out.parameters():
+                parameter.zero_()
+        found = decode(fidelity=1.0)
+    finally:
+        blocks.load_state_dict(kept)
+    assert torch.equal(found, stock_decode(toy.vae, prepare(photo()).latent))
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_identity_in_both_number_formats(
+    toy, pack, prepare, photo, run, monkeypatch, bf16: bool
+) -> None:
+    """The loader takes bf16 where the CPU has it; the identity holds in either."""
+    nano = pack.nodes.host_nano
+    dtype = torch.bfloat16 if bf16 else None
+    monkeypatch.setattr(nano, "nano_unet_dtype", lambda: dtype)
+    monkeypatch.setattr(nano, "nano_vae_dtype", lambda: dtype)
+    model, clip_vision, vae, restorer = nano.load_nano(toy.path)
+    wanted = dtype or torch.float32
+    assert {model.model.get_dtype(), vae.vae_dtype, restorer.control.network.dtype} == {wanted}
+    loaded = {"diff_restorer": restorer, "vae": vae, "image": photo(60, 68)}
+    positive, negative, degradation = run(
+        "DiffRestorerPromptProcessor",
+        diff_restorer=restorer, clip_vision=clip_vision, image=photo(60, 68),
+    )  # fmt: skip
+    *prompts, latent = run(
+        "DiffRestorerDegradationControl",
+        positive=positive, negative=negative, degradation=degradation, **loaded,
+    )  # fmt: skip
+    import nodes
+
+    (out,) = nodes.common_ksampler(  # type: ignore
+        model, 1, 2, 1.0, "euler", "normal", *prompts, latent
+    )
+    found = run(
+        "DiffRestorerAwareVAEDecode",
+        samples=out, degradation=degradation, fidelity=0.0, **loaded,
+    )  # fmt: skip
+    assert torch.equal(found[0], stock_decode(vae, out)[:, :60, :68])
+
+
+def test_fidelity_goes_from_stock_to_full(decode) -> None:
+    zero, half, one = (decode(fidelity=w) for w in (0.0, 0.5, 1.0))
+    assert (half - zero).abs().mean() < (one - zero).abs().mean()
+
+
+@pytest.mark.parametrize("size", [(61, 75), (8, 200), (1, 1), (9, 7), (64, 64)])
+@pytest.mark.parametrize("tile", [0, 64])
+def test_exact_size(decode, photo, size: tuple[int, int], tile: int) -> None:
+    restored = decode(photo(*size), tile_size=tile, overlap=16)
+    assert restored.shape == (1, *size, 3)
+    assert restored.min() >= 0
+    assert restored.max() <= 1
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+def test_channels(decode, photo, channels: int) -> None:
+    """Grey becomes RGB; transparency comes back as it was."""
+    image = photo(40, 40, channels=channels)
+    restored = decode(image)
+    has_alpha = channels in (2, 4)
+    assert restored.shape == (1, 40, 40, 4 if has_alpha else 3)
+    if has_alpha:
+        assert torch.equal(restored[..., 3:], image[..., -1:])
+    if channels == 1:
+        assert torch.equal(restored, decode(image.expand(-1, -1, -1, 3).contiguous()))
+
+
+@pytest.mark.parametrize("fidelity", [0.0, 1.0])
+def test_one_tile_is_the_whole_picture(decode, photo, fidelity: float) -> None:
+    whole = decode(photo(), fidelity=fidelity)
+    tiled = decode(photo(), fidelity=fidelity, tile_size=128, overlap=32)
+    torch.testing.assert_close(tiled, whole, rtol=0, atol=1e-5)
+
+
+def test_tiles_see_their_own_part_of_each_photo(decode, prepare, photo) -> None:
+    """Without overlap the tiles are the decodes of the parts of latent and photo."""
+    image = photo(64, 128, batch=2)
+    restoration = prepare(image)
+    latent, degradation = restoration.latent["samples"], restoration.degradation
+    tiled = decode(image, tile_size=64, overlap=0)
+    for index in range(2):
+        columns, cells = slice(64 * index, 64 * index + 64), slice(8 * index, 8 * index + 8)
+        alone = decode(
+            image[:, :, columns], samples={"samples": latent[..., cells]}, degradation=degradation
+        )
+        torch.testing.assert_close(tiled[:, :, columns], alone, rtol=0, atol=1e-5)
+
+
+def test_one_latent_for_many_photos_and_back(toy, decode, prepare, photo) -> None:
+    many = photo(batch=2)
+    restoration = prepare(many)
+    one = {"samples": restoration.latent["samples"][:1]}
+    assert decode(many, samples=one).shape[0] == 2
+    one_photo = decode(
+        many[:1], samples=restoration.latent, degradation=prepare(many[:1]).degradation
+    )
+    assert one_photo.shape[0] == 2
+    with pytest.raises(ValueError, match="samples 2, image 3, degradation 3"):
+        decode(photo(batch=3), samples=restoration.latent)
+
+
+def test_batch_equals_photos_one_by_one(decode, photo) -> None:
+    images = photo(batch=3)
+    alone = torch.cat([decode(images[index : index + 1]) for index in range(3)])
+    torch.testing.assert_close(decode(images), alone, rtol=0, atol=1e-5)
+
+
+def test_finetuned_decoder(toy, pack, decode, toy_folder, photo) -> None:
+    """Its weights replace those of the VAE's decoder, and only in this decode."""
+    path = toy_weights.write_restorer(toy_folder / "tuned.safetensors", tuned_decoder=True)
+    restorer = pack.nodes.host_models.load_restorer(path)
+    module = toy.vae.first_stage_model
+    before = {key: tensor.clone() for key, tensor in module.state_dict().items()}
+    found = decode(diff_restorer=restorer, fidelity=0.0)
+    assert not torch.allclose(found, decode(fidelity=0.0), atol=1e-2)
+
+    module.load_state_dict(before | restorer.tuned_decoder.model.state_dict())
+    try:
+        assert torch.equal(found, decode(fidelity=0.0))
+    finally:
+        module.load_state_dict(before)
+
+
+def test_without_a_decoder_in_the_file(toy, pack, decode, prepare, photo, toy_folder) -> None:
+    path = toy_weights.write_restorer(toy_folder / "plain.safetensors", fusion_levels=())
+    restorer = pack.nodes.host_models.load_restorer(path)
+    found = decode(diff_restorer=restorer)
+    assert torch.equal(found, stock_decode(toy.vae, prepare(photo()).latent))
+
+
+def test_out_of_memory_falls_back_to_tiles_once(toy, decode, calls, caplog, photo) -> None:
+    import comfy.model_management
+
+    decoder, failures = toy.vae.first_stage_model.decoder.conv_in, []
+
+    def fail_once(*_: Any) -> None:
+        if not failures:
+            failures.append(1)
+            raise comfy.model_management.OOM_EXCEPTION("toy")
+
+    handle = decoder.register_forward_pre_hook(fail_once)
+    try:
+        with caplog.at_level(logging.WARNING):
+            found = decode(photo(64, 72))
+    finally:
+        handle.remove()
+    assert "out of memory, trying again in tiles" in caplog.text
+    torch.testing.assert_close(found, decode(photo(64, 72)), rtol=0, atol=1e-5)
+
+
+def test_out_of_memory_in_tiles_goes_to_the_host(toy, decode) -> None:
+    import comfy.model_management
+
+    def fail(*_: Any) -> None:
+        raise comfy.model_management.OOM_EXCEPTION("toy")
+
+    handle = toy.vae.first_stage_model.decoder.conv_in.register_forward_pre_hook(fail)
+    try:
+        with pytest.raises(comfy.model_management.OOM_EXCEPTION):
+            decode()
+    finally:
+        handle.remove()
+
+
+def test_too_large_for_memory_uses_tiles_at_once(toy, decode, photo, monkeypatch) -> None:
+    import comfy.model_management
+    import comfy.utils
+
+    tiles = []
+    original = comfy.utils.tiled_scale
+    monkeypatch.setattr(
+        comfy.utils, "tiled_scale", lambda *a, **k: tiles.append(k) or original(*a, **k)
+    )
+    monkeypatch.setattr(comfy.model_management, "get_free_memory", lambda *_, **__: 2**24)
+    decode(photo(64, 64))
+    assert [entry["tile_x"] for entry in tiles] == [64]
+
+
+def test_interrupt(decode, photo) -> None:
+    """Cancelled after the first of several tiles: the second one is not decoded."""
+    import comfy.model_management
+    import comfy.utils
+
+    tiles = []
+
+    def cancel(*_: Any, **__: Any) -> None:
+        tiles.append(1)
+        comfy.model_management.interrupt_current_processing()
+
+    image = photo(64, 200)
+    comfy.utils.set_progress_bar_global_hook(cancel)
+    try:
+        with pytest.raises(comfy.model_management.InterruptProcessingException):
+            decode(image, tile_size=64, overlap=16)
+    finally:
+        comfy.utils.set_progress_bar_global_hook(None)
+        comfy.model_management.interrupt_current_processing(False)
+    assert len(tiles) == 1
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ({"fidelity": 1.5}, "fidelity: 1.5, expected 0 to 1"),
+        ({"tile_size": 64, "overlap": 40}, "tile_size: 64 px with overlap 40 px"),
+        ({"tile_size": 32, "overlap": 8}, "tile_size: 32 px"),
+        (
+            {"samples": {"samples": torch.zeros(1, 4, 9, 8)}},
+            "a latent of 64 x 72 px, .* 64 x 64 px",
+        ),
+        ({"samples": {"samples": torch.zeros(1, 4, 1, 8, 8)}}, "samples: a latent"),
+    ],
+)
+def test_wrong_values(decode, inputs: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        decode(**inputs)
+
+
+def taesd() -> Any:
+    import comfy.sd
+    import comfy.taesd.taesd
+
+    model = comfy.taesd.taesd.TAESD(latent_channels=4)
+    return comfy.sd.VAE(sd=model.state_dict())
+
+
+def vae_of(sizes: toy_weights.VaeSizes) -> Any:
+    import comfy.sd
+
+    return comfy.sd.VAE(sd=toy_weights.random_state(toy_weights.vae_shapes(sizes)))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (taesd, "vae: found a TAESD, expected an AutoencoderKL"),
+        (
+            lambda: vae_of(toy_weights.VaeSizes(128, (1, 2, 4, 4), 2, 16)),
+            "vae: its latents have 16",
+        ),
+        (lambda: vae_of(toy_weights.SD15_VAE), "vae: 128 channels at 1/1 size, nano.* with 32"),
+    ],
+)
+def test_other_vaes(decode, make: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        decode(vae=make())
+
+
+def test_inputs_are_not_changed(decode, prepare, photo) -> None:
+    image = photo(61, 75, channels=4)
+    restoration = prepare(image)
+    kept = [
+        t.clone() for t in (image, restoration.latent["samples"], restoration.degradation.pooled)
+    ]
+    decode(image, samples=restoration.latent, degradation=restoration.degradation)
+    now = (image, restoration.latent["samples"], restoration.degradation.pooled)
+    assert all(map(torch.equal, kept, now))

@@ -1,0 +1,216 @@
+"""Prompt Processor and Degradation Classifier: one look at the photo for both."""
+
+from __future__ import annotations
+
+import json
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from tests import toy_weights
+
+pytestmark = pytest.mark.comfy
+
+
+@pytest.fixture
+def read(toy, run) -> Any:
+    """Prompt Processor on a photo."""
+
+    def execute(image: torch.Tensor, **inputs: Any) -> tuple[Any, ...]:
+        entries = {"diff_restorer": toy.restorer, "clip_vision": toy.clip_vision, "image": image}
+        return run("DiffRestorerPromptProcessor", **(entries | inputs))
+
+    return execute
+
+
+@pytest.fixture
+def classify(toy, run) -> Any:
+    """Degradation Classifier on a photo."""
+
+    def execute(image: torch.Tensor, **inputs: Any) -> tuple[Any, ...]:
+        entries = {"diff_restorer": toy.restorer, "clip_vision": toy.clip_vision, "image": image}
+        return run("DiffRestorerDegradationClassifier", **(entries | inputs))
+
+    return execute
+
+
+def test_prompts_are_those_of_the_core(toy, read, photo) -> None:
+    """Patch tokens of the whole photo, squashed, without the class token."""
+    image = photo(40, 90)
+    positive, negative, degradation = read(image)
+    hidden = toy.clip_vision.encode_image(image, crop=False)["last_hidden_state"]
+    expected = toy.restorer.prompt_processor.model(hidden[:, 1:])
+    assert torch.equal(positive[0][0], expected.semantic)
+    assert torch.equal(degradation.tokens, expected.degradation)
+    assert torch.equal(degradation.pooled, expected.degradation.mean(dim=1))
+    assert torch.equal(degradation.probabilities, expected.logits.softmax(dim=-1))
+    assert degradation.types == toy_weights.TYPES
+    assert negative[0][0].shape == positive[0][0].shape
+    assert not negative[0][0].any()
+
+
+def test_semantic_strength(read, photo) -> None:
+    one, half, none = (read(photo(), semantic_strength=value)[0][0][0] for value in (1.0, 0.5, 0.0))
+    assert torch.equal(half, one / 2)
+    assert not none.any()
+
+
+def test_one_clip_pass_for_both_nodes(toy, read, classify, photo, calls) -> None:
+    passes = calls(toy.clip_vision.model, "forward")
+    image = photo(seed=101)
+    _, _, degradation = read(image)
+    classified = classify(image.clone())[3]
+    assert len(passes) == 1
+    assert torch.equal(classified.probabilities, degradation.probabilities)
+
+
+def test_no_stale_results(toy, read, photo, calls) -> None:
+    """A photo changed in place, another photo and another vision model are looked at anew."""
+    image = photo(seed=102)
+    first = read(image)[2].tokens
+    passes = calls(toy.clip_vision.model, "forward")
+    image[0, :8] = 0
+    assert not torch.equal(read(image)[2].tokens, first)
+    assert not torch.equal(read(photo(seed=103))[2].tokens, first)
+    assert len(passes) == 2
+    turned = photo(32, 64, seed=104)
+    read(turned)
+    read(turned.reshape(1, 64, 32, 3))
+    assert len(passes) == 4
+
+
+def test_another_vision_model_is_asked(toy, pack, read, photo) -> None:
+    other = pack.nodes.host_nano.load_nano(toy.path)[1]
+    other.model.vision_model.pre_layrnorm.bias.add_(1)
+    image = photo(seed=105)
+    assert not torch.equal(read(image)[2].tokens, read(image, clip_vision=other)[2].tokens)
+
+
+def test_vision_models_are_not_kept_alive(toy, pack, read, photo) -> None:
+    import gc
+    import weakref
+
+    other = pack.nodes.host_nano.load_nano(toy.path)[1]
+    read(photo(seed=106), clip_vision=other)
+    watch = weakref.ref(other)
+    del other
+    gc.collect()
+    assert watch() is None
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_text_joins(read, photo, batch: int) -> None:
+    text = [
+        [torch.randn(1, 77, 32), {"pooled_output": torch.ones(1, 32), "mask": "kept"}],
+        [torch.randn(1, 154, 32), {}],
+    ]
+    alone = read(photo(batch=batch))[0][0][0]
+    positive, negative, _ = read(photo(batch=batch), text=text)
+    for (tokens, extra), (words, entries) in zip(positive, text, strict=True):
+        assert tokens.shape == (batch, words.shape[1] + 16, 32)
+        assert torch.equal(tokens[:, : words.shape[1]], words.expand(batch, -1, -1))
+        assert torch.equal(tokens[:, words.shape[1] :], alone)
+        assert extra.keys() == entries.keys()
+    assert negative[0][0].shape == positive[0][0].shape
+    assert not negative[0][0].any()
+
+
+def test_text_of_another_family(read, photo) -> None:
+    with pytest.raises(ValueError, match="text: its tokens are 2048 wide, P_S is 32 wide"):
+        read(photo(), text=[[torch.zeros(1, 77, 2048), {}]])
+
+
+def test_a_vision_model_of_another_width(toy, pack, read, photo, toy_folder) -> None:
+    path = toy_weights.write_restorer(toy_folder / "wide.safetensors", clip_width=1024)
+    restorer = pack.nodes.host_models.load_restorer(path)
+    message = r"clip_vision: its tokens are 64 wide, but wide\.safetensors needs 1024.*ViT-L/14"
+    with pytest.raises(ValueError, match=message):
+        read(photo(), diff_restorer=restorer)
+
+
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        (torch.full((1, 8, 8, 3), float("nan")), "image: holds NaN"),
+        (torch.zeros(1, 8, 8, 5), r"image: expected images .* found shape \(1, 8, 8, 5\)"),
+        (torch.zeros(8, 8, 3), "found shape"),
+        (torch.zeros(0, 8, 8, 3), "found shape"),
+    ],
+)
+def test_wrong_pictures(read, classify, image: torch.Tensor, message: str) -> None:
+    for node in (read, classify):
+        with pytest.raises(ValueError, match=message):
+            node(image)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 4])
+def test_channels(read, photo, channels: int) -> None:
+    image = photo(channels=channels)
+    rgb = image[..., :3] if channels == 4 else image[..., :1].expand(-1, -1, -1, 3)
+    assert torch.equal(read(image)[2].tokens, read(rgb.contiguous())[2].tokens)
+
+
+def test_one_pixel(read, classify, photo) -> None:
+    assert torch.isfinite(read(photo(1, 1))[2].tokens).all()
+    assert classify(photo(1, 1))[0] in toy_weights.TYPES
+
+
+def test_classifier(classify, photo) -> None:
+    label, confidence, text, degradation = classify(photo())
+    found = json.loads(text)
+    assert set(found) == set(toy_weights.TYPES)
+    assert sum(found.values()) == pytest.approx(1, abs=1e-5)
+    assert list(found.values()) == sorted(found.values(), reverse=True)
+    assert next(iter(found.items())) == (label, pytest.approx(confidence))
+    assert degradation.prototypes.shape == (8, 32)
+
+
+def test_classifier_of_a_batch(classify, photo) -> None:
+    label, confidence, text, degradation = classify(photo(batch=3))
+    rows = json.loads(text)
+    assert len(rows) == 3
+    means = {name: sum(row[name] for row in rows) / 3 for name in toy_weights.TYPES}
+    assert label == max(means, key=means.__getitem__)
+    assert confidence == pytest.approx(means[label])
+    assert degradation.batch == 3
+
+
+def test_classifier_shows_pictures_and_text(toy, pack: ModuleType, photo, comfyui) -> None:
+    """/history gets the pictures of all photos and the probabilities."""
+    import folder_paths
+    from PIL import Image
+
+    node = pack.nodes.classifier.DiffRestorerDegradationClassifier
+    out = node.PREPARE_CLASS_CLONE(None).EXECUTE_NORMALIZED(
+        diff_restorer=toy.restorer, clip_vision=toy.clip_vision, image=photo(batch=2)
+    )
+    assert json.loads(out.ui["text"][0]) == json.loads(out.args[2])
+    assert len(out.ui["images"]) == 2
+    for entry in out.ui["images"]:
+        with Image.open(f"{folder_paths.get_temp_directory()}/{entry['filename']}") as chart:
+            assert chart.size == (480, 264)
+
+
+def test_chart_bars_are_as_long_as_the_probabilities(pack) -> None:
+    chart = pack.nodes.chart.bar_chart({"noise": 0.75, "low_light": 0.25, "haze": 0.0})
+
+    def coloured(row: int) -> int:
+        line = chart[12 + 30 * row + 10, 132:404]
+        return int(((line.amax(dim=-1) - line.amin(dim=-1)) > 0.1).sum())
+
+    assert coloured(0) == pytest.approx(0.75 * 272, abs=2)
+    assert coloured(1) == pytest.approx(0.25 * 272, abs=2)
+    assert coloured(2) == 0
+
+
+def test_inputs_are_not_changed(read, classify, photo) -> None:
+    image = photo(channels=4)
+    text = [[torch.zeros(1, 4, 32), {"a": 1}]]
+    kept = image.clone()
+    read(image, text=text)
+    classify(image)
+    assert torch.equal(image, kept)
+    assert text[0][1] == {"a": 1}
+    assert text[0][0].shape == (1, 4, 32)

@@ -306,13 +306,13 @@ def info(
 def write_nano(path: Path, **sizes: Any) -> Path:
     """A self-contained toy file in fp16, as Nano is."""
     tensors = restorer_tensors(dtype=torch.float16, **sizes) | base_tensors(dtype=torch.float16)
-    write_checkpoint(path, tensors, info())
+    write_checkpoint(path, tensors, info(types=sizes.get("types", TYPES)))
     return path
 
 
 def write_restorer(path: Path, **sizes: Any) -> Path:
     """A toy file without UNet, VAE and vision model."""
-    write_checkpoint(path, restorer_tensors(**sizes), info())
+    write_checkpoint(path, restorer_tensors(**sizes), info(types=sizes.get("types", TYPES)))
     return path
 
 

@@ -175,7 +175,7 @@ def test_acts_within_its_percents_only(toy, prepare, photo) -> None:
 
 
 def test_percents_in_the_wrong_order(prepare, photo) -> None:
-    with pytest.raises(ValueError, match="start_percent: 0.8 is after end_percent 0.2"):
+    with pytest.raises(ValueError, match=r"start_percent: 0.8 is after end_percent 0.2"):
         prepare(photo(), start_percent=0.8, end_percent=0.2)
 
 
@@ -251,10 +251,10 @@ def test_one_photo_for_many_latents(prepare, photo, sample) -> None:
 
 def test_batches_that_do_not_go_together(toy, prepare, photo, sample) -> None:
     three = prepare(photo(batch=3))
-    with pytest.raises(ValueError, match="image 2, degradation 3.*must be equal, or 1"):
+    with pytest.raises(ValueError, match=r"image 2, degradation 3.*must be equal, or 1"):
         prepare(photo(batch=2), degradation=three.degradation)
     latent = {"samples": three.latent["samples"][:2]}
-    with pytest.raises(ValueError, match="latent_image: a batch of 2, .* given 3 photos"):
+    with pytest.raises(ValueError, match=r"latent_image: a batch of 2, .* given 3 photos"):
         sample(three.positive, three.negative, latent)
 
 
@@ -311,7 +311,7 @@ def test_a_model_of_another_family(toy, prepare, photo) -> None:
     restoration = prepare(photo())
     config = comfy.supported_models.SDXL({"context_dim": 2048, "disable_unet_model_creation": True})
     sdxl = comfy.model_base.SDXL(config)
-    with pytest.raises(ValueError, match="cross-attention is 2048 wide, .* needs 32.*SDXL"):
+    with pytest.raises(ValueError, match=r"cross-attention is 2048 wide, .* needs 32.*SDXL"):
         restoration.control.pre_run(sdxl, keep_percent(toy.model))
 
 

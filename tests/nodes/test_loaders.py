@@ -1,0 +1,235 @@
+"""Opening files: where they are looked for, what is refused, in which number format."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from tests import toy_weights
+
+pytestmark = pytest.mark.comfy
+
+
+@pytest.fixture
+def folder(comfyui: Path, pack: ModuleType) -> Path:
+    """models/diff_restorer of the host."""
+    path = comfyui / "models" / "diff_restorer"
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def test_folder_lists_only_safetensors(pack: ModuleType, folder: Path) -> None:
+    (folder / "notes.txt").write_text("")
+    (folder / "old.ckpt").write_text("")
+    toy_weights.write_restorer(folder / "toy.safetensors")
+    assert pack.nodes.host.model_files() == ["toy.safetensors"]
+    options = pack.nodes.loaders.DiffRestorerLoader.define_schema().inputs[0].options
+    assert options == ["toy.safetensors"]
+
+
+def test_folders_of_the_user_stay(pack: ModuleType, folder: Path, tmp_path: Path) -> None:
+    """extra_model_paths.yaml is read before the pack is loaded, with no extensions."""
+    import folder_paths
+
+    kept = folder_paths.folder_names_and_paths["diff_restorer"]
+    toy_weights.write_restorer(tmp_path / "elsewhere.safetensors")
+    folder_paths.folder_names_and_paths["diff_restorer"] = ([str(tmp_path)], set())
+    try:
+        pack.nodes.host.register_model_folder()
+        pack.nodes.host.register_model_folder()
+        paths, extensions = folder_paths.folder_names_and_paths["diff_restorer"]
+        assert paths == [str(tmp_path), str(folder)]
+        assert extensions == {".safetensors"}
+        assert "elsewhere.safetensors" in pack.nodes.host.model_files()
+    finally:
+        folder_paths.folder_names_and_paths["diff_restorer"] = kept
+
+
+def test_an_empty_folder_explains_itself(pack: ModuleType, run, monkeypatch) -> None:
+    loaders = pack.nodes.loaders
+    monkeypatch.setattr(pack.nodes.host, "model_files", list)
+    options = loaders.DiffRestorerLoader.define_schema().inputs[0].options
+    assert options == ["(put a .safetensors file into models/diff_restorer)"]
+    with pytest.raises(ValueError, match=r"no Diff-Restorer file.*models.diff_restorer.*: none"):
+        run("DiffRestorerLoader", file=options[0])
+
+
+def test_load(folder: Path, run) -> None:
+    toy_weights.write_restorer(folder / "toy.safetensors", types=("noise", "clean"))
+    (restorer,) = run("DiffRestorerLoader", file="toy.safetensors")
+    assert restorer.info.types == ("noise", "clean")
+    assert restorer.sizes.clip_width == 64
+    assert restorer.fusion.model.levels == (0, 1, 2)
+    assert restorer.latent_format.scale_factor == 0.18215
+
+
+def test_a_replaced_file_is_loaded_again(folder: Path, pack: ModuleType) -> None:
+    import os
+
+    node = pack.nodes.loaders.DiffRestorerLoader
+    path = toy_weights.write_restorer(folder / "toy.safetensors")
+    before = node.fingerprint_inputs(file="toy.safetensors")
+    assert node.fingerprint_inputs(file="toy.safetensors") == before
+    os.utime(path, (1, 1))
+    assert node.fingerprint_inputs(file="toy.safetensors") != before
+
+
+@pytest.mark.parametrize(
+    ("write", "message"),
+    [
+        (toy_weights.write_pickle, "pickle"),
+        (toy_weights.write_wrong_kind, "found a VAE"),
+        (toy_weights.write_newer, "Update Diff-Restorer"),
+        (
+            lambda path: toy_weights.write_without(path, "control.zero_convs.0.0.bias"),
+            r"control module does not fit \(missing: zero_convs\.0\.0\.bias\)",
+        ),
+        (
+            lambda path: toy_weights.write_without(path, "control.input_hint_block.0.weight"),
+            r"control module does not fit \(missing: input_hint_block\.0\.weight\)",
+        ),
+        (
+            lambda path: toy_weights.write_without(path, "control.input_blocks.0.0.weight"),
+            "control module does not fit",
+        ),
+        (
+            lambda path: toy_weights.write_without(path, "prompt_processor.semantic.0.weight"),
+            r"prompt processor does not fit \(missing: semantic\.0\.weight\)",
+        ),
+        (
+            lambda path: toy_weights.write_without(path, "prompt_processor.prototypes"),
+            r"prompt processor does not fit \(missing: prototypes\)",
+        ),
+        (
+            lambda path: toy_weights.write_without(path, "decoder.fusion.1.film.bias"),
+            r"fusion blocks does not fit \(missing: 1\.film\.bias\)",
+        ),
+    ],
+)
+def test_wrong_files(folder: Path, run, write: Any, message: str) -> None:
+    path = write(folder / "wrong.safetensors")
+    try:
+        with pytest.raises(ValueError, match=message) as caught:
+            run("DiffRestorerLoader", file="wrong.safetensors")
+    finally:
+        path.unlink()
+    assert str(path) in str(caught.value)
+
+
+def test_truncated_file(folder: Path, run, toy) -> None:
+    path = toy_weights.write_truncated(folder / "cut.safetensors", toy.path)
+    try:
+        with pytest.raises(ValueError, match=r"cut\.safetensors: incomplete"):
+            run("DiffRestorerLoader", file="cut.safetensors")
+    finally:
+        path.unlink()
+
+
+def test_unexpected_and_misshapen_tensors(folder: Path, pack: ModuleType, tmp_path: Path) -> None:
+    tensors = toy_weights.restorer_tensors()
+    tensors["control.surprise"] = torch.zeros(1)
+    tensors["control.time_embed.2.bias"] = torch.zeros(7)
+    path = tmp_path / "odd.safetensors"
+    pack.diff_restorer.checkpoint.write_checkpoint(path, tensors, toy_weights.info())
+    message = r"unexpected: surprise, time_embed\.2\.bias \(7,\) instead of \(128,\)"
+    with pytest.raises(ValueError, match=message):
+        pack.nodes.host_models.load_restorer(path)
+
+
+def test_types_and_classifier_disagree(pack: ModuleType, tmp_path: Path) -> None:
+    path = tmp_path / "odd.safetensors"
+    info = toy_weights.info(types=("noise",))
+    pack.diff_restorer.checkpoint.write_checkpoint(path, toy_weights.restorer_tensors(), info)
+    with pytest.raises(ValueError, match="classifier has 8 outputs, the metadata name 1 types"):
+        pack.nodes.host_models.load_restorer(path)
+
+
+def test_nano_is_complete(toy) -> None:
+    assert toy.model.model.model_config.unet_config["context_dim"] == 32
+    assert toy.model.model.latent_format.scale_factor == 0.18215
+    assert toy.clip_vision.image_size == 64
+    assert toy.clip_vision.image_mean == [0.48, 0.46, 0.41]
+    assert toy.vae.latent_channels == 4
+
+
+def test_nano_is_missing(run, pack: ModuleType, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(pack.nodes.host, "NANO_FILE", tmp_path / "nano.safetensors")
+    with pytest.raises(FileNotFoundError, match=r"Nano's weights are missing.*make nano"):
+        run("DiffRestorerNanoLoader")
+
+
+def test_nano_must_be_self_contained(pack: ModuleType, tmp_path: Path) -> None:
+    path = toy_weights.write_restorer(tmp_path / "half.safetensors")
+    with pytest.raises(ValueError, match=r"half\.safetensors: holds no UNet.*Load Diff-Restorer"):
+        pack.nodes.host_nano.load_nano(path)
+
+
+@pytest.mark.parametrize(
+    ("key", "part"),
+    [
+        ("base.unet.out.2.bias", "UNet"),
+        ("base.vae.decoder.conv_out.bias", "VAE"),
+        ("base.vae.decoder.conv_in.weight", "VAE"),
+        ("base.clip_vision.vision_model.post_layernorm.bias", "vision model"),
+        ("base.clip_vision.visual_projection.weight", "vision model"),
+    ],
+)
+def test_damaged_nano(pack: ModuleType, tmp_path: Path, key: str, part: str) -> None:
+    """The host's own loaders would only log a missing tensor and go on with random numbers."""
+    tensors = toy_weights.restorer_tensors() | toy_weights.base_tensors()
+    del tensors[key]
+    path = tmp_path / "nano.safetensors"
+    pack.diff_restorer.checkpoint.write_checkpoint(path, tensors, toy_weights.info())
+    with pytest.raises(ValueError, match=rf"nano\.safetensors: the {part} does not fit"):
+        pack.nodes.host_nano.load_nano(path)
+
+
+def test_weights_are_views_of_the_file(pack: ModuleType, toy_folder: Path) -> None:
+    """In the file's own number format nothing is copied: parts lie together in one mapping."""
+    path = toy_weights.write_restorer(toy_folder / "fp32.safetensors", dtype=torch.float32)
+    restorer = pack.nodes.host_models.load_restorer(path)
+    mapped = [
+        tuple(int(end, 16) for end in line.split()[0].split("-"))
+        for line in Path("/proc/self/maps").read_text().splitlines()
+        if line.endswith(str(path))
+    ]
+    modules = (restorer.prompt_processor.model, restorer.control.network, restorer.fusion.model)
+    for module in modules:
+        for name, tensor in module.state_dict().items():
+            assert any(low <= tensor.data_ptr() < high for low, high in mapped), name
+
+
+def test_bf16_only_where_it_pays(pack: ModuleType, monkeypatch) -> None:
+    """The user's flags go first, then the CPU's abilities; GPUs are the host's affair."""
+    import comfy.model_management
+    from comfy.cli_args import args
+
+    host = pack.nodes.host
+    monkeypatch.setattr(host, "cpu_has_native_bf16", lambda: True)
+    assert host.nano_unet_dtype() == host.nano_vae_dtype() == torch.bfloat16
+    for flag in ("fp32_unet", "fp16_unet", "force_fp32"):
+        with monkeypatch.context() as patch:
+            patch.setattr(args, flag, True)
+            assert host.nano_unet_dtype() is None
+    for flag in ("fp32_vae", "force_fp32"):
+        with monkeypatch.context() as patch:
+            patch.setattr(args, flag, True)
+            assert host.nano_vae_dtype() is None
+    with monkeypatch.context() as patch:
+        patch.setattr(comfy.model_management, "get_torch_device", lambda: torch.device("cuda"))
+        assert host.nano_unet_dtype() is None
+    monkeypatch.setattr(host, "cpu_has_native_bf16", lambda: False)
+    assert host.nano_unet_dtype() is None
+
+
+def test_the_feature_test_agrees_with_the_kernel(pack: ModuleType) -> None:
+    cpuinfo = Path("/proc/cpuinfo")
+    if not cpuinfo.exists():
+        pytest.skip("needs Linux")
+    flags = cpuinfo.read_text()
+    listed = "avx512_bf16" in flags or "amx_bf16" in flags or " bf16" in flags
+    assert pack.nodes.host.cpu_has_native_bf16() == listed

@@ -1,0 +1,138 @@
+"""Ids, sockets and defaults are what saved workflows hold: they may only grow at the end."""
+
+from __future__ import annotations
+
+import asyncio
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.comfy
+
+NODES = {
+    "DiffRestorerLoader": (
+        "Load Diff-Restorer",
+        {"file": "COMBO"},
+        {"diff_restorer": "DIFF_RESTORER"},
+    ),
+    "DiffRestorerNanoLoader": (
+        "Load Diff-Restorer Nano",
+        {},
+        {
+            "model": "MODEL",
+            "clip_vision": "CLIP_VISION",
+            "vae": "VAE",
+            "diff_restorer": "DIFF_RESTORER",
+        },
+    ),
+    "DiffRestorerPromptProcessor": (
+        "Diff-Restorer Prompt Processor",
+        {
+            "diff_restorer": "DIFF_RESTORER",
+            "clip_vision": "CLIP_VISION",
+            "image": "IMAGE",
+            "text": "CONDITIONING",
+            "semantic_strength": ("FLOAT", 1.0, 0.0, 2.0),
+        },
+        {"positive": "CONDITIONING", "negative": "CONDITIONING", "degradation": "DEGRADATION"},
+    ),
+    "DiffRestorerDegradationControl": (
+        "Degradation Control",
+        {
+            "positive": "CONDITIONING",
+            "negative": "CONDITIONING",
+            "diff_restorer": "DIFF_RESTORER",
+            "degradation": "DEGRADATION",
+            "image": "IMAGE",
+            "vae": "VAE",
+            "strength": ("FLOAT", 1.0, 0.0, 10.0),
+            "start_percent": ("FLOAT", 0.0, 0.0, 1.0),
+            "end_percent": ("FLOAT", 1.0, 0.0, 1.0),
+        },
+        {"positive": "CONDITIONING", "negative": "CONDITIONING", "latent": "LATENT"},
+    ),
+    "DiffRestorerAwareVAEDecode": (
+        "Aware VAE Decode",
+        {
+            "samples": "LATENT",
+            "vae": "VAE",
+            "diff_restorer": "DIFF_RESTORER",
+            "degradation": "DEGRADATION",
+            "image": "IMAGE",
+            "fidelity": ("FLOAT", 1.0, 0.0, 1.0),
+            "tile_size": ("INT", 0, 0, 4096),
+            "overlap": ("INT", 64, 0, 1024),
+        },
+        {"image": "IMAGE"},
+    ),
+    "DiffRestorerDegradationClassifier": (
+        "Degradation Classifier",
+        {"diff_restorer": "DIFF_RESTORER", "clip_vision": "CLIP_VISION", "image": "IMAGE"},
+        {
+            "label": "STRING",
+            "confidence": "FLOAT",
+            "probabilities": "STRING",
+            "degradation": "DEGRADATION",
+        },
+    ),
+}
+OPTIONAL = {("DiffRestorerPromptProcessor", "text")}
+
+
+@pytest.fixture(scope="module")
+def schemas(pack: ModuleType) -> dict[str, Any]:
+    extension = asyncio.run(pack.comfy_entrypoint())
+    nodes = asyncio.run(extension.get_node_list())
+    return {node.GET_SCHEMA().node_id: node.GET_SCHEMA() for node in nodes}
+
+
+def test_the_nodes_of_the_design(schemas: dict[str, Any]) -> None:
+    assert list(schemas) == list(NODES)
+
+
+@pytest.mark.parametrize("node_id", NODES)
+def test_sockets_and_widgets(schemas: dict[str, Any], node_id: str) -> None:
+    schema = schemas[node_id]
+    name, inputs, outputs = NODES[node_id]
+    assert schema.display_name == name
+    assert schema.category == "restoration/diff-restorer"
+    assert [entry.id for entry in schema.inputs] == list(inputs)
+    for entry, expected in zip(schema.inputs, inputs.values(), strict=True):
+        if isinstance(expected, tuple):
+            found = (entry.get_io_type(), entry.default, entry.min, entry.max)
+        else:
+            found = entry.get_io_type()
+        assert found == expected, entry.id
+        assert entry.optional == ((node_id, entry.id) in OPTIONAL)
+    assert {entry.display_name: entry.get_io_type() for entry in schema.outputs} == outputs
+
+
+@pytest.mark.parametrize("node_id", NODES)
+def test_everything_is_explained(schemas: dict[str, Any], node_id: str) -> None:
+    schema = schemas[node_id]
+    assert len(schema.description) > 60
+    for entry in (*schema.inputs, *schema.outputs):
+        assert entry.tooltip, f"{node_id}.{entry.id}"
+        assert entry.tooltip.endswith(".")
+
+
+def test_the_host_registered_them(pack: ModuleType) -> None:
+    import nodes
+
+    for node_id, (name, _, _) in NODES.items():
+        assert nodes.NODE_DISPLAY_NAME_MAPPINGS[node_id] == name  # type: ignore
+        info = nodes.NODE_CLASS_MAPPINGS[node_id].GET_NODE_INFO_V1()  # type: ignore
+        assert info["output_node"] == (node_id == "DiffRestorerDegradationClassifier")
+        assert all(info["output_tooltips"])
+
+
+def test_no_state_on_node_classes(schemas: dict[str, Any], toy, prepare, photo, pack) -> None:
+    """What a run leaves behind must not hang on the classes, which all graphs share."""
+    nodes = (
+        pack.nodes.conditioning.DiffRestorerPromptProcessor,
+        pack.nodes.loaders.DiffRestorerLoader,
+    )
+    before = [set(vars(node)) for node in nodes]
+    prepare(photo())
+    assert [set(vars(node)) for node in nodes] == before

@@ -1,0 +1,163 @@
+"""The shipped workflows load without a missing node, and both formats say the same."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from PIL import Image
+
+pytestmark = pytest.mark.comfy
+
+FOLDER = Path(__file__).parents[2] / "workflows"
+NAMES = ("restore_nano", "restore_sd15")
+NOTES = ("Note", "MarkdownNote")
+# What the front end stores beside the widgets of the schema.
+AFTER_SEED, UPLOAD = "fixed", {"upload": "image"}
+
+
+@pytest.fixture(scope="module")
+def info(pack: ModuleType) -> Any:
+    """/object_info of one node."""
+    import nodes
+
+    def of(node_type: str) -> dict[str, Any]:
+        node = nodes.NODE_CLASS_MAPPINGS[node_type]  # type: ignore
+        if hasattr(node, "GET_NODE_INFO_V1"):
+            found = node.GET_NODE_INFO_V1()
+            return {"input": found["input"], "output": list(found["output"])}
+        return {"input": node.INPUT_TYPES(), "output": list(node.RETURN_TYPES)}
+
+    return of
+
+
+def entries_of(info: dict[str, Any]) -> dict[str, tuple[Any, bool]]:
+    """Input name -> (type, required)."""
+    return {
+        name: (entry[0], part == "required")
+        for part in ("required", "optional")
+        for name, entry in info["input"].get(part, {}).items()
+    }
+
+
+def is_widget(kind: Any) -> bool:
+    return isinstance(kind, list) or kind in ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
+
+
+def load(name: str, api: bool = False) -> dict[str, Any]:
+    return json.loads((FOLDER / ("api" if api else "") / f"{name}.json").read_text())
+
+
+def test_all_workflows_are_known() -> None:
+    for folder in (FOLDER, FOLDER / "api"):
+        assert sorted(path.stem for path in folder.glob("*.json")) == sorted(NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_api_format(info, name: str) -> None:
+    graph = load(name, api=True)
+    for node_id, node in graph.items():
+        entries = entries_of(info(node["class_type"]))
+        assert set(node["inputs"]) <= set(entries), node_id
+        required = {key for key, (_, needed) in entries.items() if needed}
+        assert required <= set(node["inputs"]), node_id
+        for key, value in node["inputs"].items():
+            kind = entries[key][0]
+            if isinstance(value, list):
+                source, slot = value
+                assert info(graph[source]["class_type"])["output"][slot] == kind, (node_id, key)
+            else:
+                assert is_widget(kind), (node_id, key)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_programs_rely_on(name: str) -> None:
+    graph = load(name, api=True)
+    titles = {node["_meta"]["title"]: node["class_type"] for node in graph.values()}
+    assert titles["Degraded photo"] == "LoadImage"
+    assert titles["Restored"] == "SaveImage"
+    assert "DiffRestorerDegradationClassifier" in titles.values()
+    nodes = {node["class_type"]: node for node in graph.values()}
+    sampler = nodes["KSampler"]["inputs"]
+    settings = [sampler[key] for key in ("sampler_name", "steps", "cfg", "denoise")]
+    assert settings in (["uni_pc", 20, 1.0, 1.0], ["ddim", 20, 1.0, 1.0])
+    latent, slot = sampler["latent_image"]
+    assert (graph[latent]["class_type"], slot) == ("DiffRestorerDegradationControl", 2)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_ui_format(info, name: str) -> None:
+    """Sockets, slots and links agree with the nodes, and every required socket has a link."""
+    graph = load(name)
+    nodes = {node["id"]: node for node in graph["nodes"]}
+    links = {link[0]: link for link in graph["links"]}
+    assert graph["last_node_id"] >= max(nodes)
+    assert graph["last_link_id"] >= max(links)
+    assert any(node["type"] in NOTES for node in graph["nodes"])
+    for number, source, out_slot, target, in_slot, kind in links.values():
+        assert nodes[target]["inputs"][in_slot]["link"] == number
+        assert number in nodes[source]["outputs"][out_slot]["links"]
+        assert nodes[source]["outputs"][out_slot]["type"] == kind
+        assert nodes[target]["inputs"][in_slot]["type"] == kind
+    for node in nodes.values():
+        if node["type"] in NOTES:
+            continue
+        described = info(node["type"])
+        entries = entries_of(described)
+        sockets = [entry for entry in node["inputs"] if "widget" not in entry]
+        expected = [key for key, (kind, _) in entries.items() if not is_widget(kind)]
+        assert sorted(entry["name"] for entry in sockets) == sorted(expected), node["type"]
+        for entry in sockets:
+            assert entry["type"] == entries[entry["name"]][0]
+            assert entry["link"] is not None or not entries[entry["name"]][1], entry["name"]
+        assert [entry["type"] for entry in node["outputs"]] == described["output"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_both_formats_describe_one_graph(name: str) -> None:
+    ui, api = load(name), load(name, api=True)
+    links = {link[0]: link for link in ui["links"]}
+    rebuilt = {}
+    for node in ui["nodes"]:
+        if node["type"] in NOTES:
+            continue
+        inputs: dict[str, Any] = {}
+        values = iter(node["widgets_values"])
+        for entry in node["inputs"]:
+            if "widget" in entry:
+                inputs[entry["name"]] = next(values)
+                if entry["name"] == "seed":
+                    assert next(values) == AFTER_SEED
+            elif entry["link"] is not None:
+                _, source, slot, *_ = links[entry["link"]]
+                inputs[entry["name"]] = [str(source), slot]
+        assert not list(values)
+        if node["type"] == "LoadImage":
+            inputs = {
+                key: value for key, value in inputs.items() if (key, value) not in UPLOAD.items()
+            }
+        rebuilt[str(node["id"])] = (node["type"], inputs)
+    assert rebuilt == {key: (node["class_type"], node["inputs"]) for key, node in api.items()}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_widgets_are_in_the_order_of_the_schema(info, name: str) -> None:
+    """The front end stores widget values by position."""
+    for node in load(name)["nodes"]:
+        if node["type"] in NOTES:
+            continue
+        stored = [entry["name"] for entry in node["inputs"] if "widget" in entry]
+        expected = [
+            key for key, (kind, _) in entries_of(info(node["type"])).items() if is_widget(kind)
+        ]
+        assert [key for key in stored if key not in UPLOAD] == expected
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_thumbnails(name: str) -> None:
+    with Image.open(FOLDER / f"{name}.jpg") as picture:
+        assert picture.format == "JPEG"
+        assert min(picture.size) >= 200

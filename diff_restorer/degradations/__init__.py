@@ -1,6 +1,6 @@
 """Degradations: pure functions of (image, severity, generator), shared by training and nodes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -34,6 +34,11 @@ ALL_KINDS: tuple[str, ...] = tuple(_FUNCTIONS)
 """Every kind that `degrade` knows."""
 KINDS: tuple[str, ...] = ALL_KINDS[:9]
 """The default kinds: the paper's eight and `clean`."""
+
+
+_PHYSICAL_ORDER = (
+    "haze", "rain", "snow", "low_light", "raindrop", "blur", "low_res", "noise", "jpeg", "clean",
+)  # fmt: skip
 
 
 def sample_severity(generator: torch.Generator) -> float:
@@ -74,11 +79,43 @@ def degrade(
         return _FUNCTIONS[kind](image, level.expand(len(image)), generator)
 
 
+def degrade_chain(
+    kinds: Sequence[str], image: Tensor, severity: float | Tensor, generator: torch.Generator
+) -> Tensor:
+    """Degrades a batch with several kinds, in the order in which a picture meets them.
+
+    The air comes first, then the light, the glass, the lens, the sensor and the file, whatever the
+    order of `kinds`; so the labels of a chain are a set.
+
+    Args:
+        kinds: different members of `ALL_KINDS`.
+        image: (B, 3, H, W), float32 in [0, 1].
+        severity: one number, or (B,) for all kinds, or (B, len(kinds)) for each kind its own.
+        generator: source of every random number.
+
+    Returns:
+        (B, 3, H, W), float32 in [0, 1].
+
+    Raises:
+        ValueError: as `degrade`, or if a kind is named twice.
+    """
+    if len(set(kinds)) < len(kinds):
+        raise ValueError(f"kinds: each kind may be named once, found {', '.join(kinds)}")
+    level = torch.as_tensor(severity, dtype=torch.float32)
+    if unknown := set(kinds) - set(ALL_KINDS):
+        raise ValueError(f"kinds: unknown {sorted(unknown)}; known are {', '.join(ALL_KINDS)}")
+    for kind in sorted(kinds, key=_PHYSICAL_ORDER.index):
+        own = level[:, list(kinds).index(kind)] if level.ndim == 2 else level
+        image = degrade(kind, image, own, generator)
+    return image
+
+
 __all__ = [
     "ALL_KINDS",
     "KINDS",
     "add_gaussian_noise",
     "degrade",
+    "degrade_chain",
     "jpeg_codec",
     "sample_severity",
 ]

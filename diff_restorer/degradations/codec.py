@@ -30,7 +30,7 @@ def jpeg_codec(image: Tensor, quality: Tensor, subsampling: Tensor | None = None
             Image.fromarray(sample).save(
                 stream, "JPEG", quality=round(float(quality[index])), subsampling=chroma
             )
-            decoded.append(torch.from_numpy(np.array(Image.open(stream))))
+            decoded.append(torch.as_tensor(np.array(Image.open(stream))))
     return torch.stack(decoded).permute(0, 3, 1, 2).to(image.device).float() / 255
 
 
@@ -44,15 +44,18 @@ def jpeg(image: Tensor, severity: Tensor, generator: torch.Generator) -> Tensor:
 def low_res(image: Tensor, severity: Tensor, generator: torch.Generator) -> Tensor:
     """Shrinks 1.5 to 8 times and enlarges again, each with a random filter."""
     draw = Draw(image, generator)
-    factor = geometric(1.5, 8.0, severity).tolist()
-    shrink, enlarge = draw.choice(0.6, 0.4).tolist(), draw.choice(0.7, 0.3).tolist()
-    names = ("bicubic", "bilinear")
-    size = (draw.height, draw.width)
+    factors = geometric(1.5, 8.0, severity)
+    shrink, enlarge = draw.chance(0.6), draw.chance(0.7)
     samples: list[Tensor] = []
-    for index in range(draw.batch):
-        small = [max(1, round(side / factor[index])) for side in size]
+    for index, factor in enumerate(factors):
+        small = [max(1, round(side / float(factor))) for side in (draw.height, draw.width)]
         sample = F.interpolate(
-            image[index : index + 1], size=small, mode=names[shrink[index]], antialias=True
+            image[index : index + 1], size=small, mode=_filter(shrink[index]), antialias=True
         )
-        samples.append(F.interpolate(sample, size=size, mode=names[enlarge[index]]))
+        size = (draw.height, draw.width)
+        samples.append(F.interpolate(sample, size=size, mode=_filter(enlarge[index])))
     return torch.cat(samples).clamp(0, 1)
+
+
+def _filter(bicubic: Tensor) -> str:
+    return "bicubic" if bicubic else "bilinear"

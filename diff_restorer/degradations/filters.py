@@ -23,8 +23,16 @@ def convolve(image: Tensor, kernel: Tensor) -> Tensor:
     mode = "reflect" if min(height, width) > pad else "replicate"
     padded = F.pad(image, (pad, pad, pad, pad), mode=mode)
     shape = (padded.shape[-2], padded.shape[-1])
-    spectrum = torch.fft.rfft2(padded) * torch.fft.rfft2(kernel, s=shape)[:, None]
-    return torch.fft.irfft2(spectrum, s=shape)[..., size - 1 :, size - 1 :]
+    spectrum = _to_spectrum(padded, shape) * _to_spectrum(kernel, shape)[:, None]
+    return _from_spectrum(spectrum, shape)[..., size - 1 :, size - 1 :]
+
+
+def _to_spectrum(values: Tensor, shape: tuple[int, int]) -> Tensor:
+    return torch.fft.rfft2(values, s=shape)  # pyright: ignore
+
+
+def _from_spectrum(spectrum: Tensor, shape: tuple[int, int]) -> Tensor:
+    return torch.fft.irfft2(spectrum, s=shape)  # pyright: ignore
 
 
 def gaussian_blur(image: Tensor, sigma: float) -> Tensor:

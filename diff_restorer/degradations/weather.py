@@ -80,7 +80,8 @@ def rain(image: Tensor, severity: Tensor, generator: torch.Generator) -> Tensor:
     far_length, near_length = draw.uniform(10, 24) * scale, draw.uniform(28, 64) * scale
     far = _streaks(draw, max(1, int(area / 80)), far_length, angle, strength)
     near = _streaks(draw, max(1, int(area / 500)), near_length, near_angle, 1.8 * strength)
-    layer = gaussian_blur(far, 0.6 * scale) + gaussian_blur(near, 1.1 * scale)
+    # Times scale: a wide streak is as bright in its middle as a narrow one.
+    layer = (gaussian_blur(far, 0.6 * scale) + gaussian_blur(near, 1.1 * scale)) * scale
     layer = layer.clamp(0, 0.9)
     veil = per_sample(lerp(0.0, 0.2, severity) * draw.uniform(0.3, 1.0))
     air = per_sample(draw.uniform(0.7, 0.95))

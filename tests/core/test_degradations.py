@@ -1,0 +1,190 @@
+"""Degradations: pure functions of (image, severity, generator) that get worse with severity."""
+
+import pytest
+import torch
+from skimage import data
+from torch import Tensor
+from torch.nn import functional as F
+
+from diff_restorer.degradations import (
+    ALL_KINDS,
+    KINDS,
+    add_gaussian_noise,
+    degrade,
+    degrade_chain,
+    jpeg_codec,
+    sample_severity,
+)
+
+DEGRADING = tuple(kind for kind in ALL_KINDS if kind != "clean")
+
+
+@pytest.fixture(scope="module")
+def photo() -> Tensor:
+    """The coffee cup, (1, 3, 120, 180) in [0, 1]."""
+    image = torch.from_numpy(data.coffee()).permute(2, 0, 1)[None].float() / 255
+    return F.interpolate(image, size=(120, 180), mode="bicubic", antialias=True).clamp(0, 1)
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def psnr(a: Tensor, b: Tensor) -> float:
+    return -10 * (a - b).square().mean().log10().item()
+
+
+def test_the_default_kinds_are_the_papers_eight_and_clean() -> None:
+    assert KINDS == (
+        "noise", "blur", "jpeg", "low_light", "haze", "rain", "snow", "raindrop", "clean",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("severity", [0.0, 0.6, 1.0])
+@pytest.mark.parametrize("kind", ALL_KINDS)
+def test_keeps_shape_and_range_and_leaves_the_input_alone(
+    kind: str, severity: float, photo: Tensor
+) -> None:
+    before = photo.clone()
+    batch = photo.expand(2, -1, -1, -1)
+    degraded = degrade(kind, batch, severity, seeded())
+    assert degraded.shape == batch.shape
+    assert degraded.dtype == torch.float32
+    assert degraded.min() >= 0
+    assert degraded.max() <= 1
+    assert torch.equal(photo, before)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 40), (7, 5), (33, 64)])
+@pytest.mark.parametrize("kind", ALL_KINDS)
+def test_any_size_works(kind: str, size: tuple[int, int]) -> None:
+    image = torch.rand(1, 3, *size, generator=seeded())
+    degraded = degrade(kind, image, 1.0, seeded())
+    assert degraded.shape == image.shape
+    assert degraded.isfinite().all()
+
+
+@pytest.mark.parametrize("kind", DEGRADING)
+def test_the_generator_decides_everything(kind: str, photo: Tensor) -> None:
+    torch.manual_seed(1)
+    first = degrade(kind, photo, 0.7, seeded(5))
+    torch.manual_seed(2)
+    assert torch.equal(first, degrade(kind, photo, 0.7, seeded(5)))
+    if kind not in ("jpeg", "low_res"):  # these draw from a handful of settings
+        assert not torch.equal(first, degrade(kind, photo, 0.7, seeded(6)))
+
+
+@pytest.mark.parametrize("kind", DEGRADING)
+def test_severity_lowers_psnr_on_average(kind: str, photo: Tensor) -> None:
+    means = [
+        sum(psnr(degrade(kind, photo, severity, seeded(seed)), photo) for seed in range(8)) / 8
+        for severity in (0.05, 0.35, 0.65, 0.95)
+    ]
+    assert means == sorted(means, reverse=True)
+    assert means[0] - means[-1] > 5
+
+
+@pytest.mark.parametrize("kind", DEGRADING)
+def test_samples_of_a_batch_have_their_own_severity_and_their_own_picture(
+    kind: str, photo: Tensor
+) -> None:
+    others = torch.stack([photo[0].flip(-1), photo[0], photo[0] ** 2])
+    severity = torch.tensor([0.9, 0.5, 0.1])
+    degraded = degrade(kind, others, severity, seeded())
+    # The middle sample must not notice what its neighbours show.
+    changed = others.clone()
+    changed[0], changed[2] = changed[0].flip(-2), changed[2].flip(-2)
+    if kind != "noise":  # Poisson numbers take a varying part of the generator's stream
+        again = degrade(kind, changed, severity, seeded())
+        torch.testing.assert_close(again[1], degraded[1], rtol=0, atol=1e-5)
+    repeated = photo.expand(12, -1, -1, -1)
+    mild = degrade(kind, repeated, torch.tensor([0.95, 0.05] * 6), seeded())
+    errors = (mild - repeated).square().mean((1, 2, 3))
+    assert errors[::2].mean() > 2 * errors[1::2].mean()
+
+
+def test_clean_is_the_identity(photo: Tensor) -> None:
+    assert torch.equal(degrade("clean", photo, 1.0, seeded()), photo)
+
+
+@pytest.mark.parametrize(
+    ("kind", "low", "high"),
+    [
+        ("noise", 14, 22.5),
+        ("jpeg", 24, 31),
+        ("low_light", 8, 12.5),
+        ("haze", 10, 17),
+        ("rain", 15, 27),
+        ("snow", 17, 26),
+        ("raindrop", 19, 31),
+    ],
+)
+def test_the_middle_half_of_severity_is_as_bad_as_the_benchmarks(
+    kind: str, low: float, high: float, photo: Tensor
+) -> None:
+    for severity in (0.25, 0.75):
+        mean = (
+            sum(psnr(degrade(kind, photo, severity, seeded(seed)), photo) for seed in range(8)) / 8
+        )
+        assert low < mean < high
+
+
+def test_gaussian_noise_has_the_sigma_asked_for() -> None:
+    grey = torch.full((2, 3, 64, 64), 0.5)
+    noisy = add_gaussian_noise(grey, torch.tensor([10 / 255, 30 / 255]), seeded())
+    assert (noisy - grey).std(dim=(1, 2, 3)).mul(255).tolist() == pytest.approx([10, 30], rel=0.05)
+
+
+def test_jpeg_is_the_real_codec_with_its_quality(photo: Tensor) -> None:
+    both = photo.expand(2, -1, -1, -1)
+    decoded = jpeg_codec(both, torch.tensor([90.0, 10.0]))
+    assert psnr(decoded[0], photo[0]) > psnr(decoded[1], photo[0]) + 5
+    assert torch.equal((decoded * 255).round() / 255, decoded)
+
+
+def test_a_chain_ignores_the_order_of_its_kinds(photo: Tensor) -> None:
+    severity = torch.tensor([[0.5, 0.3, 0.2]])
+    chained = degrade_chain(("jpeg", "haze", "noise"), photo, severity, seeded())
+    swapped = degrade_chain(("noise", "jpeg", "haze"), photo, severity[:, [2, 0, 1]], seeded())
+    assert torch.equal(chained, swapped)
+    generator = seeded()
+    step = degrade("haze", photo, 0.3, generator)
+    step = degrade("noise", step, 0.2, generator)
+    assert torch.equal(chained, degrade("jpeg", step, 0.5, generator))
+
+
+def test_severities_are_uniform() -> None:
+    generator = seeded()
+    drawn = torch.tensor([sample_severity(generator) for _ in range(2000)])
+    assert torch.histc(drawn, 4, 0, 1).min() > 430
+
+
+@pytest.mark.parametrize(
+    ("kind", "image", "severity", "message"),
+    [
+        ("fog", torch.zeros(1, 3, 8, 8), 0.5, "unknown degradation 'fog'; known are noise"),
+        ("rain", torch.zeros(3, 8, 8), 0.5, r"expected \(B, 3, H, W\) float32"),
+        ("rain", torch.zeros(1, 3, 8, 8).half(), 0.5, "float16"),
+        ("rain", torch.zeros(1, 3, 8, 8), 1.5, r"expected numbers in \[0, 1\], found 1.5"),
+        ("rain", torch.zeros(2, 3, 8, 8), torch.zeros(3), r"one number or 2 numbers"),
+    ],
+)
+def test_wrong_arguments_are_named(
+    kind: str, image: Tensor, severity: float | Tensor, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        degrade(kind, image, severity, seeded())
+
+
+def test_a_chain_names_a_kind_once(photo: Tensor) -> None:
+    with pytest.raises(ValueError, match="each kind may be named once"):
+        degrade_chain(("rain", "rain"), photo, 0.5, seeded())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ALL_KINDS)
+def test_a_gpu_gives_the_same_picture(kind: str, photo: Tensor) -> None:
+    expected = degrade(kind, photo, 0.6, seeded())
+    found = degrade(kind, photo.cuda(), 0.6, seeded()).cpu()
+    # 8-bit roundings inside may fall to the other side.
+    assert (found - expected).abs().mean() < 1e-3

@@ -98,12 +98,12 @@ def test_same_tokens_at_full_size(comfyui: Path) -> None:
 
     tower = open_clip_tower(toy_weights.VIT_L)
     randomise(tower)
+    tower.half().float()  # The host stores fp16 and computes in fp32.
     state = {f"visual.{key}": value for key, value in tower.state_dict().items()}
     host = comfy.clip_vision.load_clipvision_from_sd(state, prefix="visual.", convert_keys=True)
     host.model.float()
     image = torch.rand(1, 300, 200, 3, generator=torch.Generator().manual_seed(1))
     found = host.encode_image(image, crop=False)["last_hidden_state"][:, 1:]
     assert found.shape == (1, 256, 1024)
-    tower.half().float()  # the host stores fp16 and computes in fp32
     pixels = comfy.clip_vision.clip_preprocess(image, size=224, crop=False)
     torch.testing.assert_close(found, tokens_of_open_clip(tower, pixels), rtol=1e-3, atol=1e-3)

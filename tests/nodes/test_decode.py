@@ -124,7 +124,7 @@ def test_channels(decode, photo, channels: int) -> None:
 def test_one_tile_is_the_whole_picture(decode, photo, fidelity: float) -> None:
     whole = decode(photo(), fidelity=fidelity)
     tiled = decode(photo(), fidelity=fidelity, tile_size=128, overlap=32)
-    torch.testing.assert_close(tiled, whole, rtol=0, atol=1e-5)
+    torch.testing.assert_close(tiled, whole, rtol=0, atol=1e-4)
 
 
 def test_tiles_see_their_own_part_of_each_photo(decode, prepare, photo) -> None:
@@ -138,7 +138,7 @@ def test_tiles_see_their_own_part_of_each_photo(decode, prepare, photo) -> None:
         alone = decode(
             image[:, :, columns], samples={"samples": latent[..., cells]}, degradation=degradation
         )
-        torch.testing.assert_close(tiled[:, :, columns], alone, rtol=0, atol=1e-5)
+        torch.testing.assert_close(tiled[:, :, columns], alone, rtol=0, atol=1e-4)
 
 
 def test_one_latent_for_many_photos_and_back(toy, decode, prepare, photo) -> None:
@@ -157,7 +157,7 @@ def test_one_latent_for_many_photos_and_back(toy, decode, prepare, photo) -> Non
 def test_batch_equals_photos_one_by_one(decode, photo) -> None:
     images = photo(batch=3)
     alone = torch.cat([decode(images[index : index + 1]) for index in range(3)])
-    torch.testing.assert_close(decode(images), alone, rtol=0, atol=1e-5)
+    torch.testing.assert_close(decode(images), alone, rtol=0, atol=1e-4)
 
 
 def test_finetuned_decoder(toy, pack, decode, toy_folder, photo) -> None:
@@ -200,7 +200,7 @@ def test_out_of_memory_falls_back_to_tiles_once(toy, decode, calls, caplog, phot
     finally:
         handle.remove()
     assert "out of memory, trying again in tiles" in caplog.text
-    torch.testing.assert_close(found, decode(photo(64, 72)), rtol=0, atol=1e-5)
+    torch.testing.assert_close(found, decode(photo(64, 72)), rtol=0, atol=1e-4)
 
 
 def test_out_of_memory_in_tiles_goes_to_the_host(toy, decode) -> None:

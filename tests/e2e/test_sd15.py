@@ -43,5 +43,5 @@ def test_nano_parts_do_not_fit(runner: Runner, sd15: Graph, tmp_path: Path):
     wrong = sd15.copy()
     nano = wrong.add("DiffRestorerNanoLoader")
     wrong.replace_link([wrong.node("DiffRestorerLoader"), 0], [nano, 3])
-    with pytest.raises(Exception, match="clip_vision.*1024"):
+    with pytest.raises(Exception, match=r"clip_vision.*1024"):
         runner.run(wrong)

@@ -32,7 +32,7 @@ serve:
 	  $(if $(PORT),--port $(PORT)) $(if $(DIR),--dir "$(DIR)") $(if $(GPU),--gpu) $(if $(ARGS),-- $(ARGS)))
 
 test:
-	$(call in_environment,dev,exec "$$python" -m pytest tests -m "not slow" $(ARGS))
+	$(call in_environment,dev,exec "$$python" -m pytest tests -m "not slow and not gpu and not weights" $(ARGS))
 
 test-all:
 	$(call in_environment,dev,exec "$$python" -m pytest tests $(ARGS))

@@ -41,3 +41,13 @@ def comfyui(comfyui_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
     assert Path(nodes.__file__).parent == comfyui_root
     return base
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leaves out what this machine has no device for."""
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="no GPU"))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from diff_restorer.degradations import ALL_KINDS, degrade
 
-_MARGIN, _HEADER = 90, 24
+_MARGIN, _HEADER = 110, 24
 
 
 @dataclass(frozen=True)

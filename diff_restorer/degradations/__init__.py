@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .codec import jpeg, jpeg_codec, low_res
 from .optics import blur, raindrop
+from .second_order import second_order
 from .sensor import add_gaussian_noise, low_light, noise
 from .weather import haze, rain, snow
 
@@ -29,6 +30,7 @@ _FUNCTIONS: dict[str, Degradation] = {
     "raindrop": raindrop,
     "clean": clean,
     "low_res": low_res,
+    "second_order": second_order,
 }
 ALL_KINDS: tuple[str, ...] = tuple(_FUNCTIONS)
 """Every kind that `degrade` knows."""
@@ -37,7 +39,8 @@ KINDS: tuple[str, ...] = ALL_KINDS[:9]
 
 
 _PHYSICAL_ORDER = (
-    "haze", "rain", "snow", "low_light", "raindrop", "blur", "low_res", "noise", "jpeg", "clean",
+    "haze", "rain", "snow", "low_light", "raindrop", "blur", "low_res", "noise", "jpeg",
+    "second_order", "clean",
 )  # fmt: skip
 
 

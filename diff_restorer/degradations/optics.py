@@ -7,43 +7,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .draw import Draw, geometric, lerp, per_sample
-from .filters import convolve, gaussian_blur, splat
+from .filters import convolve, gaussian_blur
+from .kernels import disk_kernels, gaussian_kernels, motion_kernels
 
-_KERNEL = 41
-_PATH_POINTS = 96
-_MAX_DROPS = 64
-
-
-def _grid(size: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    axis = torch.arange(size, device=device) - size // 2.0
-    return axis.view(1, 1, -1), axis.view(1, -1, 1)
-
-
-def _gaussian_kernels(sigma_x: Tensor, sigma_y: Tensor, angle: Tensor) -> Tensor:
-    x, y = _grid(_KERNEL, angle.device)
-    cos, sin = angle.cos()[:, None, None], angle.sin()[:, None, None]
-    along = (x * cos + y * sin) / sigma_x[:, None, None]
-    across = (y * cos - x * sin) / sigma_y[:, None, None]
-    return torch.exp(-0.5 * (along**2 + across**2))
-
-
-def _disk_kernels(radius: Tensor) -> Tensor:
-    x, y = _grid(_KERNEL, radius.device)
-    return (radius[:, None, None] + 0.5 - (x**2 + y**2).sqrt()).clamp(0, 1)
-
-
-def _motion_kernels(draw: Draw, length: Tensor) -> Tensor:
-    """The path of a shaking camera: a bent line with uneven speed, (B, K, K)."""
-    steps = torch.linspace(-0.5, 0.5, _PATH_POINTS, device=draw.device)[None]
-    bend = draw.uniform(-2.0, 2.0)[:, None] * draw.chance(0.6)[:, None]
-    angle = draw.uniform(0, math.pi)[:, None] + bend * steps
-    speed = 1 + 0.6 * torch.sin(2 * math.pi * (steps + draw.rand(draw.batch, 1)))
-    x = (angle.cos() * speed).cumsum(1) / _PATH_POINTS
-    y = (angle.sin() * speed).cumsum(1) / _PATH_POINTS
-    centre = _KERNEL // 2
-    x = (x - x.mean(1, keepdim=True)) * length[:, None] + centre
-    y = (y - y.mean(1, keepdim=True)) * length[:, None] + centre
-    return splat(x, y, torch.ones_like(x), _KERNEL, _KERNEL)[:, 0]
+_MAX_DROPS = 72
 
 
 def blur(image: Tensor, severity: Tensor, generator: torch.Generator) -> Tensor:
@@ -53,15 +20,14 @@ def blur(image: Tensor, severity: Tensor, generator: torch.Generator) -> Tensor:
     """
     draw = Draw(image, generator)
     mode = draw.choice(0.5, 0.2, 0.15, 0.15)
-    motion = _motion_kernels(draw, geometric(4.0, 34.0, severity))
-    disk = _disk_kernels(geometric(1.2, 8.0, severity))
+    motion = motion_kernels(draw, geometric(4.0, 34.0, severity))
+    disk = disk_kernels(geometric(1.2, 8.0, severity))
     sigma = geometric(0.8, 4.5, severity)
     narrow = sigma * draw.uniform(0.25, 0.6)
-    gauss = _gaussian_kernels(sigma, sigma, torch.zeros_like(sigma))
-    skewed = _gaussian_kernels(1.4 * sigma, narrow, draw.uniform(0, math.pi))
+    gauss = gaussian_kernels(sigma, sigma, torch.zeros_like(sigma))
+    skewed = gaussian_kernels(1.4 * sigma, narrow, draw.uniform(0, math.pi))
     stack = torch.stack((motion, disk, gauss, skewed))
     kernel = stack[mode, torch.arange(draw.batch, device=image.device)]
-    kernel = kernel / kernel.sum((1, 2), keepdim=True)
     return convolve(image, kernel).clamp(0, 1)
 
 
@@ -80,8 +46,8 @@ def raindrop(image: Tensor, severity: Tensor, generator: torch.Generator) -> Ten
     shape = (draw.batch, _MAX_DROPS)
     centre_x, centre_y = draw.rand(*shape) * width, draw.rand(*shape) * height
     present = draw.rand(*shape) < lerp(0.3, 1.0, severity)[:, None]
-    largest = lerp(0.06, 0.15, severity) * draw.uniform(0.6, 1.0)
-    radius = short * (0.015 + largest[:, None] * draw.rand(*shape) ** 3) * present + 1e-3
+    largest = lerp(0.055, 0.115, severity) * draw.uniform(0.6, 1.0)
+    radius = short * (0.015 + largest[:, None] * draw.rand(*shape) ** 2.2) * present + 1e-3
     stretch = 1 + 0.5 * draw.rand(*shape)
     # Squared distance less squared radius, a sum of one term per axis: large drops swallow small.
     apart_x = (x - centre_x[..., None]) ** 2
@@ -116,6 +82,7 @@ def raindrop(image: Tensor, severity: Tensor, generator: torch.Generator) -> Ten
     # Light from above: the lower part of a drop shows the sky, the upper rim the dark ground.
     tilt = (offset_y / reach.clamp(1)).clamp(-1, 1) * rim.clamp(0, 1)
     glow = per_sample(draw.uniform(0.0, 0.25))
+    seen = gaussian_blur(seen, 0.8)
     seen = seen * (1 + 0.3 * tilt)[:, None] + glow * (0.5 + 0.5 * tilt)[:, None] * (1 - seen)
     size = (draw.height, draw.width)
     both = F.interpolate(torch.cat((seen, mask), 1), size=size, mode="bilinear")

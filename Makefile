@@ -18,8 +18,9 @@ help:
 
 # The set-up prints its progress on stderr and the environment's interpreter on stdout.
 define in_environment
-@command -v $(PYTHON) >/dev/null || { \
-  echo "error: there is no '$(PYTHON)'. Install Python 3.10 or newer, or name one: make $@ PYTHON=/path/to/python3" >&2; exit 1; }
+@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || { \
+  echo "error: '$(PYTHON)' is missing or older than Python 3.10 ($$($(PYTHON) --version 2>&1))." \
+    "Name another one: make $@ PYTHON=/path/to/python3" >&2; exit 1; }
 @python=$$($(PYTHON) -m tools.host setup --stage $(1)) || exit 1; $(2)
 endef
 

@@ -229,7 +229,8 @@ class _Setup:
                 process.wait(timeout=interval)
                 break
             except subprocess.TimeoutExpired:
-                last = (self.log.read_text(errors="replace").strip().splitlines() or [""])[-1]
+                lines = self.log.read_text(errors="replace").splitlines()
+                last = next((x for x in reversed(lines) if x and "WARNING" not in x), "")
                 size = _disk_use(self.environment) / 1e9
                 line = f"[{self.elapsed()}] {what}: {size:.1f} GB so far | {last.strip()}"[:110]
                 sys.stderr.write(f"\r{line:<110}" if terminal else f"{line}\n")

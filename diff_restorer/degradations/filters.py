@@ -1,5 +1,7 @@
 """Filters shared by the degradations: per-sample kernels, FFT convolution, splatting."""
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -22,9 +24,11 @@ def convolve(image: Tensor, kernel: Tensor) -> Tensor:
     pad = size // 2
     mode = "reflect" if min(height, width) > pad else "replicate"
     padded = F.pad(image, (pad, pad, pad, pad), mode=mode)
-    shape = (padded.shape[-2], padded.shape[-1])
+    # Round sizes are transformed faster, and few of them keep the plans of the FFT cached.
+    shape = (-(-padded.shape[-2] // 32) * 32, -(-padded.shape[-1] // 32) * 32)
     spectrum = _to_spectrum(padded, shape) * _to_spectrum(kernel, shape)[:, None]
-    return _from_spectrum(spectrum, shape)[..., size - 1 :, size - 1 :]
+    window = (..., slice(size - 1, size - 1 + height), slice(size - 1, size - 1 + width))
+    return _from_spectrum(spectrum, shape)[window]
 
 
 def _to_spectrum(values: Tensor, shape: tuple[int, int]) -> Tensor:
@@ -36,15 +40,18 @@ def _from_spectrum(spectrum: Tensor, shape: tuple[int, int]) -> Tensor:
 
 
 def gaussian_blur(image: Tensor, sigma: float) -> Tensor:
-    """Separable Gaussian blur with one sigma (pixels) for the batch; edges are replicated."""
+    """Separable Gaussian blur with one sigma (pixels) for the batch; edges are replicated.
+
+    Adds shifted copies: a convolution is compiled anew for every size on a CPU, which costs more.
+    """
     radius = max(1, round(3 * sigma))
-    x = torch.arange(-radius, radius + 1, device=image.device, dtype=image.dtype)
-    taps = torch.softmax(-0.5 * (x / sigma) ** 2, 0)
-    batch, channels, height, width = image.shape
-    flat = image.reshape(batch * channels, 1, height, width)
-    flat = F.pad(flat, (radius, radius, radius, radius), mode="replicate")
-    flat = F.conv2d(F.conv2d(flat, taps.view(1, 1, 1, -1)), taps.view(1, 1, -1, 1))
-    return flat.view(batch, channels, height, width)
+    taps = [math.exp(-0.5 * (x / sigma) ** 2) for x in range(-radius, radius + 1)]
+    for axis, pad in ((-1, (radius, radius, 0, 0)), (-2, (0, 0, radius, radius))):
+        padded, length = F.pad(image, pad, mode="replicate"), image.shape[axis]
+        image = torch.zeros_like(image)
+        for start, tap in enumerate(taps):
+            image.add_(padded.narrow(axis, start, length), alpha=tap / sum(taps))
+    return image
 
 
 def box_blur(image: Tensor, radius: int) -> Tensor:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from skimage import data
+from skimage import data, filters
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -15,6 +15,7 @@ from diff_restorer.degradations import (
     jpeg_codec,
     sample_severity,
 )
+from diff_restorer.degradations.filters import convolve, gaussian_blur
 
 DEGRADING = tuple(kind for kind in ALL_KINDS if kind != "clean")
 
@@ -188,3 +189,22 @@ def test_a_gpu_gives_the_same_picture(kind: str, photo: Tensor) -> None:
     found = degrade(kind, photo.cuda(), 0.6, seeded()).cpu()
     # 8-bit roundings inside may fall to the other side.
     assert (found - expected).abs().mean() < 1e-3
+
+
+def test_convolve_gives_each_sample_its_own_kernel_and_mirrors_the_edges(photo: Tensor) -> None:
+    kernels = torch.rand(2, 5, 5, generator=seeded())
+    kernels = kernels / kernels.sum((1, 2), keepdim=True)
+    found = convolve(photo.expand(2, -1, -1, -1), kernels)
+    padded = F.pad(photo, (2, 2, 2, 2), mode="reflect")
+    for index in range(2):
+        weight = kernels[index].flip(0, 1).expand(3, 1, 5, 5)
+        expected = F.conv2d(padded, weight, groups=3)
+        torch.testing.assert_close(found[index : index + 1], expected, rtol=0, atol=1e-5)
+
+
+def test_gaussian_blur_is_a_normalised_separable_gaussian(photo: Tensor) -> None:
+    found = gaussian_blur(photo, 1.3)
+    expected = torch.from_numpy(
+        filters.gaussian(photo[0].numpy(), 1.3, mode="nearest", truncate=4 / 1.3, channel_axis=0)
+    )
+    torch.testing.assert_close(found[0], expected, rtol=0, atol=1e-5)

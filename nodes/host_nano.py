@@ -27,7 +27,8 @@ from ..diff_restorer.checkpoint import (
     read_checkpoint,
 )
 from .host import ModelPatcher, for_cpu, nano_unet_dtype, nano_vae_dtype
-from .host_models import DiffRestorer, check_fit, detect_unet, vae_config
+from .host_build import check_fit, detect_unet, vae_config
+from .host_models import DiffRestorer
 
 
 class _NanoUNet(comfy.supported_models.SD15):
@@ -98,9 +99,17 @@ def _vae(checkpoint: Checkpoint) -> Any:
     except RuntimeError as error:
         raise CheckpointKeysError(f"{checkpoint.path}: the VAE does not fit ({error}).") from error
     vae.latent_channels = embed
+    _scale_memory(vae, sizes["ch"] / 128)
     check_fit(vae.first_stage_model, state, checkpoint.path, part)
     for_cpu(vae.first_stage_model, dtype)
     return vae
+
+
+def _scale_memory(vae: Any, share: float) -> None:
+    """The host estimates memory for the 128 channels of Stable Diffusion's VAE."""
+    encode, decode = vae.memory_used_encode, vae.memory_used_decode
+    vae.memory_used_encode = lambda shape, dtype: share * encode(shape, dtype)
+    vae.memory_used_decode = lambda shape, dtype: share * decode(shape, dtype)
 
 
 def _clip_vision(checkpoint: Checkpoint) -> Any:

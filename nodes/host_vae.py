@@ -14,7 +14,8 @@ from torch.nn import functional as F
 
 from ..diff_restorer import VaeTrunk, aware_decode, encode_with_features
 from .host import check_interrupt
-from .host_models import DiffRestorer, with_tuned_decoder
+from .host_build import with_tuned_decoder
+from .host_models import DiffRestorer
 from .images import pad_to_multiple
 
 SCALE = 8

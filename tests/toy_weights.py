@@ -231,12 +231,11 @@ def random_state(
     state = {}
     for key, shape in shapes:
         if len(shape) == 1:
-            noise = 0.05 * torch.randn(shape, generator=generator, dtype=dtype)
-            state[prefix + key] = noise + 1 if key.endswith("weight") else noise
+            noise = 0.05 * torch.randn(shape, generator=generator)
+            state[prefix + key] = (noise + 1 if key.endswith("weight") else noise).to(dtype)
         else:
             scale = 1 / math.sqrt(math.prod(shape[1:]))
-            noise = torch.randn(shape, generator=generator, dtype=dtype)
-            state[prefix + key] = noise.mul_(scale)
+            state[prefix + key] = torch.randn(shape, generator=generator).mul_(scale).to(dtype)
     return state
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ pytestmark = pytest.mark.comfy
 open_clip = pytest.importorskip("open_clip")
 
 
-def open_clip_tower(sizes: toy_weights.VisionSizes) -> torch.nn.Module:
+def open_clip_tower(sizes: toy_weights.VisionSizes) -> Any:
     from open_clip.transformer import QuickGELU, VisionTransformer
 
     with torch.inference_mode(False):
@@ -31,7 +32,7 @@ def open_clip_tower(sizes: toy_weights.VisionSizes) -> torch.nn.Module:
         ).eval()
 
 
-def randomise(tower: torch.nn.Module) -> None:
+def randomise(tower: Any) -> None:
     """Weights large enough that gelu instead of quick_gelu would show."""
     generator = torch.Generator().manual_seed(0)
     for name, parameter in tower.named_parameters():
@@ -41,7 +42,7 @@ def randomise(tower: torch.nn.Module) -> None:
         parameter.data.copy_(norm + scale * noise)
 
 
-def tokens_of_open_clip(tower: torch.nn.Module, pixels: torch.Tensor) -> torch.Tensor:
+def tokens_of_open_clip(tower: Any, pixels: torch.Tensor) -> torch.Tensor:
     """Output of the last block without the class token, before ln_post, as training takes it."""
     seen = []
     handle = tower.transformer.register_forward_hook(lambda *args: seen.append(args[2]))
@@ -100,7 +101,9 @@ def test_same_tokens_at_full_size(comfyui: Path) -> None:
     randomise(tower)
     tower.half().float()  # The host stores fp16 and computes in fp32.
     state = {f"visual.{key}": value for key, value in tower.state_dict().items()}
-    host = comfy.clip_vision.load_clipvision_from_sd(state, prefix="visual.", convert_keys=True)
+    host: Any = comfy.clip_vision.load_clipvision_from_sd(
+        state, prefix="visual.", convert_keys=True
+    )
     host.model.float()
     image = torch.rand(1, 300, 200, 3, generator=torch.Generator().manual_seed(1))
     found = host.encode_image(image, crop=False)["last_hidden_state"][:, 1:]

@@ -303,16 +303,36 @@ def test_inputs_are_not_changed(toy, prepare, photo) -> None:
     assert torch.equal(entry[0], tokens)
 
 
-def test_a_model_of_another_family(toy, prepare, photo) -> None:
-    """SDXL's UNet, as far as the control looks at it: it must say so before anything is run."""
-    import comfy.model_base
+def sdxl() -> Any:
+    """SDXL at toy width: its context and its size embedding are what matters here."""
+    import comfy.model_detection
+    import comfy.model_patcher
     import comfy.supported_models
 
+    state = toy_weights.random_state(toy_weights.unet_shapes(toy_weights.UNetSizes(context=2048)))
+    for key, width in (("0", 2816), ("2", 128)):
+        state[f"label_emb.0.{key}.weight"] = torch.zeros(128, width)
+        state[f"label_emb.0.{key}.bias"] = torch.zeros(128)
+    heads = {"num_heads": 8, "num_head_channels": -1}
+    config = comfy.supported_models.SDXL(comfy.model_detection.detect_unet_config(state, ""))
+    config.unet_config |= heads
+    config.set_inference_dtype(torch.float32, None)
+    model = config.get_model(state, "")
+    model.load_model_weights(state, "")
+    return comfy.model_patcher.ModelPatcher(model, torch.device("cpu"), torch.device("cpu"))
+
+
+@pytest.mark.parametrize("cfg", [1.0, 7.5])
+def test_a_model_of_another_family(prepare, photo, cfg: float) -> None:
+    import nodes
+
     restoration = prepare(photo())
-    config = comfy.supported_models.SDXL({"context_dim": 2048, "disable_unet_model_creation": True})
-    sdxl = comfy.model_base.SDXL(config)
-    with pytest.raises(ValueError, match=r"cross-attention is 2048 wide, .* needs 32.*SDXL"):
-        restoration.control.pre_run(sdxl, keep_percent(toy.model))
+    message = r"model: its cross-attention is 2048 wide, .* file needs 32.*SDXL \(2048\)"
+    with pytest.raises(ValueError, match=message):
+        nodes.common_ksampler(  # type: ignore
+            sdxl(), 1, 2, cfg, "euler", "normal",
+            restoration.positive, restoration.negative, restoration.latent,
+        )  # fmt: skip
 
 
 def test_a_degradation_of_another_file(toy, prepare, photo, pack: ModuleType) -> None:

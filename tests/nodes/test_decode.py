@@ -226,7 +226,7 @@ def test_too_large_for_memory_uses_tiles_at_once(toy, decode, photo, monkeypatch
     monkeypatch.setattr(
         comfy.utils, "tiled_scale", lambda *a, **k: tiles.append(k) or original(*a, **k)
     )
-    monkeypatch.setattr(comfy.model_management, "get_free_memory", lambda *_, **__: 2**24)
+    monkeypatch.setattr(comfy.model_management, "get_free_memory", lambda *_, **__: 2**22)
     decode(photo(64, 64))
     assert [entry["tile_x"] for entry in tiles] == [64]
 

@@ -154,6 +154,8 @@ def test_nano_is_complete(toy) -> None:
     assert toy.clip_vision.image_size == 64
     assert toy.clip_vision.image_mean == [0.48, 0.46, 0.41]
     assert toy.vae.latent_channels == 4
+    stock = 2178 * 8 * 8 * 64 * 4
+    assert toy.vae.memory_used_decode((1, 4, 8, 8), torch.float32) == stock * 32 / 128
 
 
 def test_nano_is_missing(run, pack: ModuleType, tmp_path: Path, monkeypatch) -> None:

@@ -183,7 +183,7 @@ def test_copy_keeps_class_and_degradation(toy, prepare, photo) -> None:
     restoration = prepare(photo())
     control, context = restoration.control, restoration.degradation.tokens
     copy = control.copy()
-    assert type(copy) is type(control)
+    assert type(copy) is type(control) is type(toy.restorer.control)
     assert copy.control_model_wrapped is control.control_model_wrapped
     a, b = (evaluate(c, toy.model, context)["middle"][0] for c in (control, copy))
     assert torch.equal(a, b)

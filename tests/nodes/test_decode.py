@@ -46,6 +46,17 @@ def test_fidelity_zero_is_the_stock_decode(toy, decode, prepare, photo, batch: i
     assert not torch.allclose(decode(image), expected, atol=1e-2)
 
 
+def test_the_photo_is_encoded_only_where_it_is_used(toy, decode, prepare, photo, calls) -> None:
+    """The node before has encoded it once; fidelity 0 costs what the stock decode costs."""
+    restoration = prepare(photo())
+    entries = {"samples": restoration.latent, "degradation": restoration.degradation}
+    passes = calls(toy.vae.first_stage_model.encoder.conv_in, "forward")
+    decode(fidelity=0.0, **entries)
+    assert len(passes) == 1  # of the fixture's own Degradation Control
+    decode(fidelity=1.0, **entries)
+    assert len(passes) == 3
+
+
 def test_an_untrained_fusion_is_the_stock_decode(toy, decode, prepare, photo) -> None:
     """Fusion blocks end in zero convs, which training starts from."""
     blocks = toy.restorer.fusion.model

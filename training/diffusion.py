@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from diffusers import DDIMScheduler
 from torch import Tensor
@@ -11,8 +13,8 @@ from .models import Models
 TIMESTEPS = 1000
 
 
-def scheduler() -> DDIMScheduler:
-    """Noise schedule of SD 1.5 (scaled linear, epsilon prediction)."""
+def scheduler() -> Any:
+    """DDIMScheduler with the noise schedule of SD 1.5 (scaled linear, epsilon prediction)."""
     return DDIMScheduler(
         num_train_timesteps=TIMESTEPS,
         beta_start=0.00085,

@@ -153,7 +153,7 @@ def run(stage: Stage, dataset: Dataset[dict[str, Tensor]], config: LoopConfig) -
             terms = stage.loss(batch, generator)
         _check_finite(terms, step)
         accelerator.backward(terms["loss"])
-        norm = accelerator.clip_grad_norm_(params, config.clip)
+        norm = cast(Tensor, accelerator.clip_grad_norm_(params, config.clip))
         if not torch.isfinite(norm):
             raise NonFiniteError(_describe_gradients(stage.trainable, step))
         optimizer.step()

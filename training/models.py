@@ -6,6 +6,7 @@ import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
@@ -53,37 +54,41 @@ class Sizes:
     fusion_pixel_width: int = 32
 
 
-def build_vae(sizes: Sizes) -> AutoencoderKL:
-    """Autoencoder with 8x8 compression and random weights."""
+# diffusers annotates its models loosely (tuples of one, outputs that may be tuples), so that the
+# three builders and what they build are `Any` to the type checker.
+def build_vae(sizes: Sizes) -> Any:
+    """AutoencoderKL with 8x8 compression and random weights."""
     levels = len(sizes.vae_channels)
-    return AutoencoderKL(
-        block_out_channels=sizes.vae_channels,
-        layers_per_block=sizes.vae_layers,
-        down_block_types=("DownEncoderBlock2D",) * levels,
-        up_block_types=("UpDecoderBlock2D",) * levels,
-        latent_channels=sizes.latent_channels,
-    )
+    arguments: dict[str, Any] = {
+        "block_out_channels": sizes.vae_channels,
+        "layers_per_block": sizes.vae_layers,
+        "down_block_types": ("DownEncoderBlock2D",) * levels,
+        "up_block_types": ("UpDecoderBlock2D",) * levels,
+        "latent_channels": sizes.latent_channels,
+    }
+    return AutoencoderKL(**arguments)
 
 
-def build_unet(sizes: Sizes) -> UNet2DConditionModel:
-    """Denoising UNet with random weights."""
+def build_unet(sizes: Sizes) -> Any:
+    """UNet2DConditionModel with random weights."""
     down = tuple("CrossAttnDownBlock2D" if a else "DownBlock2D" for a in sizes.unet_attention)
     up = tuple("CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(sizes.unet_attention))
-    return UNet2DConditionModel(
-        in_channels=sizes.latent_channels,
-        out_channels=sizes.latent_channels,
-        block_out_channels=sizes.unet_channels,
-        layers_per_block=sizes.unet_layers,
-        down_block_types=down,
-        up_block_types=up,
-        cross_attention_dim=sizes.context_width,
-        attention_head_dim=HEADS,  # diffusers reads this as the number of heads
-    )
+    arguments: dict[str, Any] = {
+        "in_channels": sizes.latent_channels,
+        "out_channels": sizes.latent_channels,
+        "block_out_channels": sizes.unet_channels,
+        "layers_per_block": sizes.unet_layers,
+        "down_block_types": down,
+        "up_block_types": up,
+        "cross_attention_dim": sizes.context_width,
+        "attention_head_dim": HEADS,  # diffusers reads this as the number of heads
+    }
+    return UNet2DConditionModel(**arguments)
 
 
-def build_control(unet: UNet2DConditionModel) -> ControlNetModel:
+def build_control(unet: Any) -> Any:
     """Image-guided Control Module: the UNet's encoder copied, our hint in place of diffusers'."""
-    control = ControlNetModel.from_unet(unet)
+    control: Any = ControlNetModel.from_unet(unet)
     control.controlnet_cond_embedding = make_hint_conv(
         unet.config["in_channels"], unet.config["block_out_channels"][0]
     )
@@ -116,13 +121,13 @@ def clip_tokens(vision: nn.Module, view: Tensor) -> Tensor:
 class AwareDecoder(nn.Module):
     """The parts that stage 2 trains: fusion blocks and a copy of the VAE's decoder."""
 
-    def __init__(self, vae: AutoencoderKL, fusion: FusionBlocks) -> None:
+    def __init__(self, vae: Any, fusion: FusionBlocks) -> None:
         super().__init__()
         self.fusion = fusion
-        self.decoder = copy.deepcopy(vae.decoder)
-        self.post_quant_conv = copy.deepcopy(vae.post_quant_conv)
+        self.decoder: Any = copy.deepcopy(vae.decoder)
+        self.post_quant_conv: Any = copy.deepcopy(vae.post_quant_conv)
 
-    def trunk(self, vae: AutoencoderKL) -> VaeTrunk:
+    def trunk(self, vae: Any) -> VaeTrunk:
         """`vae` with this decoder in place of its own."""
         view = nn.Module()
         view.encoder, view.quant_conv = vae.encoder, vae.quant_conv
@@ -147,7 +152,7 @@ class Models(nn.Module):
             )
         )
         self.decoder = AwareDecoder(self.vae, FusionBlocks(self._fusion_config()))
-        self.to(memory_format=memory_format())
+        cast(Any, self).to(memory_format=memory_format())
 
     def _fusion_config(self) -> FusionConfig:
         sizes = self.sizes
@@ -167,7 +172,8 @@ class Models(nn.Module):
         self.decoder.decoder.load_state_dict(self.vae.decoder.state_dict())
         self.decoder.post_quant_conv.load_state_dict(self.vae.post_quant_conv.state_dict())
         if self.sizes.fusion_pixel_width:
-            nn.init.ones_(self.decoder.fusion["pixels"].out.bias[:3])
+            gate: Any = self.decoder.fusion["pixels"]
+            nn.init.ones_(gate.out.bias[:3])
 
     def start_control(self) -> None:
         """Copy the UNet's encoder into the control module (start of stage 1)."""

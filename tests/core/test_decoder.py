@@ -1,8 +1,9 @@
 """Aware decoder and VAE trunk against diffusers' own autoencoder, at toy width."""
 
+from typing import Any
+
 import pytest
 import torch
-from diffusers import AutoencoderKL
 from torch import nn
 
 from diff_restorer import (
@@ -13,6 +14,7 @@ from diff_restorer import (
     aware_decode,
     encode_with_features,
 )
+from training.models import Sizes, build_vae
 
 CHANNELS = (32, 32, 64, 64)
 CONFIGS = [
@@ -24,14 +26,10 @@ CONFIGS = [
 
 
 @pytest.fixture(scope="module")
-def vae() -> AutoencoderKL:
+def vae() -> Any:
+    """diffusers' AutoencoderKL, whose annotations are too loose to be checked against."""
     torch.manual_seed(0)
-    return AutoencoderKL(
-        block_out_channels=CHANNELS,
-        layers_per_block=1,
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-    ).eval()
+    return build_vae(Sizes(vae_channels=CHANNELS)).eval()
 
 
 def trained_fusion(config: FusionConfig) -> FusionBlocks:
@@ -48,7 +46,7 @@ def test_sizes_are_read_back_from_weights(config: FusionConfig) -> None:
 
 
 @torch.no_grad()
-def test_trunk_walks_the_vae_exactly(vae: AutoencoderKL) -> None:
+def test_trunk_walks_the_vae_exactly(vae: Any) -> None:
     pixels = torch.randn(2, 3, 40, 64)
     trunk = VaeTrunk.of(vae)
     moments, features = encode_with_features(trunk, pixels, range(4))
@@ -61,9 +59,7 @@ def test_trunk_walks_the_vae_exactly(vae: AutoencoderKL) -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("config", CONFIGS)
-def test_untrained_fusion_and_fidelity_0_are_identities(
-    vae: AutoencoderKL, config: FusionConfig
-) -> None:
+def test_untrained_fusion_and_fidelity_0_are_identities(vae: Any, config: FusionConfig) -> None:
     trunk, pixels = VaeTrunk.of(vae), torch.randn(1, 3, 32, 48)
     moments, features = encode_with_features(trunk, pixels, [i for i, _ in config.channels])
     latent, pooled = moments[:, :4], torch.randn(1, config.context_width)
@@ -76,7 +72,7 @@ def test_untrained_fusion_and_fidelity_0_are_identities(
 
 
 @torch.no_grad()
-def test_decode_depends_on_lq_features_and_on_p_d(vae: AutoencoderKL) -> None:
+def test_decode_depends_on_lq_features_and_on_p_d(vae: Any) -> None:
     config = CONFIGS[0]
     trunk, fusion = VaeTrunk.of(vae), trained_fusion(config)
     moments, features = encode_with_features(trunk, torch.randn(1, 3, 32, 32), (1, 2))
@@ -87,7 +83,7 @@ def test_decode_depends_on_lq_features_and_on_p_d(vae: AutoencoderKL) -> None:
     assert not torch.allclose(aware_decode(trunk, fusion, latent, other, pooled), image)
 
 
-def test_every_fusion_parameter_learns(vae: AutoencoderKL) -> None:
+def test_every_fusion_parameter_learns(vae: Any) -> None:
     config = CONFIGS[1]
     trunk, fusion = VaeTrunk.of(vae), trained_fusion(config)
     with torch.no_grad():

@@ -1,25 +1,28 @@
 """The key map is one to one and gives the keys that SD 1.5 files have."""
 
+from typing import Any
+
 import pytest
 import torch
-from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
 
-from diff_restorer import make_hint_conv
 from diff_restorer.ldm_keys import from_ldm, to_ldm, unet_keys, vae_keys
+from training.models import Sizes, build_control, build_unet, build_vae
 
 
 @pytest.fixture(scope="module")
-def unet() -> UNet2DConditionModel:
+def unet() -> Any:
     """SD 1.5's block structure at toy width."""
-    return UNet2DConditionModel(
-        block_out_channels=(32, 64, 128, 128),
-        layers_per_block=2,
-        cross_attention_dim=16,
-        attention_head_dim=8,
+    return build_unet(
+        Sizes(
+            unet_channels=(32, 64, 128, 128),
+            unet_layers=2,
+            unet_attention=(True, True, True, False),
+            context_width=16,
+        )
     )
 
 
-def test_unet_keys_are_those_of_sd15(unet: UNet2DConditionModel) -> None:
+def test_unet_keys_are_those_of_sd15(unet: Any) -> None:
     keys = unet_keys(unet.state_dict())
     assert len(set(keys.values())) == len(keys) == 686  # as in every SD 1.5 checkpoint
     expected = {
@@ -37,10 +40,8 @@ def test_unet_keys_are_those_of_sd15(unet: UNet2DConditionModel) -> None:
     assert {name: keys[name] for name in expected} == expected
 
 
-def test_control_keys_hold_the_hint_and_the_zero_convs(unet: UNet2DConditionModel) -> None:
-    control = ControlNetModel.from_unet(unet)
-    control.controlnet_cond_embedding = make_hint_conv(4, 32)
-    keys = unet_keys(control.state_dict())
+def test_control_keys_hold_the_hint_and_the_zero_convs(unet: Any) -> None:
+    keys = unet_keys(build_control(unet).state_dict())
     assert keys["controlnet_cond_embedding.weight"] == "input_hint_block.0.weight"
     assert keys["controlnet_down_blocks.11.bias"] == "zero_convs.11.0.bias"
     assert keys["controlnet_mid_block.weight"] == "middle_block_out.0.weight"
@@ -49,13 +50,7 @@ def test_control_keys_hold_the_hint_and_the_zero_convs(unet: UNet2DConditionMode
 
 @pytest.mark.parametrize("layers", [1, 2])
 def test_vae_round_trip_keeps_every_tensor(layers: int) -> None:
-    vae = AutoencoderKL(
-        block_out_channels=(32, 32, 64, 64),
-        layers_per_block=layers,
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-    )
-    state = vae.state_dict()
+    state = build_vae(Sizes(vae_channels=(32, 32, 64, 64), vae_layers=layers)).state_dict()
     keys = vae_keys(state)
     ldm = to_ldm(state, keys)
     assert ldm["encoder.mid.attn_1.q.weight"].shape == (64, 64, 1, 1)

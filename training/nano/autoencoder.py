@@ -19,11 +19,13 @@ from ..sheets import save_sheet
 
 @dataclass(frozen=True)
 class Config:
-    """Train the autoencoder on clean and degraded crops: L1 and a weak KL term."""
+    """Train the autoencoder on clean and degraded crops: L1 (fine and coarse), weak KL."""
 
     loop: LoopConfig
     data: DataConfig
     model: ModelConfig = field(default_factory=ModelConfig)
+    coarse_weight: float = 2.0
+    """Weight of L1 between 8x8 averages: without it, a short training never learns colour."""
     kl_weight: float = 1e-4
     """Weight of the KL divergence to N(0, 1), mean over latent elements."""
     degraded_share: float = 0.25
@@ -36,12 +38,13 @@ def main(config: Config) -> Path:
     vae = models.vae
     train, validation = open_data(config.data, config.model.sizes, config.loop.seed)
 
-    def reconstruct(pixels: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+    def reconstruct(pixels: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         mean, log_var = vae.encode(pixels).latent_dist.parameters.float().chunk(2, dim=1)
         log_var = log_var.clamp(-30, 20)
         kl = 0.5 * (mean.square() + log_var.exp() - 1 - log_var).mean()
         decoded = vae.decode(mean + (0.5 * log_var).exp() * noise).sample
-        return F.l1_loss(decoded.float(), pixels), kl
+        error = decoded.float() - pixels
+        return error.abs().mean(), F.avg_pool2d(error, 8).abs().mean(), kl
 
     step_function = maybe_compile(reconstruct, config.loop)
 
@@ -53,8 +56,9 @@ def main(config: Config) -> Path:
         noise = torch.randn(
             size, config.model.sizes.latent_channels, side, side, generator=generator
         )
-        l1, kl = step_function(pixels, noise)
-        return {"loss": l1 + config.kl_weight * kl, "l1": l1, "kl": kl}
+        l1, coarse, kl = step_function(pixels, noise)
+        total = l1 + config.coarse_weight * coarse + config.kl_weight * kl
+        return {"loss": total, "l1": l1, "coarse": coarse, "kl": kl}
 
     @torch.no_grad()
     def validate(step: int, folder: Path) -> dict[str, float]:

@@ -60,11 +60,11 @@ def start_patch_filters(patch_embedding: nn.Conv2d, views: Tensor) -> None:
 
 def main(config: Config) -> Path:
     """Train, and write a file with `base.clip_vision.` and `prompt_processor.`."""
-    models, _ = open_models(config.model)
+    models, found = open_models(config.model)
     train, validation = open_data(config.data, config.model.sizes, config.loop.seed)
-    start_patch_filters(
-        models.vision.vision_model.embeddings.patch_embedding, validation["clip_view"]
-    )
+    if "base.clip_vision." not in found:
+        patch_embedding = models.vision.vision_model.embeddings.patch_embedding
+        start_patch_filters(patch_embedding, validation["clip_view"])
     trainable = nn.ModuleList([models.vision, models.prompt.degradation, models.prompt.classifier])
 
     def logits_of(view: Tensor) -> Tensor:

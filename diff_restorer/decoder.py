@@ -31,8 +31,8 @@ class FusionConfig:
     """Number of convs in the residual dense block."""
     context_width: int
     """Width of pooled P_D."""
-    pixel_width: int = 0
-    """Width of the block that fuses the photo's own pixels; 0: there is none."""
+    pixels: tuple[int, int] | None = None
+    """(channels of the decoder at full size, width) of the block that fuses the photo's pixels."""
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Tensor]) -> FusionConfig:
@@ -53,8 +53,13 @@ class FusionConfig:
             growth=state[f"{first}.dense.0.weight"].shape[0],
             depth=depth,
             context_width=state[f"{first}.film.weight"].shape[1],
-            pixel_width=len(state["pixels.merge.weight"]) if "pixels" in names else 0,
+            pixels=_pixel_sizes(state["pixels.merge.weight"]) if "pixels" in names else None,
         )
+
+
+def _pixel_sizes(merge: Tensor) -> tuple[int, int]:
+    width, channels_in = merge.shape[:2]
+    return channels_in - 6, width
 
 
 class FusionBlock(nn.Module):
@@ -111,10 +116,11 @@ class FusionBlocks(nn.ModuleDict):
     """One `FusionBlock` per VAE level, under the level's number, and one for the pixels.
 
     The block at level l adds to the decoder's features what it finds in the encoder's. The block
-    `pixels` works on the decoded image: from the LQ photo and the image it computes a gate g and a
-    residual r per pixel and channel; image + w (g (LQ - image) + r) lets undamaged detail of the
-    photo through unchanged. The latter is our addition: a small VAE loses more than features at
-    half size can bring back.
+    `pixels` works on the decoded image: from the LQ photo, the image and the decoder's last
+    features it computes a gate g and a residual r per pixel and channel; image + w (g (LQ - image)
+    + r) lets undamaged detail of the photo through unchanged. The latter is our addition: a small
+    VAE loses more than features at half size can bring back, and group norm before its last conv
+    takes away the overall brightness, which the features before it still have.
     """
 
     def __init__(
@@ -131,8 +137,9 @@ class FusionBlocks(nn.ModuleDict):
             str(level): block(2 * channels, channels, channels)
             for level, channels in config.channels
         }
-        if config.pixel_width:
-            blocks["pixels"] = block(6, config.pixel_width, 6)
+        if config.pixels is not None:
+            channels, width = config.pixels
+            blocks["pixels"] = block(channels + 6, width, 6)
         super().__init__(blocks)
         self.config = config
 
@@ -145,16 +152,17 @@ class FusionBlocks(nn.ModuleDict):
         """The residual for the decoder's features (B, C, h, w) of `level`."""
         return cast(Tensor, self[str(level)](torch.cat([encoded, decoded], dim=1), pooled))
 
-    def fuse_pixels(self, photo: Tensor, image: Tensor, pooled: Tensor) -> Tensor:
+    def fuse_pixels(self, photo: Tensor, image: Tensor, decoded: Tensor, pooled: Tensor) -> Tensor:
         """The residual for the decoded image, (B, 3, H, W), in fp32.
 
         Args:
             photo: LQ photo, (B, 3, H, W) in [-1, 1].
             image: Decoded image, likewise.
+            decoded: The decoder's last features, (B, C, H, W).
             pooled: Pooled P_D, (B, context_width).
         """
-        out = cast(Tensor, self["pixels"](torch.cat([photo, image], dim=1), pooled)).float()
-        gate, residual = out.chunk(2, dim=1)
+        inputs = torch.cat([photo, image, decoded], dim=1)
+        gate, residual = cast(Tensor, self["pixels"](inputs, pooled)).float().chunk(2, dim=1)
         return gate * (photo.float() - image.float()) + residual
 
 
@@ -219,6 +227,6 @@ def aware_decode(
         if level.resample is not None:
             h = level.resample(h)
     image = trunk.decoder_head(h)
-    if fusion is not None and fidelity > 0 and fusion.config.pixel_width:
-        image = image + fidelity * fusion.fuse_pixels(features[PIXELS], image, pooled)
+    if fusion is not None and fidelity > 0 and fusion.config.pixels is not None:
+        image = image + fidelity * fusion.fuse_pixels(features[PIXELS], image, h, pooled)
     return image

@@ -257,7 +257,8 @@ def restorer_tensors(
     if fusion_levels:
         channels = tuple((level, vae.channels * vae.mult[level]) for level in fusion_levels)
         blocks = FusionBlocks(
-            FusionConfig(channels, 8, 2, unet.context, pixel_width=8), device=torch.device("meta")
+            FusionConfig(channels, 8, 2, unet.context, pixels=(vae.channels * vae.mult[0], 8)),
+            device=torch.device("meta"),
         )
         tensors |= random_state(_shapes(blocks), "decoder.fusion.", 3, dtype)
     if tuned_decoder:

@@ -161,7 +161,9 @@ class Models(nn.Module):
             growth=sizes.fusion_growth,
             depth=sizes.fusion_depth,
             context_width=sizes.context_width,
-            pixel_width=sizes.fusion_pixel_width,
+            pixels=(sizes.vae_channels[0], sizes.fusion_pixel_width)
+            if sizes.fusion_pixel_width
+            else None,
         )
 
     def start_decoder(self) -> None:

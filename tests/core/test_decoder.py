@@ -20,8 +20,8 @@ CHANNELS = (32, 32, 64, 64)
 CONFIGS = [
     FusionConfig(channels=((1, 32), (2, 64)), growth=4, depth=2, context_width=6),
     FusionConfig(channels=((0, 32), (1, 32), (2, 64)), growth=8, depth=3, context_width=16),
-    FusionConfig(channels=((2, 64),), growth=5, depth=1, context_width=3, pixel_width=8),
-    FusionConfig(channels=(), growth=4, depth=2, context_width=3, pixel_width=6),
+    FusionConfig(channels=((2, 64),), growth=5, depth=1, context_width=3, pixels=(32, 8)),
+    FusionConfig(channels=(), growth=4, depth=2, context_width=3, pixels=(32, 6)),
 ]
 
 

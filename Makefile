@@ -5,16 +5,18 @@ DIR ?=
 IMAGE ?=
 OUT ?= demo_out
 GPU ?=
+PHOTOS ?=
+STEPS ?= full
 ARGS ?=
 
 .DELETE_ON_ERROR:
-.PHONY: help demo serve test test-all lint nano python-run python-dev
+.PHONY: help demo serve test test-all lint nano
 
 help:
 	@echo "make demo  [IMAGE=photo.jpg] [OUT=demo_out] [GPU=1]   restore photos with Nano"
 	@echo "make serve [PORT=8188] [DIR=folder] [GPU=1] [ARGS=..] ComfyUI with this pack"
 	@echo "make test | test-all | lint                           checks"
-	@echo "make nano  [ARGS=..]                                  train the shipped model again"
+	@echo "make nano  PHOTOS=folder [STEPS=tiny] [ARGS=..]       train Nano from clean photos"
 
 # The set-up prints its progress on stderr and the environment's interpreter on stdout.
 define in_environment
@@ -44,4 +46,5 @@ lint:
 	  PYTHONPATH="$$("$$python" -m tools.host root)" "$$python" -m pyright --pythonpath "$$python")
 
 nano:
-	$(call in_environment,dev,exec "$$python" -m training.nano $(ARGS))
+	@test -n "$(PHOTOS)" || { echo "error: name a folder of clean photos: make nano PHOTOS=/path" >&2; exit 1; }
+	$(call in_environment,dev,exec "$$python" -m training.nano --photos "$(PHOTOS)" --steps $(STEPS) $(ARGS))

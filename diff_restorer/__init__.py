@@ -1,7 +1,13 @@
 """Diff-Restorer core: what the paper adds to Stable Diffusion, in plain PyTorch."""
 
 from .control import make_hint_conv, zero_init
-from .decoder import FusionBlocks, FusionConfig, aware_decode, encode_with_features
+from .decoder import (
+    FusionBlocks,
+    FusionConfig,
+    aware_decode,
+    encode_with_features,
+    encoder_features,
+)
 from .prompt_processor import DEFAULT_TYPES, PromptOutput, PromptProcessor, PromptProcessorConfig
 from .vae_trunk import UnsupportedVaeError, VaeTrunk
 
@@ -16,6 +22,7 @@ __all__ = [
     "VaeTrunk",
     "aware_decode",
     "encode_with_features",
+    "encoder_features",
     "make_hint_conv",
     "zero_init",
 ]

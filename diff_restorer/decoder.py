@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, cast
 
 import torch
@@ -166,31 +167,41 @@ class FusionBlocks(nn.ModuleDict):
         return gate * (photo.float() - image.float()) + residual
 
 
-def encode_with_features(
-    trunk: VaeTrunk, pixels: Tensor, levels: Iterable[int]
-) -> tuple[Tensor, Features]:
-    """Encode and keep what the encoder knows at each wanted level, before downsampling.
+def _encoder_levels(trunk: VaeTrunk, pixels: Tensor) -> Iterator[Tensor]:
+    """The encoder's features level by level, each before its downsampling."""
+    h = trunk.encoder_stem(pixels)
+    for level in trunk.encoder_levels:
+        for block in level.blocks:
+            h = block(h)
+        yield h
+        if level.resample is not None:
+            h = level.resample(h)
+
+
+def encoder_features(trunk: VaeTrunk, pixels: Tensor, levels: Collection[int]) -> Features:
+    """What `aware_decode` needs of the LQ image; the encoder runs no further than that.
 
     Args:
-        trunk: The frozen VAE.
+        trunk: The VAE.
         pixels: (B, 3, H, W) in [-1, 1]; H and W multiples of 8.
         levels: VAE levels to keep.
+    """
+    found = enumerate(islice(_encoder_levels(trunk, pixels), 1 + max(levels, default=PIXELS)))
+    return {PIXELS: pixels} | {level: h for level, h in found if level in levels}
+
+
+def encode_with_features(
+    trunk: VaeTrunk, pixels: Tensor, levels: Collection[int]
+) -> tuple[Tensor, Features]:
+    """Encode, and keep what `encoder_features` gives on the way.
 
     Returns:
         Moments (B, 2 * latent_channels, H/8, W/8), of which the first half is the mean, and the
         features.
     """
-    wanted = set(levels)
-    features: Features = {PIXELS: pixels}
-    h = trunk.encoder_stem(pixels)
-    for index, level in enumerate(trunk.encoder_levels):
-        for block in level.blocks:
-            h = block(h)
-        if index in wanted:
-            features[index] = h
-        if level.resample is not None:
-            h = level.resample(h)
-    return trunk.encoder_head(h), features
+    found = dict(enumerate(_encoder_levels(trunk, pixels)))
+    moments = trunk.encoder_head(found[len(found) - 1])
+    return moments, {PIXELS: pixels} | {level: found[level] for level in levels}
 
 
 def aware_decode(
@@ -207,7 +218,7 @@ def aware_decode(
         trunk: The VAE whose decoder is used (stock or finetuned).
         fusion: Fusion blocks; None decodes plainly.
         raw_latent: Unscaled latent, (B, latent_channels, H/8, W/8).
-        features: From `encode_with_features` on the LQ image, at the fusion blocks' levels.
+        features: From `encoder_features` on the LQ image, at the fusion blocks' levels.
         pooled: Pooled P_D, (B, context_width).
         fidelity: w in [0, 1]; 0 is the plain decode, bit for bit.
 

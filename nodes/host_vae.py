@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..diff_restorer import VaeTrunk, aware_decode, encode_with_features
+from ..diff_restorer import VaeTrunk, aware_decode, encoder_features
 from .host import check_interrupt
 from .host_build import with_tuned_decoder
 from .host_models import DiffRestorer
@@ -149,7 +149,7 @@ class AwareDecoder:
         if self._fuses:
             fusion = self.restorer.fusion.model
             pixels = vae.process_input(photo).to(dtype).to(device)
-            _, features = encode_with_features(trunk, pixels, fusion.levels)
+            features = encoder_features(trunk, pixels, fusion.levels)
         return aware_decode(
             trunk,
             fusion,

@@ -13,6 +13,7 @@ from diff_restorer import (
     VaeTrunk,
     aware_decode,
     encode_with_features,
+    encoder_features,
 )
 from training.models import Sizes, build_vae
 
@@ -55,6 +56,22 @@ def test_trunk_walks_the_vae_exactly(vae: Any) -> None:
         assert features[level].shape == (2, channels, 40 >> level, 64 >> level)
     latent = moments[:, :4]
     assert torch.equal(aware_decode(trunk, None, latent, {}, latent), vae.decode(latent).sample)
+
+
+@torch.no_grad()
+def test_features_alone_run_the_encoder_no_further_than_needed(vae: Any) -> None:
+    pixels, ran = torch.randn(1, 3, 32, 32), []
+    hooks = [
+        block.register_forward_hook(lambda *_, level=level: ran.append(level))
+        for level, block in enumerate([b.resnets[-1] for b in vae.encoder.down_blocks])
+    ]
+    alone = encoder_features(VaeTrunk.of(vae), pixels, (1,))
+    for hook in hooks:
+        hook.remove()
+    assert ran == [0, 1]
+    _, features = encode_with_features(VaeTrunk.of(vae), pixels, (1,))
+    assert alone.keys() == features.keys()
+    assert all(torch.equal(alone[level], features[level]) for level in alone)
 
 
 @torch.no_grad()

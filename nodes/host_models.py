@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..diff_restorer import PromptProcessor, PromptProcessorConfig
 from ..diff_restorer.checkpoint import Checkpoint, read_checkpoint
+from ..diff_restorer.views import NATIVE, WHOLE, native_view
 from .host_build import build_control, build_fusion, build_prompt_processor, build_tuned_decoder
 from .sockets import Degradation
 
@@ -45,7 +46,7 @@ class DiffRestorer:
         self.tuned_decoder: Any = (
             build_tuned_decoder(checkpoint) if checkpoint.has("decoder.vae.") else None
         )
-        self._last_tokens: tuple[weakref.ref[Any], bytes, Tensor] | None = None
+        self._last_tokens: tuple[weakref.ref[Any], bytes, tuple[Tensor, Tensor]] | None = None
 
     @property
     def sizes(self) -> PromptProcessorConfig:
@@ -58,10 +59,12 @@ class DiffRestorer:
         Raises:
             ValueError: `clip_vision` is not the model that the file was trained with.
         """
-        tokens = self._clip_tokens(clip_vision, rgb)
+        whole, close = self._clip_tokens(clip_vision, rgb)
         comfy.model_management.load_models_gpu([self.prompt_processor])
         model: PromptProcessor = self.prompt_processor.model
-        out = model(tokens.to(self.prompt_processor.load_device).float())
+        device = self.prompt_processor.load_device
+        out = model(close.to(device).float())
+        semantic = out.semantic if close is whole else model(whole.to(device).float()).semantic
         home = comfy.model_management.intermediate_device()
         degradation = Degradation(
             tokens=out.degradation.to(home),
@@ -70,10 +73,13 @@ class DiffRestorer:
             types=self.info.types,
             prototypes=model.prototypes.to(home, torch.float32),
         )
-        return out.semantic.to(home), degradation
+        return semantic.to(home), degradation
 
-    def _clip_tokens(self, clip_vision: Any, rgb: Tensor) -> Tensor:
-        """P_CLIP (B, T, clip_width); the last result is kept for the next node of the graph.
+    def _clip_tokens(self, clip_vision: Any, rgb: Tensor) -> tuple[Tensor, Tensor]:
+        """P_CLIP for P_S and for P_D, (B, T, clip_width) each; kept for the graph's next node.
+
+        They are the same unless the file asks for a native view: then P_D comes from a second
+        look at a piece of the photo that is not resized.
 
         The photo is recognised by its bytes, not by its identity: nodes before may have changed
         it in place, and hashing costs a thousandth of the vision model.
@@ -84,11 +90,18 @@ class DiffRestorer:
             encoder, known, tokens = self._last_tokens
             if encoder() is clip_vision and known == digest:
                 return tokens
-        hidden = clip_vision.encode_image(rgb, crop=False)["last_hidden_state"]
-        self._check_clip(clip_vision, hidden.shape[-1])
-        tokens = hidden[:, 1:]
+        whole = close = self._encode(clip_vision, rgb)
+        if self.info.clip.get("degradation_view", WHOLE) == NATIVE:
+            view = native_view(rgb, clip_vision.image_size)
+            close = whole if view.shape == rgb.shape else self._encode(clip_vision, view)
+        tokens = whole, close
         self._last_tokens = (weakref.ref(clip_vision), digest, tokens)
         return tokens
+
+    def _encode(self, clip_vision: Any, view: Tensor) -> Tensor:
+        hidden = clip_vision.encode_image(view, crop=False)["last_hidden_state"]
+        self._check_clip(clip_vision, hidden.shape[-1])
+        return hidden[:, 1:]
 
     def _check_clip(self, clip_vision: Any, width: int) -> None:
         needed, trained = self.sizes.clip_width, self.info.clip

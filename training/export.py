@@ -6,6 +6,7 @@ import json
 import logging
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 import tyro
@@ -32,6 +33,9 @@ class Config:
     """`--model.init` is the file to finish."""
     samples: int = 256
     """Training samples that the prototypes are averaged over."""
+    degradation_view: Literal["whole", "native"] = "native"
+    """What the nodes read P_D from: the squashed photo, or its centre at its own resolution, which
+    a small vision encoder needs to see noise and JPEG blocks."""
     scores: Path | None = None
     """JSON of evaluation results for the file's metadata."""
 
@@ -66,7 +70,8 @@ def main(config: Config) -> Path:
     source = read_checkpoint(config.model.init[-1])
     prefixes = sorted({_part(key) for key in source.keys})
     scores = json.loads(config.scores.read_text()) if config.scores else source.info.scores
-    info = replace(source.info, scores=scores)
+    clip = {**source.info.clip, "degradation_view": config.degradation_view}
+    info = replace(source.info, scores=scores, clip=clip)
     write_checkpoint(config.out, models.file_tensors(prefixes, torch.float16), info)
 
     again, _ = open_models(replace(config.model, init=(config.out,)))

@@ -267,13 +267,19 @@ def _as_float(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _load_strictly(module: nn.Module, state: dict[str, Tensor], prefix: str, path: Path) -> None:
     own = module.state_dict()
     state = {key: value for key, value in state.items() if key in own or "position_ids" not in key}
-    missing, unexpected = module.load_state_dict(state, strict=False)
-    missing = [key for key in missing if not key.endswith("position_ids")]
-    if missing or unexpected:
+    missing = [key for key in own if key not in state and not key.endswith("position_ids")]
+    unexpected = [key for key in state if key not in own]
+    misfits = [
+        f"{key} {tuple(value.shape)} instead of {tuple(own[key].shape)}"
+        for key, value in state.items()
+        if key in own and value.shape != own[key].shape
+    ]
+    if missing or unexpected or misfits:
         raise ValueError(
-            f"{path}: part {prefix!r} does not fit the configured sizes; "
-            f"missing {missing[:3]}, unexpected {unexpected[:3]}"
+            f"{path}: part {prefix!r} does not fit the configured sizes (--model.sizes); "
+            f"missing {missing[:3]}, unexpected {unexpected[:3]}, of other size {misfits[:3]}"
         )
+    module.load_state_dict(state, strict=False)
 
 
 def to_pixels(image: Tensor) -> Tensor:

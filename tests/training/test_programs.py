@@ -128,7 +128,7 @@ def test_the_release_is_complete_and_in_half_precision(files: dict[str, Path]) -
 def test_the_release_loads_into_other_models(files: dict[str, Path]) -> None:
     models = Models(TOY, read_checkpoint(files["release"]).info.types)
     assert models.load(files["release"]) >= {"base.unet.", "control.", "decoder.fusion."}
-    with pytest.raises(ValueError, match=r"does not fit the configured sizes|size mismatch"):
+    with pytest.raises(ValueError, match="does not fit the configured sizes"):
         Models(Sizes(), models.types).load(files["release"])
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from diff_restorer.checkpoint import write_checkpoint
 from tests import toy_weights
 
 pytestmark = pytest.mark.comfy
@@ -64,6 +65,32 @@ def test_one_clip_pass_for_both_nodes(toy, read, classify, photo, calls) -> None
     classified = classify(image.clone())[3]
     assert len(passes) == 1
     assert torch.equal(classified.probabilities, degradation.probabilities)
+
+
+def test_a_native_view_is_read_for_the_degradation_alone(
+    pack: ModuleType, read, classify, photo, calls, tmp_path
+) -> None:
+    """As Nano asks for in its metadata: P_S from the squashed photo, P_D from its centre."""
+    clip = {**toy_weights.info().clip, "degradation_view": "native"}
+    tensors = toy_weights.restorer_tensors() | toy_weights.base_tensors()
+    path = tmp_path / "native.safetensors"
+    write_checkpoint(path, tensors, toy_weights.info(clip=clip))
+    _, vision, _, restorer = pack.nodes.host_nano.load_nano(path)
+    side = vision.image_size
+    image = photo(side + 20, side + 6, seed=105)
+    passes = calls(vision.model, "forward")
+    positive, _, degradation = read(image, diff_restorer=restorer, clip_vision=vision)
+    classified = classify(image, diff_restorer=restorer, clip_vision=vision)[3]
+    assert len(passes) == 2
+    assert torch.equal(classified.tokens, degradation.tokens)
+
+    def expected(view: torch.Tensor) -> Any:
+        hidden = vision.encode_image(view, crop=False)["last_hidden_state"]
+        return restorer.prompt_processor.model(hidden[:, 1:])
+
+    assert torch.equal(positive[0][0], expected(image).semantic)
+    centre = image[:, 10 : 10 + side, 3 : 3 + side]
+    assert torch.equal(degradation.tokens, expected(centre).degradation)
 
 
 def test_no_stale_results(toy, read, photo, calls) -> None:

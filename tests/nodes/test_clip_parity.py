@@ -8,17 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from open_clip.transformer import QuickGELU, VisionTransformer
 
 from tests import toy_weights
 
 pytestmark = pytest.mark.comfy
 
-open_clip = pytest.importorskip("open_clip")
-
 
 def open_clip_tower(sizes: toy_weights.VisionSizes) -> Any:
-    from open_clip.transformer import QuickGELU, VisionTransformer
-
     with torch.inference_mode(False):
         return VisionTransformer(
             image_size=sizes.image,

@@ -76,6 +76,21 @@ def vae_keys(keys: Iterable[str]) -> dict[str, str]:
     return {key: _vae_key(key, last) for key in keys}
 
 
+def tiny_vae_keys(keys: Iterable[str]) -> dict[str, str]:
+    """Map the keys of a diffusers AutoencoderTiny to those of the host's TAESD.
+
+    The decoder of TAESD counts its clamp as a layer, which diffusers does not.
+    """
+    return {
+        key: re.sub(
+            r"^(en|de)coder\.layers\.(\d+)",
+            lambda m: f"taesd_{m[1]}coder.{int(m[2]) + (m[1] == 'de')}",
+            key,
+        )
+        for key in keys
+    }
+
+
 def _vae_key(key: str, last: int) -> str:
     key = re.sub(r"up_blocks\.(\d+)", lambda m: f"up.{last - int(m[1])}", key)
     for pattern, ldm in (

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
+from diffusers import AutoencoderTiny, ControlNetModel, UNet2DConditionModel
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
@@ -21,6 +21,7 @@ from diff_restorer import (
     PromptProcessor,
     PromptProcessorConfig,
     VaeTrunk,
+    encode_with_features,
     make_hint_conv,
 )
 from diff_restorer.checkpoint import (
@@ -29,7 +30,7 @@ from diff_restorer.checkpoint import (
     read_checkpoint,
     write_checkpoint,
 )
-from diff_restorer.ldm_keys import from_ldm, to_ldm, unet_keys, vae_keys
+from diff_restorer.ldm_keys import from_ldm, tiny_vae_keys, to_ldm, unet_keys, vae_keys
 from diff_restorer.views import NATIVE, WHOLE
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -42,8 +43,6 @@ HEADS = 8
 class Sizes:
     """Widths and depths of all parts; the defaults are Nano's."""
 
-    vae_channels: tuple[int, ...] = (64, 64, 128, 128)
-    vae_layers: int = 1
     latent_channels: int = 4
     unet_channels: tuple[int, ...] = (64, 128, 128)
     unet_layers: int = 1
@@ -51,7 +50,7 @@ class Sizes:
     context_width: int = 192
     vision_width: int = 192
     vision_layers: int = 6
-    vision_image: int = 256
+    vision_image: int = 192
     vision_patch: int = 16
     vision_head_width: int = 64
     prompt_hidden: int = 384
@@ -64,16 +63,12 @@ class Sizes:
 # diffusers annotates its models loosely (tuples of one, outputs that may be tuples), so that the
 # three builders and what they build are `Any` to the type checker.
 def build_vae(sizes: Sizes) -> Any:
-    """AutoencoderKL with 8x8 compression and random weights."""
-    levels = len(sizes.vae_channels)
-    arguments: dict[str, Any] = {
-        "block_out_channels": sizes.vae_channels,
-        "layers_per_block": sizes.vae_layers,
-        "down_block_types": ("DownEncoderBlock2D",) * levels,
-        "up_block_types": ("UpDecoderBlock2D",) * levels,
-        "latent_channels": sizes.latent_channels,
-    }
-    return AutoencoderKL(**arguments)
+    """AutoencoderTiny (TAESD) with 8x8 compression and random weights.
+
+    The group norm of an AutoencoderKL leaves no absolute brightness where a group has less than
+    four channels, so that it needs 128 channels at full size. TAESD has no norm and 64 channels.
+    """
+    return AutoencoderTiny(latent_channels=sizes.latent_channels)
 
 
 def build_unet(sizes: Sizes) -> Any:
@@ -132,12 +127,12 @@ class AwareDecoder(nn.Module):
         super().__init__()
         self.fusion = fusion
         self.decoder: Any = copy.deepcopy(vae.decoder)
-        self.post_quant_conv: Any = copy.deepcopy(vae.post_quant_conv)
+        self.post_quant_conv: Any = copy.deepcopy(getattr(vae, "post_quant_conv", None))
 
     def trunk(self, vae: Any) -> VaeTrunk:
         """`vae` with this decoder in place of its own."""
         view = nn.Module()
-        view.encoder, view.quant_conv = vae.encoder, vae.quant_conv
+        view.encoder, view.quant_conv = vae.encoder, getattr(vae, "quant_conv", None)
         view.decoder, view.post_quant_conv = self.decoder, self.post_quant_conv
         return VaeTrunk.of(view)
 
@@ -178,15 +173,13 @@ class Models(nn.Module):
         cast(Any, self).to(memory_format=memory_format())
 
     def _fusion_config(self) -> FusionConfig:
-        sizes = self.sizes
+        sizes, channels = self.sizes, VaeTrunk.of(self.vae).channels
         return FusionConfig(
-            channels=tuple((level, sizes.vae_channels[level]) for level in sizes.fusion_levels),
+            channels=tuple((level, channels[level]) for level in sizes.fusion_levels),
             growth=sizes.fusion_growth,
             depth=sizes.fusion_depth,
             context_width=sizes.context_width,
-            pixels=(sizes.vae_channels[0], sizes.fusion_pixel_width)
-            if sizes.fusion_pixel_width
-            else None,
+            pixels=(channels[0], sizes.fusion_pixel_width) if sizes.fusion_pixel_width else None,
         )
 
     def start_decoder(self) -> None:
@@ -195,7 +188,8 @@ class Models(nn.Module):
         The pixel gate starts open: from the photo itself, much damage is a short way to mend.
         """
         self.decoder.decoder.load_state_dict(self.vae.decoder.state_dict())
-        self.decoder.post_quant_conv.load_state_dict(self.vae.post_quant_conv.state_dict())
+        if self.decoder.post_quant_conv is not None:
+            self.decoder.post_quant_conv.load_state_dict(self.vae.post_quant_conv.state_dict())
         if self.sizes.fusion_pixel_width:
             gate: Any = self.decoder.fusion["pixels"]
             nn.init.ones_(gate.out.bias[:3])
@@ -207,7 +201,9 @@ class Models(nn.Module):
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
         """Scaled latent mean (B, 4, H/8, W/8) of pixels (B, 3, H, W) in [-1, 1]."""
-        return self.vae.encode(pixels).latent_dist.mode() * self.latent_scale
+        trunk = VaeTrunk.of(self.vae)
+        moments, _ = encode_with_features(trunk, pixels, ())
+        return moments[:, : trunk.latent_channels] * self.latent_scale
 
     def read(self, batch: Mapping[str, Tensor]) -> PromptOutput:
         """P_S of the whole photo; P_D and logits of the view that this model reads them from.
@@ -257,11 +253,13 @@ class Models(nn.Module):
         decoder_only = nn.Module()
         decoder_only.decoder = self.decoder.decoder
         decoder_only.post_quant_conv = self.decoder.post_quant_conv
+        tiny = isinstance(self.vae, AutoencoderTiny)
+        keys_of_vae = tiny_vae_keys if tiny else vae_keys
         return [
             ("base.unet.", self.unet, unet_keys(self.unet.state_dict())),
             ("control.", self.control, unet_keys(self.control.state_dict())),
-            ("base.vae.", self.vae, vae_keys(self.vae.state_dict())),
-            ("decoder.vae.", decoder_only, vae_keys(decoder_only.state_dict())),
+            ("base.vae.", self.vae, keys_of_vae(self.vae.state_dict())),
+            ("decoder.vae.", decoder_only, keys_of_vae(decoder_only.state_dict())),
         ]
 
     def file_tensors(self, prefixes: Sequence[str], dtype: torch.dtype) -> dict[str, Tensor]:
@@ -274,6 +272,9 @@ class Models(nn.Module):
             if prefix in prefixes:
                 renamed = to_ldm(module.state_dict(), keys)
                 tensors |= {prefix + key: value for key, value in renamed.items()}
+        if "base.vae." in prefixes and isinstance(self.vae, AutoencoderTiny):
+            # The host's TAESD also holds a scale and a shift of its latent.
+            tensors |= {"base.vae.vae_scale": torch.ones(()), "base.vae.vae_shift": torch.zeros(())}
         return {
             key: value.to("cpu", dtype).contiguous() if value.is_floating_point() else value
             for key, value in tensors.items()
@@ -333,8 +334,8 @@ def to_pixels(image: Tensor) -> Tensor:
 
 
 def memory_format() -> torch.memory_format:
-    """Channels last on GPUs; on CPUs it makes group norm's backward pass twice as slow."""
-    return torch.channels_last if torch.cuda.is_available() else torch.contiguous_format
+    """Channels last, which convolutions are fastest in, on GPUs and on CPUs with bf16."""
+    return torch.channels_last
 
 
 def psnr(image: Tensor, reference: Tensor) -> Tensor:

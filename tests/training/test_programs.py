@@ -17,7 +17,6 @@ from training.models import Models, Sizes
 from training.nano import autoencoder, vision
 
 TOY = Sizes(
-    vae_channels=(32, 32, 32, 32),
     unet_channels=(32, 64),
     unet_attention=(False, True),
     context_width=16,

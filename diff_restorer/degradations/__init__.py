@@ -100,13 +100,17 @@ def degrade_chain(
         (B, 3, H, W), float32 in [0, 1].
 
     Raises:
-        ValueError: as `degrade`, or if a kind is named twice.
+        ValueError: as `degrade`, or if a kind is named twice or has no severity of its own.
     """
     if len(set(kinds)) < len(kinds):
         raise ValueError(f"kinds: each kind may be named once, found {', '.join(kinds)}")
     level = torch.as_tensor(severity, dtype=torch.float32)
     if unknown := set(kinds) - set(ALL_KINDS):
         raise ValueError(f"kinds: unknown {sorted(unknown)}; known are {', '.join(ALL_KINDS)}")
+    if level.ndim == 2 and level.shape[1] != len(kinds):
+        raise ValueError(
+            f"severity: expected a column for each of {len(kinds)} kinds, found {level.shape[1]}"
+        )
     for kind in sorted(kinds, key=_PHYSICAL_ORDER.index):
         own = level[:, list(kinds).index(kind)] if level.ndim == 2 else level
         image = degrade(kind, image, own, generator)

@@ -75,7 +75,7 @@ class PairedPhotos(Sequence[tuple[Tensor, Tensor]]):
                 if not wanted:
                     raise ValueError(told)
                 log.warning("%s; left out", told)
-            self.pairs += self._store.usable("pairs", wanted, self._read, _check_sizes)
+            self.pairs += self._store.usable("pairs", wanted, self._read, _decoded_bytes)
 
     def _read(self, pair: Pair) -> tuple[Tensor, Tensor]:
         lq, gt = self._store.read(pair.lq), self._store.read(pair.gt)
@@ -120,8 +120,10 @@ class PairedPhotos(Sequence[tuple[Tensor, Tensor]]):
         return CleanPhotos.of(list(dict.fromkeys(pair.gt for pair in self.pairs)), self._store)
 
 
-def _check_sizes(pair: Pair) -> None:
-    _compare_sizes(photo_size(pair.lq), photo_size(pair.gt))
+def _decoded_bytes(pair: Pair) -> int:
+    size = photo_size(pair.lq)
+    _compare_sizes(size, photo_size(pair.gt))
+    return 2 * 3 * size[0] * size[1]
 
 
 def _compare_sizes(lq: tuple[int, int], gt: tuple[int, int]) -> None:

@@ -156,17 +156,23 @@ def photo_size(file: PhotoFile) -> tuple[int, int]:
         return (picture.height, picture.width) if turned else (picture.width, picture.height)
 
 
+def decoded_bytes(file: PhotoFile) -> int:
+    """Memory that a decoded photo takes."""
+    width, height = photo_size(file)
+    return 3 * width * height
+
+
 class PhotoStore:
     """Decodes photos, and keeps those that fit into `limit_mb`.
 
-    Nothing is ever dropped: what is drawn at random is found as often in any store of that size,
-    and one that was filled before the data processes start is shared by all of them.
+    What is kept is decided once, before the data processes start, so that they share it. Nothing is
+    dropped for what comes later: of photos drawn at random, any choice is found as often.
     """
 
     def __init__(self, limit_mb: int = 4096) -> None:
         self._kept: dict[PhotoFile, Tensor] = {}
-        self._free = limit_mb * 2**20
-        self._filling = False
+        self._limit = limit_mb * 2**20
+        self._keeping = False
         self._named: set[str] = set()
 
     def read(self, file: PhotoFile) -> Tensor:
@@ -174,11 +180,8 @@ class PhotoStore:
         if (kept := self._kept.get(file)) is not None:
             return kept
         photo = read_photo(file)
-        if self._filling and photo.nbytes <= self._free:
+        if self._keeping:
             self._kept[file] = photo
-            self._free -= photo.nbytes
-        else:
-            self._filling = False
         return photo
 
     def usable(
@@ -186,38 +189,57 @@ class PhotoStore:
         what: str,
         items: Sequence[ItemT],
         read: Callable[[ItemT], object],
-        glance: Callable[[ItemT], object],
+        measure: Callable[[ItemT], int],
     ) -> list[ItemT]:
         """Leaves out items that cannot be read, and names and counts them in warnings.
 
-        Items are read in full until the store is full; of the rest, `glance` looks at the headers,
-        and `draw` meets what is wrong with their content.
+        All headers are looked at. Items are read in full, and kept, while there is room; what is
+        wrong with the content of the others is met by `draw`.
+
+        Args:
+            what: Name of the items in messages.
+            items: Photos or pairs, in the order in which they are kept.
+            read: Reads and checks one item through this store.
+            measure: Memory of one decoded item in bytes, from its header.
 
         Raises:
             ValueError: No item is usable; has the reason of the first.
         """
 
-        def fault(item: ItemT) -> Exception | None:
+        def attempt(function: Callable[[ItemT], ReadT], item: ItemT) -> ReadT | Exception:
             try:
-                (read if self._filling else glance)(item)
+                return function(item)
             except UNREADABLE as error:
                 return error
-            return None
 
-        self._filling = True
+        free = self._limit - sum(photo.nbytes for photo in self._kept.values())
+        self._keeping = True
         with ThreadPoolExecutor() as pool:
-            faults = list(pool.map(fault, items))
-        self._filling = False
-        bad = [(item, error) for item, error in zip(items, faults, strict=True) if error]
-        for item, error in bad[:_MOST_NAMED]:
-            log.warning("%s: left out %s: %s", what, item, error)
-        if bad:
-            log.warning("%s: left out %d unusable of %d", what, len(bad), len(items))
-        if len(bad) == len(items):
+            found = list(pool.map(lambda item: attempt(measure, item), items))
+            kept: list[int] = []
+            for place, size in enumerate(found):
+                if isinstance(size, int) and size <= free:
+                    kept.append(place)
+                    free -= size
+            contents = pool.map(lambda place: attempt(read, items[place]), kept)
+            faults = {
+                place: error for place, error in enumerate(found) if not isinstance(error, int)
+            }
+            faults |= {
+                place: error
+                for place, error in zip(kept, contents, strict=True)
+                if isinstance(error, Exception)
+            }
+        self._keeping = False
+        for place in sorted(faults)[:_MOST_NAMED]:
+            log.warning("%s: left out %s: %s", what, items[place], faults[place])
+        if faults:
+            log.warning("%s: left out %d unusable of %d", what, len(faults), len(items))
+        if len(faults) == len(items):
             raise ValueError(
-                f"{what}: none of the {len(items)} is usable; the first, {bad[0][0]}: {bad[0][1]}"
+                f"{what}: none of the {len(items)} is usable; the first, {items[0]}: {faults[0]}"
             )
-        return [item for item, error in zip(items, faults, strict=True) if not error]
+        return [item for place, item in enumerate(items) if place not in faults]
 
     def draw(
         self, what: str, items: Sequence[ItemT], index: int, read: Callable[[ItemT], ReadT]
@@ -253,7 +275,7 @@ class CleanPhotos(Sequence[Tensor]):
     def __init__(self, source: Path | str, store: PhotoStore | None = None) -> None:
         self._store = store or PhotoStore()
         listed = list_photos(Path(source))
-        self.paths = self._store.usable("photos", listed, self._store.read, photo_size)
+        self.paths = self._store.usable("photos", listed, self._store.read, decoded_bytes)
 
     @classmethod
     def of(cls, paths: Sequence[PhotoFile], store: PhotoStore) -> CleanPhotos:

@@ -201,8 +201,10 @@ class _Match:
 def _match(layout: Layout, source: Path, files: Sequence[Path]) -> _Match:
     degraded: list[tuple[Path, _Place]] = []
     clean: dict[tuple[Path, str], list[tuple[Path, Path]]] = defaultdict(list)
+    folders = {file.parent for file in files}
+    places = {folder: layout.place(folder.relative_to(source).parts) for folder in folders}
     for file in files:
-        place = layout.place(file.relative_to(source).parent.parts)
+        place = places[file.parent]
         if place and place.half != "gt":
             degraded.append((file, place))
         if place and place.half != "lq":

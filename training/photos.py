@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
+from tqdm import tqdm
 
 log = logging.getLogger(__name__)
 
@@ -206,30 +207,28 @@ class PhotoStore:
             ValueError: No item is usable; has the reason of the first.
         """
 
-        def attempt(function: Callable[[ItemT], ReadT], item: ItemT) -> ReadT | Exception:
-            try:
-                return function(item)
-            except UNREADABLE as error:
-                return error
+        def attempt(function: Callable[[ItemT], ReadT], places: Sequence[int]) -> dict[int, ReadT]:
+            def one(place: int) -> ReadT | None:
+                try:
+                    return function(items[place])
+                except UNREADABLE as error:
+                    faults[place] = error
+                    return None
 
+            bar = tqdm(pool.map(one, places), what, len(places), leave=False, delay=3, disable=None)
+            found = zip(places, bar, strict=True)
+            return {place: value for place, value in found if value is not None}
+
+        faults: dict[int, Exception] = {}
         free = self._limit - sum(photo.nbytes for photo in self._kept.values())
+        kept: list[int] = []
         self._keeping = True
         with ThreadPoolExecutor() as pool:
-            found = list(pool.map(lambda item: attempt(measure, item), items))
-            kept: list[int] = []
-            for place, size in enumerate(found):
-                if isinstance(size, int) and size <= free:
+            for place, size in attempt(measure, range(len(items))).items():
+                if size <= free:
                     kept.append(place)
                     free -= size
-            contents = pool.map(lambda place: attempt(read, items[place]), kept)
-            faults = {
-                place: error for place, error in enumerate(found) if not isinstance(error, int)
-            }
-            faults |= {
-                place: error
-                for place, error in zip(kept, contents, strict=True)
-                if isinstance(error, Exception)
-            }
+            attempt(read, kept)
         self._keeping = False
         for place in sorted(faults)[:_MOST_NAMED]:
             log.warning("%s: left out %s: %s", what, items[place], faults[place])

@@ -61,7 +61,7 @@ def contact_sheet(config: SheetConfig) -> Image.Image:
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(15)
     for row, kind in enumerate(config.kinds):
         top = row * (height + _HEADER)
-        pen.text((6, top + _HEADER), kind, "black", font)
+        pen.text((6, top + _HEADER), kind.replace("+", "\n+ "), "black", font)
         for column, severity in enumerate(config.severities):
             generator = torch.Generator().manual_seed(config.seed + 1000 * row + column)
             degraded = degrade_chain(kind.split("+"), image, severity, generator)

@@ -39,7 +39,7 @@ KINDS: tuple[str, ...] = ALL_KINDS[:9]
 
 
 _PHYSICAL_ORDER = (
-    "haze", "rain", "snow", "low_light", "raindrop", "blur", "low_res", "noise", "jpeg",
+    "haze", "rain", "snow", "raindrop", "blur", "low_light", "low_res", "noise", "jpeg",
     "second_order", "clean",
 )  # fmt: skip
 
@@ -87,8 +87,8 @@ def degrade_chain(
 ) -> Tensor:
     """Degrades a batch with several kinds, in the order in which a picture meets them.
 
-    The air comes first, then the light, the glass, the lens, the sensor and the file, whatever the
-    order of `kinds`; so the labels of a chain are a set.
+    The air comes first, then the glass, the lens, the sensor (low light brings noise of its own,
+    which no lens blurs) and the file, whatever the order of `kinds`; so its labels are a set.
 
     Args:
         kinds: different members of `ALL_KINDS`.

@@ -15,22 +15,39 @@ from torch.utils.data import default_collate
 from diff_restorer.checkpoint import CheckpointInfo
 from diff_restorer.degradations import KINDS
 
-from .data import CleanPhotos, RestorationSamples
+from .data import Mixing, RestorationSamples
 from .models import CLIP_MEAN, CLIP_STD, Models, Sizes
+from .pairs import PairedPhotos
+from .photos import CleanPhotos, PhotoStore
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where photos come from and how samples are cut."""
+    """Where photos come from and how samples are cut.
 
-    photos: Path
-    """Clean photos: a folder, a text list or a CSV manifest."""
+    Clean photos are degraded on the fly; pairs bring their own degradation. All kinds are drawn
+    equally often, whatever the source.
+    """
+
+    photos: Path | None = None
+    """Clean photos: a folder, a text list, a CSV manifest or tar shards. Without them the clean
+    halves of the pairs are degraded."""
+    pairs: tuple[Path | str, ...] = ()
+    """Paired sets in their published layouts (GoPro, LOL, Rain100, RESIDE, Snow100K, RainDrop,
+    RealSR, DA-CLIP's type/LQ|GT) or as tar shards: PATH, or KIND=PATH or LAYOUT=PATH where the
+    folder does not say it."""
+    pair_share: float = 0.5
+    """Share of pairs among the samples of a kind that has pairs; with 1 it has no others."""
+    mixing: Mixing = field(default_factory=Mixing)
+    """Several degradations at once (clean photos only)."""
     crop: int = 128
     """Side of the training crop in pixels, a multiple of 8 * 2^(UNet levels - 1)."""
     held_out: int = 40
-    """Every n-th photo is kept for validation."""
+    """Every n-th photo, and every n-th clean photo of each kind of pairs, is for validation."""
     validation_samples: int = 18
     """Fixed samples (held-out photos, all kinds in turn) that are validated and drawn."""
+    memory_mb: int = 4096
+    """Decoded photos kept in memory by each training process; the others are decoded anew."""
 
 
 @dataclass(frozen=True)
@@ -69,15 +86,41 @@ def open_models(config: ModelConfig, needed: tuple[str, ...] = ()) -> tuple[Mode
 def open_data(
     config: DataConfig, sizes: Sizes, seed: int
 ) -> tuple[RestorationSamples, dict[str, Tensor]]:
-    """Training samples and one fixed validation batch from photos that training never sees."""
-    photos = CleanPhotos(config.photos)
-    held_out = range(0, len(photos), config.held_out)
-    kept = [index for index in range(len(photos)) if index % config.held_out]
-    train = RestorationSamples(
-        photos.subset(kept), crop=config.crop, clip_size=sizes.vision_image, seed=seed
+    """Training samples and one fixed validation batch from photos that training never sees.
+
+    Validation has one degradation per sample, whatever the mixing, so that its scores compare.
+
+    Raises:
+        ValueError: There is neither a photo nor a pair, or nothing is left for one of both parts.
+    """
+    if not config.photos and not config.pairs:
+        raise ValueError("--data.photos or --data.pairs: give clean photos, paired sets, or both")
+    store = PhotoStore(config.memory_mb)
+    pairs = (
+        PairedPhotos(config.pairs, store).split(config.held_out) if config.pairs else (None, None)
     )
-    validation = RestorationSamples(
-        photos.subset(held_out), crop=config.crop, clip_size=sizes.vision_image, seed=seed + 1
+    if config.photos:
+        photos = CleanPhotos(config.photos, store)
+        kept = [index for index in range(len(photos)) if index % config.held_out]
+        parts = photos.subset(kept), photos.subset(range(0, len(photos), config.held_out))
+    else:
+        parts = tuple(part.clean() if part else [] for part in pairs)
+    if not all(parts):
+        raise ValueError(
+            f"--data: {len(parts[0])} photos are left for training and {len(parts[1])} for "
+            f"validation, which takes every one in {config.held_out}; give more photos"
+        )
+    train, validation = (
+        RestorationSamples(
+            parts[place],
+            crop=config.crop,
+            clip_size=sizes.vision_image,
+            seed=seed + place,
+            mixing=config.mixing if place == 0 else None,
+            pairs=pairs[place],
+            pair_share=config.pair_share,
+        )
+        for place in (0, 1)
     )
     chosen: list[dict[str, Tensor]] = []
     index = 0

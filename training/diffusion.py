@@ -51,7 +51,7 @@ def sample(
     """
     ddim = scheduler(models.prediction)
     ddim.set_timesteps(steps)
-    latent = torch.randn(hint.shape, generator=generator, device=hint.device)
+    latent = torch.randn(hint.shape, generator=generator, device=generator.device).to(hint.device)
     for timestep in ddim.timesteps:
         batch = timestep.expand(len(latent)).to(hint.device)
         noise = models.denoise(latent, batch, hint, p_s, p_d).float()

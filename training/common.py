@@ -129,7 +129,11 @@ def open_data(
         photos.subset(kept), crop=config.crop, clip_size=sizes.vision_image, seed=seed, kinds=kinds
     )
     validation = RestorationSamples(
-        photos.subset(held_out), crop=config.crop, clip_size=sizes.vision_image, seed=seed + 1, kinds=kinds
+        photos.subset(held_out),
+        crop=config.crop,
+        clip_size=sizes.vision_image,
+        seed=seed + 1,
+        kinds=kinds,
     )
     chosen: list[dict[str, Tensor]] = []
     index = 0

@@ -16,7 +16,9 @@ VGG_FILE = "vgg16-397923af.pth"
 """torchvision's name of LPIPS's backbone in the torch hub cache."""
 
 
-def band_means(values: Tensor, timestep: Tensor, timesteps: int, bands: int = 4) -> dict[str, Tensor]:
+def band_means(
+    values: Tensor, timestep: Tensor, timesteps: int, bands: int = 4
+) -> dict[str, Tensor]:
     """Mean of a loss per band of timesteps: the whole is nearly flat, its bands are not.
 
     Args:

@@ -155,12 +155,12 @@ def _open_vae(path: Path) -> State:
     if path.is_dir():
         return _from_folder(AutoencoderKL, path, vae_keys)
     with open_safetensors(path) as file:
-        inside = any(key.startswith("first_stage_model.") for key in file.keys())
-        layout = any(".down_blocks." in key for key in file.keys())
-    if layout:
+        keys = list(file.keys())
+    if any(".down_blocks." in key for key in keys):
         raise PretrainedError(
             f"{path}: a VAE in diffusers layout; give its folder (with config.json) instead"
         )
+    inside = any(key.startswith("first_stage_model.") for key in keys)
     prefix = "first_stage_model." if inside else ""
     state = _read(path, prefix, expected="a VAE of SD 1.5 (.safetensors) or its folder")[0]
     parts = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
@@ -203,8 +203,8 @@ def _open_vision(source: str) -> State:
                 f"{path.parent}: no model.safetensors there; accepted is {_ACCEPTED_CLIP}"
             )
     with open_safetensors(path) as file:
-        open_clip = any(key.startswith("visual.") for key in file.keys())
-    if open_clip:
+        keys = list(file.keys())
+    if any(key.startswith("visual.") for key in keys):
         state = from_open_clip(_read(path, "visual.", expected=_ACCEPTED_CLIP)[0])
     else:
         state = _read(path, "", expected=_ACCEPTED_CLIP)[0]

@@ -126,7 +126,11 @@ def open_data(
     held_out = range(0, len(photos), config.held_out)
     kept = [index for index in range(len(photos)) if index % config.held_out]
     train = RestorationSamples(
-        photos.subset(kept), crop=config.crop, clip_size=sizes.vision_image, seed=seed, kinds=kinds
+        photos.subset(kept),
+        crop=config.crop,
+        clip_size=sizes.vision_image,
+        seed=seed,
+        kinds=kinds,
     )
     validation = RestorationSamples(
         photos.subset(held_out),

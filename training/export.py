@@ -54,8 +54,8 @@ def main(config: Config) -> Path:
     if models.ablations:
         raise ValueError(
             f"--model.init: {config.model.init[-1]} was trained as an ablation "
-            f"({', '.join(sorted(models.ablations))}), which the nodes do not run; evaluate it with "
-            "training's own programs"
+            f"({', '.join(sorted(models.ablations))}), which the nodes do not run; evaluate it "
+            "with training's own programs"
         )
     train, validation = open_data(config.data, models.sizes, 1234, models.types)
     batches = [

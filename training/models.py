@@ -132,7 +132,7 @@ class Models(nn.Module):
         self.degradation_view = degradation_view
         self.ablations: frozenset[str] = frozenset()
         self.vae = base.vae if base else build_vae(sizes)
-        self.vision = base.vision if base else build_vision(sizes)
+        self.vision: Any = base.vision if base else build_vision(sizes)
         self.unet = base.unet if base else build_unet(sizes)
         self.control = build_control(self.unet)
         self.prompt = PromptProcessor(

@@ -77,6 +77,8 @@ class Stage:
     """(step, sheet folder) -> scores, run with EMA weights; draws its sheet."""
     export: Callable[[Path, dict[str, Any]], None]
     """(path, config) -> writes the file that the next stage or the nodes load, EMA weights."""
+    begin_step: Callable[[int], None] | None = None
+    """Told the number of each step before its first batch; may switch `requires_grad`."""
 
 
 class NonFiniteError(RuntimeError):
@@ -149,6 +151,8 @@ def run(stage: Stage, dataset: Dataset[dict[str, Tensor]], config: LoopConfig) -
         generator = torch.Generator(accelerator.device).manual_seed(
             hash((config.seed, step, accelerator.process_index))
         )
+        if stage.begin_step:
+            stage.begin_step(step)
         with accelerator.autocast():
             terms = stage.loss(batch, generator)
         _check_finite(terms, step)
@@ -206,8 +210,8 @@ class _swapped:  # noqa: N801 - reads as a function
 
 
 def _check_finite(terms: dict[str, Tensor], step: int) -> None:
-    bad = [key for key, value in terms.items() if not torch.isfinite(value).all()]
-    if bad:
+    if not torch.isfinite(terms["loss"]):
+        bad = [key for key, value in terms.items() if not torch.isfinite(value).all()]
         raise NonFiniteError(
             f"step {step}: {', '.join(bad)} is not finite; lower lr or raise warmup"
         )

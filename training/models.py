@@ -95,7 +95,7 @@ class AwareDecoder(nn.Module):
         super().__init__()
         self.fusion = fusion
         self.decoder: Any = copy.deepcopy(vae.decoder)
-        self.post_quant_conv: Any = copy.deepcopy(getattr(vae, "post_quant_conv", None))
+        self.post_quant_conv: Any = copy.deepcopy(getattr(vae, "post_quant_conv", nn.Identity()))
 
     def trunk(self, vae: Any) -> VaeTrunk:
         """`vae` with this decoder in place of its own."""
@@ -167,7 +167,7 @@ class Models(nn.Module):
         The pixel gate starts open: from the photo itself, much damage is a short way to mend.
         """
         self.decoder.decoder.load_state_dict(self.vae.decoder.state_dict())
-        if self.decoder.post_quant_conv is not None:
+        if not self._vae_is_tiny:
             self.decoder.post_quant_conv.load_state_dict(self.vae.post_quant_conv.state_dict())
         if self.sizes.fusion_pixel_width:
             gate: Any = self.decoder.fusion["pixels"]

@@ -37,6 +37,9 @@ class Config:
     """Cross-entropy of one kind per photo, or binary cross-entropy of each kind for mixed ones."""
     semantic_dropout: float = 0.1
     """Share of samples whose P_S is zero, so that CFG stays possible."""
+    draws: int = 1
+    """Timesteps and noises per photo and step: where encoding photos costs more than denoising
+    them, as in Nano, more of them learn faster."""
     train_unet: bool = False
     """Train the UNet, too. The paper freezes SD 1.5's; Nano has none to start from."""
     without_semantic: bool = False
@@ -70,21 +73,26 @@ def make_loss(models: Models, config: Config) -> Loss:
     """(batch, generator) -> `loss` and the terms that it is made of."""
     process = scheduler(models.prediction)
 
+    def repeated(value: Tensor) -> Tensor:
+        return value.repeat(config.draws, *[1] * (value.ndim - 1))
+
     def predict(
         noisy: Tensor, timestep: Tensor, hint: Tensor, whole: Tensor, close: Tensor, keep: Tensor
     ) -> tuple[Tensor, Tensor]:
         prompt = models.prompt_of(whole, close)
-        found = models.denoise(noisy, timestep, hint, prompt.semantic * keep, prompt.degradation)
+        p_s, p_d = (repeated(p) for p in (prompt.semantic, prompt.degradation))
+        found = models.denoise(noisy, timestep, hint, p_s * keep, p_d)
         return found.float(), prompt.logits.float()
 
     predict_fast = maybe_compile(predict, config.loop)
     encode = maybe_compile(models.encode, config.loop)
 
     def loss(batch: dict[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
-        size, place = len(batch["gt"]), {"generator": generator, "device": generator.device}
+        size = config.draws * len(batch["gt"])
+        place = {"generator": generator, "device": generator.device}
         with torch.no_grad():
             both = encode(to_pixels(torch.cat([batch["gt"], batch["lq"]]))).float()
-            clean, hint = both.chunk(2)
+            clean, hint = map(repeated, both.chunk(2))
             whole, close = models.tokens(batch)
         timestep = torch.randint(0, TIMESTEPS, (size,), **place).to(clean.device)
         noise = torch.randn(clean.shape, **place).to(clean.device)

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-import tyro
 from torch import Tensor
 from torch.utils.data import default_collate
 from tqdm import tqdm
@@ -17,6 +16,7 @@ from tqdm import tqdm
 from diff_restorer.checkpoint import read_checkpoint, write_checkpoint
 
 from .common import DataConfig, ModelConfig, open_data, open_models
+from .config import parse
 from .models import Models, clip_tokens
 
 log = logging.getLogger(__name__)
@@ -92,4 +92,4 @@ def _part(key: str) -> str:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, description=__doc__))
+    main(parse(Config, __doc__))

@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-import tyro
 from safetensors.torch import save_file
 from torch.utils.data import default_collate
 from tqdm import tqdm
 
 from .common import DataConfig, ModelConfig, open_data, open_models
+from .config import parse
 from .diffusion import sample
 from .models import clip_tokens, to_pixels
 
@@ -70,4 +70,4 @@ def main(config: Config) -> Path:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, description=__doc__))
+    main(parse(Config, __doc__))

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import tyro
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
@@ -15,7 +14,9 @@ from torch.utils.data import Dataset
 
 from diff_restorer import aware_decode, encode_with_features
 
+from .checkpoints import compare_file
 from .common import DataConfig, ModelConfig, checkpoint_info, open_data, open_models
+from .config import parse
 from .data import RestorationSamples
 from .diffusion import sample
 from .loop import LoopConfig, Stage, maybe_compile, run
@@ -135,16 +136,18 @@ def main(config: Config) -> Path:
             scores[kind] = float(score[rows].mean())
         return scores
 
-    def export(path: Path, settings: dict[str, Any]) -> None:
-        models.save(
-            path,
-            (*sorted(found | {"prompt_processor."}), "decoder.fusion.", "decoder.vae."),
-            checkpoint_info(models, settings),
-            torch.float32,
-        )
+    parts = (*sorted(found | {"prompt_processor."}), "decoder.fusion.", "decoder.vae.")
 
-    return run(Stage(models.decoder, loss, validate, export), samples, config.loop)
+    def export(path: Path, settings: dict[str, Any]) -> None:
+        models.save(path, parts, checkpoint_info(models, settings), torch.float32)
+
+    def check(path: Path) -> None:
+        compare_file(path, models.file_tensors(parts, torch.float32))
+
+    return run(
+        Stage(models.decoder, loss, validate, export, check=check), samples, config.loop, config
+    )
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, description=__doc__))
+    main(parse(Config, __doc__))

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tomllib
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
@@ -47,7 +47,7 @@ def stage(stop_at: int | None = None, scale: float = 1.0) -> Stage:
     def export(path: Path, settings: dict[str, Any]) -> None:
         torch.save(model.state_dict(), path)
 
-    return Stage(model, loss, lambda step, folder: {"step": step}, export)
+    return Stage(model, loss, lambda step, folder: {"score": step}, export)
 
 
 def test_stop_and_resume_equals_a_straight_run_bit_for_bit(tmp_path: Path) -> None:
@@ -88,8 +88,9 @@ def test_a_half_written_checkpoint_is_ignored(tmp_path: Path) -> None:
 
 def test_the_run_folder_holds_its_settings(tmp_path: Path) -> None:
     run(stage(), Points(), config(tmp_path, seed=3))
-    assert json.loads((tmp_path / "config.json").read_text())["seed"] == 3
-    assert (tmp_path / "validation.csv").read_text().splitlines()[0] == "step"
+    settings = tomllib.loads((tmp_path / "config.toml").read_text())
+    assert settings["loop"]["seed"] == 3
+    assert (tmp_path / "validation.csv").read_text().splitlines()[0] == "step,score"
 
 
 def test_learning_rate_warms_up_and_decays_to_zero() -> None:

@@ -35,8 +35,8 @@ class Average:
     @torch.no_grad()
     def update(self) -> None:
         """Takes in the weights after a step; the first step's are taken as they are."""
-        averages: list[Tensor] = list(self._averages.values())
-        live: list[Tensor] = list(self._live.values())
+        averages = [_local(value) for value in self._averages.values()]
+        live = [_local(value) for value in self._live.values()]
         if self._updates:
             self._blend(averages, live, self._updates)  # pyright: ignore[reportArgumentType]
         else:
@@ -80,3 +80,7 @@ class Average:
 
 def _whole(value: Tensor) -> Tensor:
     return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def _local(value: Tensor) -> Tensor:
+    return value.to_local() if isinstance(value, DTensor) else value

@@ -33,7 +33,7 @@ class Points(Dataset[dict[str, Tensor]]):
 def config(out: Path, **changes: Any) -> LoopConfig:
     settings = {
         "steps": 6, "batch_size": 2, "lr": 1e-2, "warmup": 2, "precision": "no", "workers": 0,
-        "checkpoint_every": 2, "validate_every": 3, "log_every": 1, "ema": 0.5, "threads": 1,
+        "checkpoint_every": 2, "validate_every": 6, "log_every": 1, "ema": 0.5, "threads": 1,
     }  # fmt: skip
     return LoopConfig(out=out, **(settings | changes))
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-import tyro
 from torch import Tensor
 from torch.utils.data import default_collate
 from tqdm import tqdm
@@ -16,6 +15,7 @@ from tqdm import tqdm
 from diff_restorer.checkpoint import read_checkpoint, write_checkpoint
 
 from .common import DataConfig, ModelConfig, open_data, open_models, to_home
+from .config import parse
 from .models import Models
 
 log = logging.getLogger(__name__)
@@ -92,4 +92,4 @@ def _part(key: str) -> str:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, description=__doc__))
+    main(parse(Config, __doc__))

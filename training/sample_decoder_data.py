@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-import tyro
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -25,6 +24,7 @@ from tqdm import tqdm
 from diff_restorer.checkpoint import open_safetensors
 
 from .common import DataConfig, ModelConfig, half, home, open_data, open_models, to_home
+from .config import parse
 from .data import seeded
 from .diffusion import sample
 from .models import Models, to_pixels
@@ -155,4 +155,4 @@ def _save(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | Non
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, description=__doc__))
+    main(parse(Config, __doc__))

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import tyro
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from diff_restorer.checkpoint import V_PREDICTION
 
+from .checkpoints import compare_file
 from .common import DataConfig, ModelConfig, checkpoint_info, half, open_data, open_models, to_home
+from .config import parse
 from .diffusion import TIMESTEPS, sample, scheduler
 from .loop import LoopConfig, Stage, maybe_compile, run
 from .losses import band_means
@@ -148,12 +149,17 @@ def main(config: Config) -> Path:
             "accuracy": float(right.float().mean()),
         }
 
-    def export(path: Path, settings: dict[str, Any]) -> None:
-        made = found | {"base.unet.", "control.", "prompt_processor."}
-        models.save(path, sorted(made), checkpoint_info(models, settings), torch.float32)
+    made = sorted(found | {"base.unet.", "control.", "prompt_processor."})
 
-    return run(Stage(trainable, make_loss(models, config), validate, export), train, config.loop)
+    def export(path: Path, settings: dict[str, Any]) -> None:
+        models.save(path, made, checkpoint_info(models, settings), torch.float32)
+
+    def check(path: Path) -> None:
+        compare_file(path, models.file_tensors(made, torch.float32))
+
+    stage = Stage(trainable, make_loss(models, config), validate, export, check=check)
+    return run(stage, train, config.loop, config)
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, description=__doc__))
+    main(parse(Config, __doc__))

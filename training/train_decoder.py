@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import tyro
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -16,7 +15,9 @@ from torch.utils.data import Dataset
 from diff_restorer import aware_decode, encode_with_features
 from diff_restorer.decoder import PIXELS, Features
 
+from .checkpoints import compare_file
 from .common import DataConfig, ModelConfig, checkpoint_info, half, open_data, open_models, to_home
+from .config import parse
 from .data import RestorationSamples
 from .diffusion import sample
 from .loop import LoopConfig, Stage, maybe_compile, run
@@ -241,17 +242,17 @@ def main(config: Config) -> Path:
             scores[kind] = float(score[rows].mean())
         return scores
 
-    def export(path: Path, settings: dict[str, Any]) -> None:
-        models.save(
-            path,
-            (*sorted(found | {"prompt_processor."}), "decoder.fusion.", "decoder.vae."),
-            checkpoint_info(models, settings),
-            torch.float32,
-        )
+    parts = (*sorted(found | {"prompt_processor."}), "decoder.fusion.", "decoder.vae.")
 
-    stage = Stage(loss.trainable, loss, validate, export, begin_step=loss.begin_step)
-    return run(stage, samples, config.loop)
+    def export(path: Path, settings: dict[str, Any]) -> None:
+        models.save(path, parts, checkpoint_info(models, settings), torch.float32)
+
+    def check(path: Path) -> None:
+        compare_file(path, models.file_tensors(parts, torch.float32))
+
+    stage = Stage(loss.trainable, loss, validate, export, check=check, begin_step=loss.begin_step)
+    return run(stage, samples, config.loop, config)
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, description=__doc__))
+    main(parse(Config, __doc__))

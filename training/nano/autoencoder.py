@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import tyro
 from torch import Tensor, nn
 
+from ..checkpoints import compare_file
 from ..common import DataConfig, ModelConfig, checkpoint_info, open_data, open_models
+from ..config import parse
 from ..loop import LoopConfig, Stage, maybe_compile, run
 from ..models import psnr, to_pixels
 from ..sheets import save_sheet
@@ -117,11 +118,16 @@ def main(config: Config) -> Path:
             "latent_std": float(latent.std()),
         }
 
-    def export(path: Path, settings: dict[str, Any]) -> None:
-        models.save(path, ("base.vae.",), checkpoint_info(models, settings), torch.float32)
+    parts = ("base.vae.",)
 
-    return run(Stage(vae, loss, validate, export), train, config.loop)
+    def export(path: Path, settings: dict[str, Any]) -> None:
+        models.save(path, parts, checkpoint_info(models, settings), torch.float32)
+
+    def check(path: Path) -> None:
+        compare_file(path, models.file_tensors(parts, torch.float32))
+
+    return run(Stage(vae, loss, validate, export, check=check), train, config.loop, config)
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, description=__doc__))
+    main(parse(Config, __doc__))

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import tyro
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..checkpoints import compare_file
 from ..common import DataConfig, ModelConfig, checkpoint_info, open_data, open_models
+from ..config import parse
 from ..loop import LoopConfig, Stage, maybe_compile, run
 from ..models import clip_tokens
 from ..sheets import save_sheet
@@ -116,12 +117,16 @@ def main(config: Config) -> Path:
             "accuracy": float((logits.argmax(dim=1) == validation["label"]).float().mean()),
         }
 
+    parts = ("base.clip_vision.", "prompt_processor.")
+
     def export(path: Path, settings: dict[str, Any]) -> None:
-        parts = ("base.clip_vision.", "prompt_processor.")
         models.save(path, parts, checkpoint_info(models, settings), torch.float32)
 
-    return run(Stage(trainable, loss, validate, export), train, config.loop)
+    def check(path: Path) -> None:
+        compare_file(path, models.file_tensors(parts, torch.float32))
+
+    return run(Stage(trainable, loss, validate, export, check=check), train, config.loop, config)
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, description=__doc__))
+    main(parse(Config, __doc__))

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-import tyro
-
-from .. import export, sample_decoder_data, train_control, train_decoder
-from ..common import DataConfig, ModelConfig
-from ..loop import LoopConfig
+from .. import config, export, sample_decoder_data, train_control, train_decoder
 from . import autoencoder, vision
+
+TINY_LOOP = {
+    "steps": 6,
+    "batch_size": 2,
+    "warmup": 2,
+    "log_every": 3,
+    "checkpoint_every": 3,
+    "validate_every": 6,
+}
 
 
 @dataclass(frozen=True)
@@ -22,93 +27,70 @@ class Recipe:
     """Clean photos: a folder, a text list or a CSV manifest."""
     out: Path = Path("runs/nano")
     """Folder of all runs; the finished file is <out>/diff_restorer_nano.safetensors."""
+    preset: str = "nano"
+    """Settings of all stages: a preset or a TOML file, see training/configs."""
+    start_steps: int = 3000
+    """Steps of stage 2 on latents of clean photos, before those that stage 1 samples."""
     steps: Literal["full", "tiny"] = "full"
     """`tiny` runs every stage on a few steps to show that the pipeline works."""
-    compile: bool = False
-    """torch.compile the networks (with `steps full` only)."""
     workers: int = 1
     """Data processes."""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Length and settings of one stage."""
-
-    steps: int
-    batch_size: int
-    lr: float
-    crop: int = 128
-
-
-FULL = {
-    "autoencoder": Plan(8000, 8, 8e-4),
-    "vision": Plan(8000, 16, 5e-4),
-    "control": Plan(10000, 16, 8e-4),
-    "decoder": Plan(12000, 8, 6e-4),
-}
+    scores: Path | None = None
+    """scores.json of an evaluation, for the file's metadata."""
 
 
 def main(recipe: Recipe) -> Path:
     """Run the stages one after another."""
     tiny = recipe.steps == "tiny"
+    photos = {"photos": str(recipe.photos)}
+    sampling = {"validation_steps": 2} if tiny else {}
 
-    def loop(name: str) -> LoopConfig:
-        plan = FULL[name]
-        return LoopConfig(
-            out=recipe.out / name,
-            steps=6 if tiny else plan.steps,
-            batch_size=2 if tiny else plan.batch_size,
-            lr=plan.lr,
-            warmup=2 if tiny else 200,
-            compile=recipe.compile and not tiny,
-            workers=recipe.workers,
-            checkpoint_every=3 if tiny else 500,
-            validate_every=6 if tiny else 1000,
-        )
+    def stage(program: Any, name: str, *init: Path, **settings: Any) -> Path:
+        """Run one training program with the preset's settings, from the files `init`."""
+        loop: dict[str, Any] = {"out": str(recipe.out / name), "workers": recipe.workers}
+        loop |= settings.pop("loop", {}) | (TINY_LOOP if tiny else {})
+        model = {"init": [str(path) for path in init]}
+        overrides = {"loop": loop, "data": photos, "model": model, **settings}
+        return program.main(config.load(program.Config, recipe.preset, overrides))
 
-    def data(name: str) -> DataConfig:
-        return DataConfig(recipe.photos, crop=FULL[name].crop)
-
-    base = autoencoder.main(autoencoder.Config(loop("autoencoder"), data("autoencoder")))
-    eyes = vision.main(vision.Config(loop("vision"), data("vision")))
-    control = train_control.main(
-        train_control.Config(
-            loop("control"),
-            data("control"),
-            ModelConfig(init=(eyes, base)),
-            train_unet=True,
-            validation_steps=2 if tiny else 20,
-        )
-    )
+    base = stage(autoencoder, "autoencoder")
+    eyes = stage(vision, "vision")
+    control = stage(train_control, "control", eyes, base, **sampling)
     latents = sample_decoder_data.main(
-        sample_decoder_data.Config(
-            data("decoder"),
-            recipe.out / "latents.safetensors",
-            ModelConfig(init=(control,)),
-            samples=4 if tiny else 3000,
-            steps=2 if tiny else 20,
+        config.load(
+            sample_decoder_data.Config,
+            recipe.preset,
+            {
+                "data": photos,
+                "out": str(recipe.out / "latents.safetensors"),
+                "model": {"init": [str(control)]},
+                **({"samples": 4, "steps": 2} if tiny else {}),
+            },
         )
     )
-    decoder = train_decoder.main(
-        train_decoder.Config(
-            loop("decoder"),
-            data("decoder"),
-            ModelConfig(init=(control,)),
-            latents=latents,
-            sampled_share=0.75,
-            latent_noise=1.0,  # a small stage 1 samples badly: the decoder must doubt its latent
-            validation_steps=2 if tiny else 20,
-        )
+    start = stage(
+        train_decoder,
+        "decoder_start",
+        control,
+        loop={"steps": recipe.start_steps, "decay": False},
+        sampled_share=0.0,
+        **sampling,
     )
+    decoder = stage(train_decoder, "decoder", start, latents=str(latents), **sampling)
     return export.main(
-        export.Config(
-            data("decoder"),
-            recipe.out / "diff_restorer_nano.safetensors",
-            ModelConfig(init=(decoder,)),
-            samples=64 if tiny else 512,
+        config.load(
+            export.Config,
+            recipe.preset,
+            {
+                "data": photos,
+                "out": str(recipe.out / "diff_restorer_nano.safetensors"),
+                "model": {"init": [str(decoder)]},
+                **({"samples": 64} if tiny else {}),
+                **({"scores": str(recipe.scores)} if recipe.scores else {}),
+            },
         )
     )
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Recipe, description=__doc__))
+    main(config.parse(Recipe, __doc__))

@@ -97,6 +97,9 @@ class Stage:
     """(path, config) -> writes the file that the next stage or the nodes load, EMA weights."""
     frozen: tuple[nn.Module, ...] = ()
     """Networks outside `trainable` that the loss uses; moved to the module's device."""
+    begin_step: Callable[[int], None] | None = None
+    """Told the number of each step before its first batch; may switch `requires_grad` off for a
+    time, of parameters that have it when the run starts."""
     check: Callable[[Path], None] | None = None
     """Raises an error that names the file where it reads back other than it was exported."""
 
@@ -275,6 +278,8 @@ class _Run:
         config, accelerator = self.config, self.accelerator
         for group in self.optimizer.param_groups:
             group["lr"] = config.lr * learning_rate(step, config)
+        if self.stage.begin_step is not None:
+            self.stage.begin_step(step)
         parts: list[dict[str, Tensor]] = []
         batch: Batch = {}
         for micro in range(config.accumulate):
@@ -360,7 +365,7 @@ def _start_accelerate(config: LoopConfig) -> Accelerator:
         cpu=not torch.cuda.is_available(),
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=config.accumulate),
         kwargs_handlers=[
-            # A part without a gradient (CLIP's last norm) is no error.
+            # A part without a gradient (CLIP's last norm, what waits for its turn) is no error.
             DistributedDataParallelKwargs(find_unused_parameters=True),
             # The others wait while the main process validates.
             InitProcessGroupKwargs(timeout=timedelta(hours=2)),

@@ -27,7 +27,7 @@ _FREE = frozenset(
     {
         *("out", "steps", "epochs", "workers", "threads", "compile", "tensorboard", "log_every"),
         *("checkpoint_every", "checkpoint_minutes", "validate_every", "validation_steps"),
-        "validation_samples",
+        *("validation_samples", "memory_mb", "gradient_checkpointing"),
     }
 )
 

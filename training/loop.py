@@ -26,6 +26,7 @@ from .average import Average
 from .checkpoints import Checkpoints, state_bytes, write_failure
 from .data import StepSampler, seeded
 from .interruption import Interruption, ignore_interrupts
+from .nonfinite import NonFiniteError, describe
 from .plots import draw_curves
 from .progress import Progress
 
@@ -97,14 +98,13 @@ class Stage:
     """(path, config) -> writes the file that the next stage or the nodes load, EMA weights."""
     frozen: tuple[nn.Module, ...] = ()
     """Networks outside `trainable` that the loss uses; moved to the module's device."""
+    begin_step: Callable[[int], None] | None = None
+    """Told the number of each step before its first batch; may switch `requires_grad` off for a
+    time, of parameters that have it when the run starts."""
     check: Callable[[Path], None] | None = None
     """Raises an error that names the file where it reads back other than it was exported."""
     begin_step: Callable[[int], None] | None = None
     """Told the number of each step before its first batch; may switch `requires_grad`."""
-
-
-class NonFiniteError(RuntimeError):
-    """A loss or gradient became NaN or infinite."""
 
 
 class _LossModule(nn.Module):
@@ -279,6 +279,8 @@ class _Run:
             self.stage.begin_step(step)
         for group in self.optimizer.param_groups:
             group["lr"] = config.lr * learning_rate(step, config)
+        if self.stage.begin_step is not None:
+            self.stage.begin_step(step)
         parts: list[dict[str, Tensor]] = []
         batch: Batch = {}
         for micro in range(config.accumulate):
@@ -301,14 +303,14 @@ class _Run:
         batch_count = config.accumulate * accelerator.num_processes
         scaled = accelerator.scaler is not None  # fp16 overflows now and then, and skips the step
         if counts["loss"] < batch_count or not (math.isfinite(norm) or scaled):
-            raise NonFiniteError(_describe(step, parts, batch, self.stage.trainable))
+            raise NonFiniteError(describe(step, parts, batch, self.stage.trainable))
         if config.clip < norm < math.inf:
             torch._foreach_mul_(gradients, config.clip / (norm + 1e-6))
         self.optimizer.step()
         if not self.optimizer.step_was_skipped:
             self.average.update()
         elif accelerator.scaler is not None and accelerator.scaler.get_scale() < 1:
-            raise NonFiniteError(_describe(step, parts, batch, self.stage.trainable))
+            raise NonFiniteError(describe(step, parts, batch, self.stage.trainable))
         self.optimizer.zero_grad(set_to_none=True)
         for name in values:
             self.progress.means.add(name, values[name], counts[name])
@@ -364,7 +366,7 @@ def _start_accelerate(config: LoopConfig) -> Accelerator:
         cpu=not torch.cuda.is_available(),
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=config.accumulate),
         kwargs_handlers=[
-            # A part without a gradient (CLIP's last norm) is no error.
+            # A part without a gradient (CLIP's last norm, what waits for its turn) is no error.
             DistributedDataParallelKwargs(find_unused_parameters=True),
             # The others wait while the main process validates.
             InitProcessGroupKwargs(timeout=timedelta(hours=2)),
@@ -384,26 +386,3 @@ def _reject_nested_shards(module: nn.Module) -> None:
             f"fsdp_auto_wrap_policy: found {len(nested)} separately wrapped parts ({nested[0]}, "
             "...); give NO_WRAP, so that the main process can validate by itself"
         )
-
-
-def _describe(step: int, parts: list[dict[str, Tensor]], batch: Batch, module: nn.Module) -> str:
-    """Name what is not finite on this process: its causes where they can be seen, too."""
-
-    def bad(tensors: Iterator[tuple[str, Tensor | None]]) -> list[str]:
-        found = [n for n, t in tensors if t is not None and not torch.isfinite(t).all()]
-        return [*found[:3], *(["..."] if len(found) > 3 else [])]
-
-    terms = [n for n in parts[0] if not all(torch.isfinite(part[n]).all() for part in parts)]
-    gradients = bad((n, p.grad) for n, p in module.named_parameters())
-    inputs = bad(iter(batch.items()))
-    weights = bad((n, p.detach()) for n, p in module.named_parameters())
-    if "loss" in terms:
-        what = ", ".join(terms)
-    else:
-        what = f"gradient of {', '.join(gradients) or 'a parameter, on another process,'}"
-    why = "; lower --loop.lr or raise --loop.warmup"
-    if weights:
-        why = f", and weight {', '.join(weights)} is not"
-    if inputs:
-        why = f", and input {', '.join(inputs)} is not: look at the data"
-    return f"step {step}: {what} is not finite{why}. Checkpoints are from before it."

@@ -67,10 +67,10 @@ def test_options_without_a_default_are_still_asked_for(
     preset: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit):
-        parse(train_control.Config, args=["--config", str(preset), "--loop.out", "a"])
-    assert "--data.photos" in capsys.readouterr().err
-    with pytest.raises(ValueError, match=r"\[train_control\.data\] needs 'photos'"):
-        load(train_control.Config, preset, {"loop": {"out": Path("a")}})
+        parse(train_control.Config, args=["--config", str(preset), "--data.photos", "p"])
+    assert "--loop.out" in capsys.readouterr().err
+    with pytest.raises(ValueError, match=r"\[train_control\.loop\] needs 'out'"):
+        load(train_control.Config, preset, {"data": {"photos": Path("p")}})
 
 
 def test_help_shows_the_presets_and_their_values(capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import csv
+import importlib
 import logging
 import os
 import resource
 import shutil
 import signal
 from pathlib import Path
+from typing import cast
 
 import pytest
 import tomllib
@@ -95,6 +97,23 @@ def test_the_exported_weights_are_the_average_and_not_the_last(tmp_path: Path) -
     torch.testing.assert_close(averaged["0.weight"], live["0.weight"], atol=0.1, rtol=0)
 
 
+def test_a_part_can_wait_for_its_turn(tmp_path: Path) -> None:
+    waiting = stage()
+    first, told = waiting.trainable.get_parameter("0.weight"), list[int]()
+    start = first.detach().clone()
+    kept: list[bool] = []
+
+    def begin_step(step: int) -> None:
+        told.append(step)
+        kept.append(torch.equal(first, start))
+        first.requires_grad_(step >= 3)
+
+    waiting.begin_step = begin_step
+    run(waiting, Points(), config(tmp_path, accumulate=2))
+    assert told == list(range(6))
+    assert kept == [True, True, True, True, False, False]
+
+
 def test_the_average_is_the_formula() -> None:
     module = nn.Linear(2, 1, bias=False)
     average = Average(module, 0.75)
@@ -116,9 +135,10 @@ def test_what_is_not_finite_is_named(tmp_path: Path, bad: str) -> None:
     expected = "step 0: loss is not finite; lower --loop.lr"
     if bad == "gradient":
         # The square root's slope at 0 is infinite, and 0 times that is NaN.
-        model = broken.trainable
+        model = cast(nn.Sequential, broken.trainable)
+        bias = cast(nn.Linear, model[3]).bias
         broken.loss = lambda batch, _: {
-            "loss": model(batch["x"]).square().mean() + (0 * model[3].bias).sqrt().sum()
+            "loss": model(batch["x"]).square().mean() + (0 * bias).sqrt().sum()
         }
         expected = r"step 0: gradient of 3\.bias is not finite"
     elif bad == "input":
@@ -128,7 +148,7 @@ def test_what_is_not_finite_is_named(tmp_path: Path, bad: str) -> None:
         )  # fmt: skip
         expected = "step 0: loss.* is not finite, and input x is not: look at the data"
     elif bad == "weight":
-        broken.trainable[0].weight.data[0, 0] = torch.nan
+        broken.trainable.get_parameter("0.weight").data[0, 0] = torch.nan
         expected = r"step 0: loss.* is not finite, and weight 0\.weight is not"
     with pytest.raises(NonFiniteError, match=expected):
         run(broken, data, config(tmp_path))
@@ -298,7 +318,7 @@ def test_the_run_folder_holds_settings_logs_and_curves(tmp_path: Path) -> None:
 
 def test_a_missing_tensorboard_is_named_before_training(tmp_path: Path) -> None:
     try:
-        import tensorboard  # noqa: F401
+        importlib.import_module("tensorboard")
     except ImportError:
         with pytest.raises(ValueError, match="pip install tensorboard"):
             run(stage(), Points(), config(tmp_path, tensorboard=True))

@@ -1,0 +1,37 @@
+"""Names what became NaN or infinite."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+
+class NonFiniteError(RuntimeError):
+    """A loss or gradient became NaN or infinite."""
+
+
+def describe(
+    step: int, parts: list[dict[str, Tensor]], batch: dict[str, Tensor], module: nn.Module
+) -> str:
+    """Name what is not finite on this process: its causes where they can be seen, too."""
+
+    def bad(tensors: Iterator[tuple[str, Tensor | None]]) -> list[str]:
+        found = [n for n, t in tensors if t is not None and not torch.isfinite(t).all()]
+        return [*found[:3], *(["..."] if len(found) > 3 else [])]
+
+    terms = [n for n in parts[0] if not all(torch.isfinite(part[n]).all() for part in parts)]
+    gradients = bad((n, p.grad) for n, p in module.named_parameters())
+    inputs = bad(iter(batch.items()))
+    weights = bad((n, p.detach()) for n, p in module.named_parameters())
+    if "loss" in terms:
+        what = ", ".join(terms)
+    else:
+        what = f"gradient of {', '.join(gradients) or 'a parameter, on another process,'}"
+    why = "; lower --loop.lr or raise --loop.warmup"
+    if weights:
+        why = f", and weight {', '.join(weights)} is not"
+    if inputs:
+        why = f", and input {', '.join(inputs)} is not: look at the data"
+    return f"step {step}: {what} is not finite{why}. Checkpoints are from before it."

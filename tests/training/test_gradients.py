@@ -63,7 +63,7 @@ def batch_for(models: Models) -> dict[str, Tensor]:
 
 def stage_1(models: Models, **changes: Any) -> tuple[nn.Module, Callable[[], dict[str, Tensor]]]:
     """What trains, and its terms on one batch."""
-    settings = {"semantic_dropout": 0.0} | changes
+    settings: dict[str, Any] = {"semantic_dropout": 0.0} | changes
     config = train_control.Config(LOOP, DATA, **settings)
     trainable = train_control.prepare(models, config)
     loss, batch = train_control.make_loss(models, config), batch_for(models)

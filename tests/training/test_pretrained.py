@@ -91,9 +91,7 @@ def open_clip_tower() -> Any:
     return tower
 
 
-def test_p_clip_of_an_open_clip_file_is_open_clip_s(
-    files: dict[str, Path], tmp_path: Path
-) -> None:
+def test_p_clip_of_an_open_clip_file_is_open_clip_s(files: dict[str, Path], tmp_path: Path) -> None:
     tower = open_clip_tower()
     state = {f"visual.{key}": value for key, value in tower.state_dict().items()}
     save_file(state | {"logit_scale": torch.zeros(())}, tmp_path / "open_clip.safetensors")

@@ -10,13 +10,14 @@ STEPS ?= full
 ARGS ?=
 
 .DELETE_ON_ERROR:
-.PHONY: help demo serve test test-all lint nano
+.PHONY: help demo serve test test-all lint nano bench-train
 
 help:
 	@echo "make demo  [IMAGE=photo.jpg] [OUT=demo_out] [GPU=1]   restore photos with Nano"
 	@echo "make serve [PORT=8188] [DIR=folder] [GPU=1] [ARGS=..] ComfyUI with this pack"
 	@echo "make test | test-all | lint                           checks"
 	@echo "make nano  PHOTOS=folder [STEPS=tiny] [ARGS=..]       train Nano from clean photos"
+	@echo "make bench-train [ARGS=..]                            stage 1 against diffusers' ControlNet step"
 
 # The set-up prints its progress on stderr and the environment's interpreter on stdout.
 define in_environment
@@ -48,3 +49,6 @@ lint:
 nano:
 	@test -n "$(PHOTOS)" || { echo "error: name a folder of clean photos: make nano PHOTOS=/path" >&2; exit 1; }
 	$(call in_environment,dev,exec "$$python" -m training.nano --photos "$(PHOTOS)" --steps $(STEPS) $(ARGS))
+
+bench-train:
+	$(call in_environment,dev,exec "$$python" -m training.bench $(ARGS))

@@ -197,7 +197,7 @@ class Models(nn.Module):
         self.requires_grad_(False)
         if self.base_model == SD15:
             for module in (self.unet, self.vae, self.vision):
-                module.to(dtype)
+                nn.Module.to(module, dtype)  # diffusers' own `to` warns of every cast
 
     def checkpoint_gradients(self) -> None:
         """Compute activations of UNet and control module again in the backward pass: less memory.

@@ -236,9 +236,10 @@ def _cached_open_clip(name: str) -> Path:
     model, _, tag = name.partition("/")
     entry = open_clip.get_pretrained_cfg(model, tag) if tag else {}
     repository = str(entry.get("hf_hub", "")).rpartition("/")[0]
-    found = repository and try_to_load_from_cache(repository, "open_clip_model.safetensors")
-    if isinstance(found, str):
-        return Path(found)
+    if repository:
+        found = try_to_load_from_cache(repository, "open_clip_model.safetensors")
+        if isinstance(found, str):
+            return Path(found)
     known = f", and {repository} is not in the local cache" if repository else ""
     raise PretrainedError(
         f"--model.sd15.clip {name}: no such file or folder{known}; accepted is {_ACCEPTED_CLIP}"

@@ -19,7 +19,7 @@ from .config import parse
 from .diffusion import TIMESTEPS, sample, scheduler
 from .loop import LoopConfig, Stage, maybe_compile, run
 from .losses import band_means
-from .models import Models, psnr, to_pixels
+from .models import SD15, Models, psnr, to_pixels
 from .sheets import save_sheet
 
 Loss = Callable[[dict[str, Tensor], torch.Generator], dict[str, Tensor]]
@@ -53,7 +53,13 @@ class Config:
 
 
 def prepare(models: Models, config: Config) -> nn.Module:
-    """Freeze what is frozen and leave out what is left out; returns what trains."""
+    """Freeze what is frozen and leave out what is left out; returns what trains.
+
+    Raises:
+        ValueError: SD 1.5's UNet would train, which no file of ours could keep.
+    """
+    if config.train_unet and models.base_model == SD15:
+        raise ValueError("--train-unet: a file for SD 1.5 holds no UNet; it stays frozen")
     if config.without_semantic:
         models.leave_out("without_semantic")
     if config.degradation_in_control != "context":
@@ -61,7 +67,7 @@ def prepare(models: Models, config: Config) -> nn.Module:
     models.freeze(half(config.loop.precision))
     trainable = nn.ModuleList([models.control, models.prompt])
     if config.train_unet:
-        trainable.append(models.unet.float())
+        trainable.append(models.unet)
     trainable.requires_grad_(True)
     if config.without_semantic:
         models.prompt.semantic.requires_grad_(False)

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import pickle
+import subprocess
+import sys
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file
 from skimage import data
 
 from diff_restorer.checkpoint import read_checkpoint
+from diff_restorer.prompt_processor import DEFAULT_TYPES
+from tests.training import toy_sd15
 from training import export, sample_decoder_data, train_control, train_decoder
-from training.common import DataConfig, ModelConfig
+from training.common import DataConfig, ModelConfig, open_models
 from training.loop import LoopConfig
 from training.models import Models, Sizes
 from training.nano import autoencoder, vision
@@ -145,3 +154,166 @@ def test_a_missing_part_is_named(files: dict[str, Path], photos: Path) -> None:
 def test_toy_photos_are_shared_out_to_training_and_validation(photos: Path) -> None:
     with pytest.raises(ValueError, match="photo"):
         autoencoder.main(autoencoder.Config(LoopConfig(out=photos), DataConfig(photos / "nothing")))
+
+
+def test_nano_s_sizes_need_not_be_repeated(files: dict[str, Path]) -> None:
+    given = Sizes(vision_head_width=16)  # the one thing that tensors do not tell
+    models, found = open_models(ModelConfig(init=(files["release"],), sizes=given))
+    assert models.sizes == TOY
+    assert {"base.unet.", "base.vae.", "base.clip_vision.", "control."} <= found
+    assert models.types[-1] == "clean"
+
+
+@pytest.fixture(scope="module")
+def sd15_files(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The same stages on a toy SD 1.5: stage 1 from a single file, stage 2 from a folder."""
+    out = tmp_path_factory.mktemp("sd15")
+    single = toy_sd15.model_config(out)
+    folder = toy_sd15.model_config(
+        out,
+        checkpoint=toy_sd15.write_folder(
+            out / "diffusers", out / "sd15.safetensors", out / "clip.safetensors"
+        ),
+    )
+
+    def loop(name: str) -> LoopConfig:
+        return LoopConfig(
+            out=out / name, steps=2, batch_size=1, warmup=1, workers=0, ema=0.5,
+            checkpoint_every=2, validate_every=2,
+        )  # fmt: skip
+
+    shots = DataConfig(photos, crop=32, held_out=3, validation_samples=8)
+    made = {
+        "control": train_control.main(
+            train_control.Config(loop("control"), shots, single, validation_steps=2)
+        )
+    }
+    stage1 = replace(single, init=(made["control"],))
+    sampled = sample_decoder_data.Config(
+        shots, out / "latents.safetensors", stage1, samples=3, steps=2, batch_size=2
+    )
+    made["latents"] = sample_decoder_data.main(sampled)
+    made["decoder"] = train_decoder.main(
+        train_decoder.Config(
+            loop("decoder"),
+            shots,
+            replace(folder, init=(made["control"],)),
+            latents=made["latents"],
+            fusion_first=1,
+            lpips_weight=1.0,
+            gan=train_decoder.GanConfig(0.025, start=1, width=8),
+            validation_steps=2,
+        )
+    )
+    made["release"] = export.main(
+        export.Config(
+            shots,
+            out / "release.safetensors",
+            replace(single, init=(made["decoder"],)),
+            samples=96,
+        )
+    )
+    return made
+
+
+def test_an_sd15_file_holds_what_the_nodes_ask_for_and_no_base(
+    sd15_files: dict[str, Path],
+) -> None:
+    checkpoint = read_checkpoint(sd15_files["release"])
+    assert not checkpoint.has("base.")
+    assert not checkpoint.has("discriminator")
+    assert checkpoint.info.base_model == "sd15"
+    assert checkpoint.info.types == DEFAULT_TYPES
+    assert checkpoint.info.latent_scale == 0.18215
+    assert checkpoint.info.prediction == "epsilon"
+    assert checkpoint.info.clip["name"] == "openai/clip-vit-large-patch14"
+    assert checkpoint.info.clip["degradation_view"] == "whole"
+    assert checkpoint.fusion_levels == (1, 2)
+    state = checkpoint.state("")
+    assert {tensor.dtype for tensor in state.values()} == {torch.float16}
+    assert state["control.input_hint_block.0.weight"].any()
+    assert state["control.zero_convs.0.0.weight"].any()
+    assert state["decoder.vae.decoder.conv_out.weight"].any()
+    assert state["prompt_processor.prototypes"].any(dim=1).all()
+
+
+def test_stage_2_of_sd15_trains_the_decoder_only(sd15_files: dict[str, Path]) -> None:
+    for prefix in ("control.", "prompt_processor."):
+        assert changed(sd15_files["control"], sd15_files["decoder"], prefix) == {False}
+    with safe_open(sd15_files["control"].parents[1] / "sd15.safetensors", "pt") as file:
+        stock = file.get_tensor("first_stage_model.decoder.conv_out.weight")
+    tuned = read_checkpoint(sd15_files["decoder"]).state("decoder.vae.")
+    assert not torch.equal(stock, tuned["decoder.conv_out.weight"])
+
+
+def test_a_killed_sampling_goes_on_to_the_same_latents(
+    sd15_files: dict[str, Path], photos: Path, tmp_path: Path
+) -> None:
+    folder = sd15_files["control"].parents[1]
+    config = sample_decoder_data.Config(
+        DataConfig(photos, crop=32, held_out=3, validation_samples=8),
+        tmp_path / "latents.safetensors",
+        toy_sd15.model_config(folder, init=(sd15_files["control"],)),
+        samples=6,
+        steps=20,
+        batch_size=1,
+    )
+    program = (
+        "import pickle, sys; from training.sample_decoder_data import main; "
+        "main(pickle.load(sys.stdin.buffer))"
+    )
+    process = subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE)
+    assert process.stdin is not None
+    process.stdin.write(pickle.dumps(config))
+    process.stdin.close()
+    parts = tmp_path / "latents.safetensors.parts"
+    while process.poll() is None and not list(parts.glob("*.safetensors")):
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    assert list(parts.glob("*.safetensors"))
+    with pytest.raises(ValueError, match="made with other settings"):
+        sample_decoder_data.main(replace(config, steps=3))
+    resumed = load_file(sample_decoder_data.main(config))
+    straight = load_file(
+        sample_decoder_data.main(replace(config, out=tmp_path / "straight.safetensors"))
+    )
+    assert resumed["latents"].shape == (6, 4, 4, 4)
+    assert all(torch.equal(resumed[name], straight[name]) for name in straight)
+    assert not parts.exists()
+    assert sample_decoder_data.main(config) == config.out  # complete: nothing to do
+
+
+def test_an_ablation_says_so_and_is_refused_for_release(
+    files: dict[str, Path], photos: Path, tmp_path: Path
+) -> None:
+    shots = DataConfig(photos, crop=32, held_out=3, validation_samples=9)
+    ablated = train_control.main(
+        train_control.Config(
+            LoopConfig(out=tmp_path, steps=1, batch_size=1, warmup=1, workers=0),
+            shots,
+            ModelConfig(init=(files["eyes"], files["base"]), sizes=TOY),
+            train_unet=True,
+            without_semantic=True,
+            degradation_in_control="time",
+            validation_steps=1,
+        )
+    )
+    config = ModelConfig(init=(ablated,), sizes=TOY)
+    models, _ = open_models(config)
+    assert models.ablations == {"without_semantic", "control_time"}
+    assert read_checkpoint(ablated).has("control.label_emb.0.2.")
+    with pytest.raises(ValueError, match=r"trained as an ablation .control_time, without_semantic"):
+        export.main(export.Config(shots, tmp_path / "never.safetensors", config))
+
+
+def test_sd15_s_unet_cannot_train(photos: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"--train-unet: a file for SD 1\.5 holds no UNet"):
+        train_control.main(
+            train_control.Config(
+                LoopConfig(out=tmp_path / "run"),
+                DataConfig(photos, crop=32),
+                toy_sd15.model_config(tmp_path),
+                train_unet=True,
+            )
+        )

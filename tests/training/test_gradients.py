@@ -1,0 +1,277 @@
+"""Gradients reach every trainable tensor and no frozen one, each from the terms that should."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from tests.training import toy_sd15
+from tests.training.test_programs import TOY
+from training import train_control, train_decoder
+from training.common import DataConfig, ModelConfig, open_models
+from training.loop import LoopConfig
+from training.models import Models, clip_tokens, to_pixels
+from training.train_decoder import GanConfig
+
+LOOP = LoopConfig(out=Path("never"), precision="no")
+DATA = DataConfig(Path("never"), crop=32)
+LAST_BIAS = "11.bias"
+"""Of the discriminator: real and fake patches cancel in it while all scores are in the margin."""
+
+
+@pytest.fixture(scope="module")
+def toy_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("toy")
+
+
+@pytest.fixture(params=["nano", "sd15"])
+def models(request: pytest.FixtureRequest, toy_folder: Path) -> Models:
+    """Both layouts at toy width; nothing is zero, or zero convs would stop all gradients."""
+    sd15 = request.param == "sd15"
+    config = toy_sd15.model_config(toy_folder) if sd15 else ModelConfig(sizes=TOY)
+    found, _ = open_models(config)
+    found.start_control()
+    generator = torch.Generator().manual_seed(0)
+    for module in (found.control, found.prompt, found.decoder):
+        for parameter in module.parameters():
+            if not parameter.any():
+                parameter.data.normal_(std=0.05, generator=generator)
+    return found
+
+
+def batch_for(models: Models) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    side = models.sizes.vision_image
+    shapes = {
+        "gt": (2, 3, 32, 32), "lq": (2, 3, 32, 32), "clip_view": (2, 3, side, side),
+        "native_view": (2, 3, side, side), "latent": (2, 4, 4, 4),
+    }  # fmt: skip
+    batch = {name: torch.rand(shape, generator=generator) for name, shape in shapes.items()}
+    kinds = torch.zeros(2, len(models.types))
+    kinds[0, 1] = kinds[1, 3] = kinds[1, 0] = 1
+    return batch | {
+        "label": torch.tensor([1, 3]), "kinds": kinds, "sampled": torch.tensor([True, False]),
+    }  # fmt: skip
+
+
+def stage_1(models: Models, **changes: Any) -> tuple[nn.Module, Callable[[], dict[str, Tensor]]]:
+    """What trains, and its terms on one batch."""
+    settings: dict[str, Any] = {"semantic_dropout": 0.0} | changes
+    config = train_control.Config(LOOP, DATA, **settings)
+    trainable = train_control.prepare(models, config)
+    loss, batch = train_control.make_loss(models, config), batch_for(models)
+    return trainable, lambda: loss(batch, torch.Generator().manual_seed(2))
+
+
+def stage_2(models: Models, **changes: Any) -> train_decoder.DecoderLoss:
+    config = train_decoder.Config(LOOP, DATA, **changes)
+    train_decoder.prepare(models, config)
+    return train_decoder.DecoderLoss(models, config)
+
+
+def reached(module: nn.Module) -> set[str]:
+    """Names of the parameters that some gradient reaches."""
+    return {
+        name for name, p in module.named_parameters() if p.grad is not None and p.grad.abs().max()
+    }
+
+
+def names(module: nn.Module) -> set[str]:
+    return {name for name, _ in module.named_parameters()}
+
+
+def frozen_without_gradient(models: Models) -> bool:
+    frozen = [p for p in models.parameters() if not p.requires_grad]
+    return bool(frozen) and all(p.grad is None for p in frozen)
+
+
+def test_stage_1_reaches_all_that_trains_and_nothing_else(models: Models) -> None:
+    trainable, terms = stage_1(models)
+    terms()["loss"].backward()
+    assert reached(trainable) == names(trainable)
+    assert frozen_without_gradient(models)
+    assert not any(p.requires_grad for m in (models.unet, models.vae) for p in m.parameters())
+
+
+def test_noise_mse_trains_everything_but_the_classifier(models: Models) -> None:
+    _, terms = stage_1(models)
+    terms()["mse"].backward()
+    assert reached(models.control) == names(models.control)
+    classifier = {"classifier.weight", "classifier.bias"}
+    assert reached(models.prompt) == names(models.prompt) - classifier
+
+
+@pytest.mark.parametrize("kind", ["ce", "bce"])
+def test_classification_trains_the_degradation_branch_alone(models: Models, kind: str) -> None:
+    trainable, terms = stage_1(models, classification=kind)
+    terms()[kind].backward()
+    expected = {n for n in names(models.prompt) if n.startswith(("degradation.", "classifier."))}
+    assert reached(models.prompt) == expected
+    assert reached(trainable) == {f"1.{name}" for name in expected}
+
+
+def test_control_without_p_d_leaves_the_degradation_branch_to_classification(
+    models: Models,
+) -> None:
+    _, terms = stage_1(models, degradation_in_control="none")
+    terms()["mse"].backward()
+    assert not any(name.startswith("degradation.") for name in reached(models.prompt))
+
+
+def test_p_d_in_the_time_embedding_starts_as_nothing_and_trains(models: Models) -> None:
+    trainable, terms = stage_1(models, degradation_in_control="time")
+    mlp = models.control.class_embedding
+    assert not mlp.linear_2.weight.any()
+    terms()["loss"].backward()
+    assert {f"0.class_embedding.linear_2.{kind}" for kind in ("weight", "bias")} <= reached(
+        trainable
+    )
+    nn.init.normal_(mlp.linear_2.weight)
+    terms()["mse"].backward()
+    assert any(name.startswith("degradation.") for name in reached(models.prompt))
+
+
+def test_gradients_cross_the_frozen_encoder_because_of_p_s_alone(models: Models) -> None:
+    """Why the frozen UNet's encoder is checkpointed, too."""
+    seen: list[bool] = []
+    models.unet.mid_block.resnets[0].register_forward_pre_hook(
+        lambda _, inputs: seen.append(inputs[0].requires_grad)
+    )
+    stage_1(models)[1]()
+    stage_1(models, without_semantic=True)[1]()
+    assert seen == [True, False]
+    assert models.ablations == {"without_semantic"}
+
+
+def test_the_control_module_starts_as_nothing_bit_for_bit(models: Models) -> None:
+    models.start_control()
+    models.leave_out("control_time")
+    generator = torch.Generator().manual_seed(0)
+    noisy, hint = (torch.randn(2, 4, 4, 4, generator=generator) for _ in range(2))
+    width = models.sizes.context_width
+    p_s, p_d = (torch.randn(2, 16, width, generator=generator) for _ in range(2))
+    timestep = torch.tensor([10, 900])
+    with torch.no_grad():
+        alone = models.unet(noisy, timestep, encoder_hidden_states=p_s).sample
+        assert torch.equal(models.denoise(noisy, timestep, hint, p_s, p_d), alone)
+
+
+def saved_bytes(run: Callable[[], Any]) -> int:
+    """Bytes that autograd keeps for the backward pass, parameters aside."""
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        if not isinstance(tensor, nn.Parameter):
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = run()
+    del result
+    return sum(kept.values())
+
+
+def test_vae_and_vision_tower_keep_nothing_for_the_backward_pass(models: Models) -> None:
+    stage_1(models)
+    batch = batch_for(models)
+    assert saved_bytes(lambda: models.encode(to_pixels(batch["gt"]))) == 0
+    assert saved_bytes(lambda: clip_tokens(models.vision, batch["clip_view"])) == 0
+    stage_2(models)
+    assert saved_bytes(lambda: models.tokens(batch)) == 0
+
+
+def test_checkpointing_keeps_less_and_gives_the_same_gradients(models: Models) -> None:
+    def gradients(trainable: nn.Module) -> Iterator[Tensor]:
+        for parameter in trainable.parameters():
+            assert parameter.grad is not None
+            yield parameter.grad.clone()
+
+    trainable, terms = stage_1(models)
+    plain = saved_bytes(terms)
+    terms()["loss"].backward()
+    expected = list(gradients(trainable))
+    trainable.zero_grad()
+    trainable, terms = stage_1(models, model=ModelConfig(gradient_checkpointing=True))
+    assert models.unet.down_blocks[0].gradient_checkpointing
+    assert models.control.down_blocks[0].gradient_checkpointing
+    assert saved_bytes(terms) < 0.6 * plain
+    terms()["loss"].backward()
+    for found, wanted in zip(gradients(trainable), expected, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
+
+
+def test_sd15_is_frozen_in_half_precision_and_what_trains_is_not(toy_folder: Path) -> None:
+    models, _ = open_models(toy_sd15.model_config(toy_folder))
+    config = train_control.Config(replace(LOOP, precision="bf16"), DATA)
+    trainable = train_control.prepare(models, config)
+    assert {p.dtype for p in trainable.parameters()} == {torch.float32}
+    for frozen in (models.unet, models.vae, models.vision):
+        assert {p.dtype for p in frozen.parameters()} == {torch.bfloat16}
+    loss, batch = train_control.make_loss(models, config), batch_for(models)
+    with torch.autocast("cpu", torch.bfloat16):
+        terms = loss(batch, torch.Generator().manual_seed(2))
+    terms["loss"].backward()
+    assert terms["loss"].dtype == torch.float32
+    zero_convs = [n for n in reached(models.control) if n.startswith("controlnet_down_blocks")]
+    assert zero_convs
+    assert torch.isfinite(models.read(batch).semantic).all()  # and without autocast
+
+
+def test_stage_2_reaches_all_that_trains_and_nothing_else(models: Models) -> None:
+    loss = stage_2(models, lpips_weight=1.0, gan=GanConfig(0.025, start=0, width=8))
+    loss.begin_step(0)
+    terms = loss(batch_for(models), torch.Generator().manual_seed(2))
+    terms["loss"].backward()
+    assert reached(loss.trainable) == names(loss.trainable) - {f"discriminator.{LAST_BIAS}"}
+    assert frozen_without_gradient(models)
+    assert 0 < float(terms["gan_weight"]) <= 0.025
+
+
+@pytest.mark.parametrize("term", ["l1", "perceptual", "gan"])
+def test_each_term_of_stage_2_alone_reaches_the_last_conv(models: Models, term: str) -> None:
+    loss = stage_2(models, lpips_weight=1.0, gan=GanConfig(0.025, start=0, width=8))
+    loss.begin_step(0)
+    loss(batch_for(models), torch.Generator().manual_seed(2))[term].backward()
+    assert "decoder.conv_out.weight" in reached(models.decoder)
+    assert loss.discriminator is not None
+    assert not reached(loss.discriminator)
+
+
+def test_the_discriminator_s_term_leaves_the_decoder_alone(models: Models) -> None:
+    loss = stage_2(models, gan=GanConfig(0.025, start=0, width=8))
+    loss.begin_step(0)
+    loss(batch_for(models), torch.Generator().manual_seed(2))["discriminator"].backward()
+    assert all(p.grad is None for p in models.decoder.parameters())
+    assert loss.discriminator is not None
+    assert reached(loss.discriminator) == names(loss.discriminator) - {LAST_BIAS}
+
+
+def test_parts_join_stage_2_at_their_step(models: Models) -> None:
+    loss = stage_2(models, fusion_first=3, gan=GanConfig(0.025, start=5, width=8))
+    assert loss.discriminator is not None
+    for step, decoder, gan in ((0, False, False), (3, True, False), (5, True, True)):
+        loss.trainable.zero_grad()
+        loss.begin_step(step)
+        loss(batch_for(models), torch.Generator().manual_seed(2))["loss"].backward()
+        assert reached(models.decoder.fusion) == names(models.decoder.fusion)
+        assert bool(reached(models.decoder.decoder)) == decoder
+        assert bool(reached(loss.discriminator)) == gan
+
+
+def test_the_decoder_without_p_d_ignores_it(models: Models) -> None:
+    loss = stage_2(models, without_degradation=True)
+    batch = batch_for(models)
+    assert not models.read(batch).pooled.any()
+    assert models.read(batch).logits.any()
+    loss.begin_step(0)
+    loss(batch, torch.Generator().manual_seed(2))["loss"].backward()
+    film = {n for n in names(models.decoder.fusion) if n.endswith("film.weight")}
+    assert film
+    assert not film & reached(models.decoder.fusion)

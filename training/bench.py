@@ -1,0 +1,321 @@
+"""Stage 1 against diffusers' ControlNet training step: `python -m training.bench --help`.
+
+Both train a control module of the same UNet on the same batch, resolution and precision; weights
+are random. Diffusers' step is that of its examples/controlnet/train_controlnet.py: one VAE encode,
+77 text tokens, a hint image of the same size, a frozen UNet. Ours reads the degraded photo by CLIP,
+encodes both photos, trains the prompt processor through the whole UNet and classifies. Each
+variant is a process of its own, so that peak memory is its own, too.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import tyro
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import default_collate
+
+from diff_restorer.checkpoint import EPSILON
+from diff_restorer.prompt_processor import DEFAULT_TYPES
+from diff_restorer.views import WHOLE
+
+from .common import DataConfig, ModelConfig, home
+from .data import RestorationSamples
+from .diffusion import TIMESTEPS, scheduler
+from .loop import LoopConfig
+from .models import SD15_LATENT_SCALE, Models
+from .networks import SD15, Sizes, build_unet, build_vae, build_vision
+from .pretrained import Base
+from .train_control import Config as ControlConfig
+from .train_control import make_loss, prepare
+
+log = logging.getLogger(__name__)
+
+TOY = replace(
+    SD15,
+    vae_channels=(32, 64, 128, 128),
+    unet_channels=(64, 128, 256, 256),
+    context_width=192,
+    vision_width=256,
+    vision_layers=6,
+    prompt_hidden=256,
+)
+"""SD 1.5's blocks at a fifth of its width, with a tower in proportion."""
+SIZES = {"toy": TOY, "sd15": SD15}
+SPEED_BAR, DEGRADATION_BAR = 1.0, 0.1
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One measurement."""
+
+    step: Literal["ours", "diffusers"]
+    size: Literal["toy", "sd15"]
+    resolution: int
+    batch_size: int
+    steps: int
+    checkpointing: bool = False
+    compile: bool = False
+
+
+@dataclass(frozen=True)
+class Config:
+    """Measure both steps at toy size and at SD 1.5's; on a GPU, the table of batch sizes, too."""
+
+    out: Path = Path("bench_train.json")
+    """JSON file of all figures."""
+    sizes: tuple[Literal["toy", "sd15"], ...] = ("toy", "sd15")
+    """Which sizes."""
+    resolution: int = 0
+    """Side of photos in pixels; 0 is 512 on a GPU, else 128 (toy) and 256 (SD 1.5)."""
+    batch_size: int = 0
+    """Samples per step; 0 is 8 on a GPU, else 4 (toy) and 1 (SD 1.5)."""
+    steps: int = 0
+    """Measured steps after one to warm up; 0 is 10, or 2 at SD 1.5's size on a CPU."""
+    variant: str = ""
+    """A `Variant` as JSON: measure it in this process and print JSON (used by the program)."""
+
+
+def main(config: Config) -> None:
+    """Measure in processes, log the tables and write the figures."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    if config.variant:
+        sys.stdout.write(json.dumps(measure(Variant(**json.loads(config.variant)))) + "\n")
+        return
+    gpu = torch.cuda.is_available()
+    results: list[dict[str, Any]] = []
+    for size in config.sizes:
+        large = size == "sd15"
+        ours = Variant(
+            "ours",
+            size,
+            config.resolution or (512 if gpu else 256 if large else 128),
+            config.batch_size or (8 if gpu else 1 if large else 4),
+            config.steps or (2 if large and not gpu else 10),
+        )
+        pair = [in_process(replace(ours, step=step)) for step in ("diffusers", "ours")]
+        results += pair
+        _report(*pair)
+    if gpu and "sd15" in config.sizes:
+        results += _table(config.resolution or 512)
+    config.out.write_text(json.dumps(results, indent=1))
+    log.info("written to %s", config.out)
+
+
+def in_process(variant: Variant) -> dict[str, Any]:
+    """`measure` in a fresh process; a failure, such as too little memory, becomes an entry."""
+    settings = json.dumps(asdict(variant))
+    command = [sys.executable, "-m", "training.bench", "--variant", settings]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+        return asdict(variant) | {"error": lines[-1]}
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def _report(theirs: dict[str, Any], ours: dict[str, Any]) -> None:
+    log.info("\n%s size, %d px, batch %d, bf16, %s:", *map(ours.get, ("size", "resolution")),
+             ours["batch_size"], "GPU" if torch.cuda.is_available() else "CPU")  # fmt: skip
+    for found in (theirs, ours):
+        if "error" in found:
+            log.info("  %-10s failed: %s", found["step"], found["error"])
+        else:
+            log.info(
+                "  %-10s %8.3f samples/s  %8.2f s of processor per step  %6.2f GB peak",
+                *map(found.get, ("step", "samples_per_s", "cpu_s", "peak_gb")),
+            )  # fmt: skip
+    if "error" not in theirs | ours:
+        ours["ratio"] = round(ours["samples_per_s"] / theirs["samples_per_s"], 3)
+        ours["cpu_ratio"] = round(theirs["cpu_s"] / ours["cpu_s"], 3)
+        ours["memory_ratio"] = round(ours["peak_gb"] / theirs["peak_gb"], 3)
+        ratios = map(ours.get, ("ratio", "cpu_ratio", "memory_ratio"))
+        log.info("  speed %.2fx diffusers' (by processor time %.2fx), memory %.2fx; bar: %.1fx",
+                 *ratios, SPEED_BAR)  # fmt: skip
+        log.info("  degradations take %.1f %% of a step's time (bar: %.0f %%)",
+                 100 * ours["degradation_share"], 100 * DEGRADATION_BAR)  # fmt: skip
+
+
+def _table(resolution: int) -> list[dict[str, Any]]:
+    """Throughput and memory on a GPU: batch 1 to 32, with and without checkpointing, compiled."""
+    rows: list[dict[str, Any]] = []
+    log.info("\nbatch  checkpointing  compile  samples/s  peak GB")
+    for batch in (1, 2, 4, 8, 16, 32):
+        for checkpointing in (False, True):
+            for compiled in (False, True):
+                row = in_process(
+                    Variant("ours", "sd15", resolution, batch, 10, checkpointing, compiled)
+                )
+                rows.append(row)
+                found = row.get("error") or f"{row['samples_per_s']:9.2f}  {row['peak_gb']:7.1f}"
+                log.info("%5d  %13s  %7s  %s", batch, checkpointing, compiled, found)
+    return rows
+
+
+def measure(variant: Variant) -> dict[str, Any]:
+    """Samples per second (median step), peak memory and what degrading costs.
+
+    `cpu_s` is the processor time of a step, all threads: on a CPU that others use, too, it compares
+    where the clock does not.
+    """
+    torch.manual_seed(0)
+    device = home()
+    sizes = SIZES[variant.size]
+    step, parameters = (our_step if variant.step == "ours" else diffusers_step)(variant, sizes)
+    optimizer = torch.optim.AdamW(parameters, lr=1e-5)
+    batches = _batches(variant, sizes)
+    seconds: list[float] = []
+    busy: list[float] = []
+    degrading: list[float] = []
+    for index in range(variant.steps + (3 if variant.compile else 1)):
+        mark = time.process_time()
+        batch = next(batches)
+        degrading.append(time.process_time() - mark)
+        batch = {key: value.to(device) for key, value in batch.items()}
+        _synchronize()
+        mark, worked = time.perf_counter(), time.process_time()
+        with torch.autocast(device.type, torch.bfloat16):
+            loss = step(batch)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        _synchronize()
+        seconds.append(time.perf_counter() - mark)
+        busy.append(time.process_time() - worked)
+        log.info("%s step %d: %.2f s", variant.step, index, seconds[-1])
+    typical, work, cost = (
+        statistics.median(values[-variant.steps :]) for values in (seconds, busy, degrading)
+    )
+    found: dict[str, Any] = {
+        "samples_per_s": variant.batch_size / typical,
+        "cpu_s": work,
+        "seconds": [round(value, 3) for value in seconds],
+        "threads": torch.get_num_threads(),
+        "peak_gb": _peak_bytes() / 1e9,
+    }
+    if variant.step == "ours":
+        found["degradation_s"] = cost
+        # A data process has a core of its own beside a GPU; on a CPU it takes from the same cores.
+        found["degradation_share"] = cost / (typical if torch.cuda.is_available() else work)
+    return asdict(variant) | found
+
+
+def _batches(variant: Variant, sizes: Sizes) -> Iterator[dict[str, Tensor]]:
+    """Batches that the data processes would make beside the step: random photos, degraded."""
+    generator = torch.Generator().manual_seed(0)
+    side = 2 * variant.resolution
+    coarse = torch.rand(4, 3, 24, 24, generator=generator)
+    smooth = F.interpolate(coarse, size=(side, side), mode="bicubic").clamp(0, 1)
+    photos = [(photo * 255).byte() for photo in smooth]
+    samples = RestorationSamples(
+        photos,
+        crop=variant.resolution,
+        clip_size=sizes.vision_image,
+        seed=0,
+        kinds=DEFAULT_TYPES,
+    )
+    size = variant.batch_size
+    for start in range(0, 10**9, size):
+        yield default_collate([samples[index] for index in range(start, start + size)])
+
+
+Step = Callable[[dict[str, Tensor]], Tensor]
+
+
+def our_step(variant: Variant, sizes: Sizes) -> tuple[Step, list[nn.Parameter]]:
+    """Stage 1 as `training.train_control` runs it."""
+    base = Base(sizes, build_unet(sizes), build_vae(sizes), build_vision(sizes))
+    models = Models(sizes, DEFAULT_TYPES, EPSILON, WHOLE, base)
+    loop = LoopConfig(out=Path(tempfile.gettempdir()), compile=variant.compile)
+    config = ControlConfig(
+        loop,
+        DataConfig(Path("none"), crop=variant.resolution),
+        ModelConfig(gradient_checkpointing=variant.checkpointing),
+    )
+    trainable = prepare(models, config)
+    nn.Module.to(models, home())
+    loss = make_loss(models, config)
+    generator = torch.Generator(home()).manual_seed(0)
+    return lambda batch: loss(batch, generator)["loss"], list(trainable.parameters())
+
+
+def diffusers_step(variant: Variant, sizes: Sizes) -> tuple[Step, list[nn.Parameter]]:
+    """The step of diffusers' train_controlnet.py: ControlNet in fp32, the rest in bf16."""
+    from diffusers import ControlNetModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    device, frozen = home(), torch.bfloat16
+    unet = build_unet(sizes)
+    control: Any = ControlNetModel.from_unet(unet)
+    nn.Module.to(control.train(), device)
+    text: Any = CLIPTextModel(
+        CLIPTextConfig(
+            hidden_size=sizes.context_width,
+            intermediate_size=4 * sizes.context_width,
+            num_hidden_layers=sizes.vision_layers // 2,
+            num_attention_heads=sizes.context_width // 64,
+        )
+    )
+    vae = build_vae(sizes)
+    for module in (unet, vae, text):
+        nn.Module.to(module.requires_grad_(False), device, frozen)
+    if variant.checkpointing:
+        control.enable_gradient_checkpointing()
+    process = scheduler(EPSILON)
+
+    def step(batch: dict[str, Tensor]) -> Tensor:
+        with torch.autocast(device.type, enabled=False):  # the script casts these by hand
+            pixels = (batch["gt"] * 2 - 1).to(frozen)
+            latents = vae.encode(pixels).latent_dist.sample() * SD15_LATENT_SCALE
+            noise = torch.randn_like(latents)
+            timestep = torch.randint(0, TIMESTEPS, (len(latents),), device=device)
+            noisy = process.add_noise(latents.float(), noise.float(), timestep).to(frozen)
+            words = torch.randint(0, 49408, (len(latents), 77), device=device)
+            context = text(words, return_dict=False)[0]
+        down, middle = control(
+            noisy,
+            timestep,
+            encoder_hidden_states=context,
+            controlnet_cond=batch["lq"].to(frozen),
+            return_dict=False,
+        )
+        with torch.autocast(device.type, enabled=False):
+            predicted = unet(
+                noisy,
+                timestep,
+                encoder_hidden_states=context,
+                down_block_additional_residuals=[h.to(frozen) for h in down],
+                mid_block_additional_residual=middle.to(frozen),
+                return_dict=False,
+            )[0]
+        return F.mse_loss(predicted.float(), noise.float())
+
+    return step, list(control.parameters())
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def _peak_bytes() -> float:
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config, description=__doc__))

@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file  # pyright: ignore[reportUnknownVariableType]
 from torch import Tensor
 
+EPSILON, V_PREDICTION = "epsilon", "v_prediction"
 FORMAT = "diff-restorer"
 FORMAT_VERSION = 1
 REQUIRED_PREFIXES = ("prompt_processor.", "control.")
@@ -79,6 +80,8 @@ class CheckpointInfo:
     """CLIP variant and preprocessing: `name`, `image_size` (pixels), `mean`, `std`."""
     latent_scale: float = 0.18215
     """Factor between the VAE's own latent and the one the UNet sees."""
+    prediction: str = EPSILON
+    """What the UNet predicts: `epsilon` (SD 1.5) or `v_prediction` (Nano)."""
     config: Mapping[str, Any] = field(default_factory=dict[str, Any])
     """Training configuration."""
     git_revision: str = ""
@@ -96,6 +99,7 @@ class CheckpointInfo:
             "base_model": self.base_model,
             "clip": json.dumps(dict(self.clip)),
             "latent_scale": repr(self.latent_scale),
+            "prediction": self.prediction,
             "config": json.dumps(dict(self.config)),
             "git_revision": self.git_revision,
             "scores": json.dumps(dict(self.scores)),
@@ -119,11 +123,17 @@ class CheckpointInfo:
                 raise ValueError(f"metadata '{name}' is not a JSON {kind.__name__}")
             return value
 
+        prediction = metadata.get("prediction", EPSILON)  # files before it existed have none
+        if prediction not in (EPSILON, V_PREDICTION):
+            raise ValueError(
+                f"metadata 'prediction' is {prediction!r}, not {EPSILON!r} or {V_PREDICTION!r}"
+            )
         return cls(
             types=tuple(str(name) for name in parsed("types", list)),
             base_model=metadata["base_model"],
             clip=parsed("clip", dict),
             latent_scale=float(metadata["latent_scale"]),
+            prediction=prediction,
             config=parsed("config", dict),
             git_revision=metadata["git_revision"],
             scores=parsed("scores", dict),

@@ -12,6 +12,7 @@ from typing import Any
 
 import comfy.clip_vision
 import comfy.latent_formats
+import comfy.model_base
 import comfy.model_detection
 import comfy.model_management
 import comfy.sd
@@ -21,7 +22,9 @@ import torch
 from torch import Tensor
 
 from ..diff_restorer.checkpoint import (
+    V_PREDICTION,
     Checkpoint,
+    CheckpointInfo,
     CheckpointKeysError,
     UnsupportedCheckpointError,
     read_checkpoint,
@@ -34,12 +37,23 @@ from .host_models import DiffRestorer
 class _NanoUNet(comfy.supported_models.SD15):
     """Stable Diffusion 1.5 at another width; not registered, so it never matches other files."""
 
+    def __init__(self, unet_config: dict[str, Any], info: CheckpointInfo) -> None:
+        super().__init__(unet_config)
+        self.latent_format = _NanoLatent(info.latent_scale, unet_config["in_channels"])
+        self.prediction = info.prediction
+
+    def model_type(self, state_dict: Mapping[str, Tensor], prefix: str = "") -> Any:
+        """What the UNet predicts, as the host asks for it."""
+        kinds = comfy.model_base.ModelType
+        return kinds.V_PREDICTION if self.prediction == V_PREDICTION else kinds.EPS
+
 
 class _NanoLatent(comfy.latent_formats.LatentFormat):
     """Latents of a VAE of our own: the previews made for Stable Diffusion's would be wrong."""
 
-    def __init__(self, scale_factor: float) -> None:
+    def __init__(self, scale_factor: float, channels: int) -> None:
         self.scale_factor = scale_factor
+        self.latent_channels = channels
 
 
 def load_nano(path: Path) -> tuple[Any, Any, Any, DiffRestorer]:
@@ -63,8 +77,7 @@ def load_nano(path: Path) -> tuple[Any, Any, Any, DiffRestorer]:
 
 def _unet(checkpoint: Checkpoint, dtype: torch.dtype | None) -> Any:
     state, part = checkpoint.state("base.unet."), "UNet"
-    config: Any = _NanoUNet(detect_unet(state, checkpoint.path, part))
-    config.latent_format = _NanoLatent(checkpoint.info.latent_scale)
+    config: Any = _NanoUNet(detect_unet(state, checkpoint.path, part), checkpoint.info)
     device = comfy.model_management.get_torch_device()
     offload_device = comfy.model_management.unet_offload_device()
     if dtype is None:

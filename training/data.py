@@ -170,6 +170,7 @@ class RestorationSamples(Dataset[dict[str, Tensor]]):
         Returns:
             `gt`, `lq`: (3, crop, crop) float32 in [0, 1], aligned, in steps of 1/255;
             `clip_view`: (3, clip_size, clip_size), the whole degraded part squashed;
+            `native_view`: likewise, a window of it that is not resized where it is large enough;
             `label`: int64; `severity`: float32 in [0, 1].
         """
         epoch, place = divmod(index, len(self.photos))
@@ -184,10 +185,16 @@ class RestorationSamples(Dataset[dict[str, Tensor]]):
             for side in part.shape[-2:]
         )
         window = (0, slice(None), slice(top, top + self.crop), slice(left, left + self.crop))
+        top, left = (
+            int(torch.randint(max(1, side - self.clip_size + 1), (), generator=generator))
+            for side in part.shape[-2:]
+        )
+        near = degraded[..., top : top + self.clip_size, left : left + self.clip_size]
         return {
             "gt": part[window].clone(),
             "lq": degraded[window].clone(),
             "clip_view": clip_view(degraded, self.clip_size)[0],
+            "native_view": clip_view(near, self.clip_size)[0],
             "label": torch.tensor(label),
             "severity": torch.tensor(severity),
         }

@@ -1,4 +1,4 @@
-"""The diffusion process of SD 1.5: noising, targets and a deterministic sampler for validation."""
+"""The diffusion process of SD 1.5: noising, targets and a deterministic sampler."""
 
 from __future__ import annotations
 
@@ -8,15 +8,23 @@ import torch
 from diffusers import DDIMScheduler
 from torch import Tensor
 
+from diff_restorer.checkpoint import EPSILON
+
 from .models import Models
 
 TIMESTEPS = 1000
 
 
-def scheduler() -> Any:
-    """DDIMScheduler with the noise schedule of SD 1.5 (scaled linear, epsilon prediction)."""
+def scheduler(prediction: str = EPSILON) -> Any:
+    """DDIMScheduler with the noise schedule of SD 1.5 (scaled linear).
+
+    Args:
+        prediction: What the UNet predicts: `epsilon`, or `v_prediction` (Salimans and Ho 2022,
+            arXiv 2202.00512), v = sqrt(a) noise - sqrt(1 - a) clean.
+    """
     return DDIMScheduler(
         num_train_timesteps=TIMESTEPS,
+        prediction_type=prediction,
         beta_start=0.00085,
         beta_end=0.012,
         beta_schedule="scaled_linear",
@@ -41,7 +49,7 @@ def sample(
     Returns:
         Scaled latent, (B, 4, h, w).
     """
-    ddim = scheduler()
+    ddim = scheduler(models.prediction)
     ddim.set_timesteps(steps)
     latent = torch.randn(hint.shape, generator=generator, device=hint.device)
     for timestep in ddim.timesteps:

@@ -6,7 +6,6 @@ import json
 import logging
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
 
 import torch
 import tyro
@@ -17,7 +16,7 @@ from tqdm import tqdm
 from diff_restorer.checkpoint import read_checkpoint, write_checkpoint
 
 from .common import DataConfig, ModelConfig, open_data, open_models
-from .models import Models, clip_tokens
+from .models import Models
 
 log = logging.getLogger(__name__)
 
@@ -33,9 +32,6 @@ class Config:
     """`--model.init` is the file to finish."""
     samples: int = 256
     """Training samples that the prototypes are averaged over."""
-    degradation_view: Literal["whole", "native"] = "native"
-    """What the nodes read P_D from: the squashed photo, or its centre at its own resolution, which
-    a small vision encoder needs to see noise and JPEG blocks."""
     scores: Path | None = None
     """JSON of evaluation results for the file's metadata."""
 
@@ -43,9 +39,7 @@ class Config:
 @torch.no_grad()
 def pooled_p_d(models: Models, batches: list[dict[str, Tensor]]) -> tuple[Tensor, Tensor]:
     """Pooled P_D (N, C) and labels (N,) of all samples."""
-    pooled = [
-        models.prompt(clip_tokens(models.vision, batch["clip_view"])).pooled for batch in batches
-    ]
+    pooled = [models.read(batch).pooled for batch in batches]
     return torch.cat(pooled), torch.cat([batch["label"] for batch in batches])
 
 
@@ -70,8 +64,7 @@ def main(config: Config) -> Path:
     source = read_checkpoint(config.model.init[-1])
     prefixes = sorted({_part(key) for key in source.keys})
     scores = json.loads(config.scores.read_text()) if config.scores else source.info.scores
-    clip = {**source.info.clip, "degradation_view": config.degradation_view}
-    info = replace(source.info, scores=scores, clip=clip)
+    info = replace(source.info, scores=scores)
     write_checkpoint(config.out, models.file_tensors(prefixes, torch.float16), info)
 
     again, _ = open_models(replace(config.model, init=(config.out,)))

@@ -17,13 +17,20 @@ from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 from diff_restorer import (
     FusionBlocks,
     FusionConfig,
+    PromptOutput,
     PromptProcessor,
     PromptProcessorConfig,
     VaeTrunk,
     make_hint_conv,
 )
-from diff_restorer.checkpoint import CheckpointInfo, read_checkpoint, write_checkpoint
+from diff_restorer.checkpoint import (
+    V_PREDICTION,
+    CheckpointInfo,
+    read_checkpoint,
+    write_checkpoint,
+)
 from diff_restorer.ldm_keys import from_ldm, to_ldm, unet_keys, vae_keys
+from diff_restorer.views import NATIVE, WHOLE
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -35,7 +42,7 @@ HEADS = 8
 class Sizes:
     """Widths and depths of all parts; the defaults are Nano's."""
 
-    vae_channels: tuple[int, ...] = (32, 32, 64, 128)
+    vae_channels: tuple[int, ...] = (64, 64, 128, 128)
     vae_layers: int = 1
     latent_channels: int = 4
     unet_channels: tuple[int, ...] = (64, 128, 128)
@@ -48,7 +55,7 @@ class Sizes:
     vision_patch: int = 16
     vision_head_width: int = 64
     prompt_hidden: int = 384
-    fusion_levels: tuple[int, ...] = (1, 2)
+    fusion_levels: tuple[int, ...] = (1, 2, 3)
     fusion_growth: int = 16
     fusion_depth: int = 3
     fusion_pixel_width: int = 32
@@ -138,10 +145,26 @@ class AwareDecoder(nn.Module):
 class Models(nn.Module):
     """All parts of one Diff-Restorer, self-contained (Nano) or without its base."""
 
-    def __init__(self, sizes: Sizes, types: Sequence[str]) -> None:
+    def __init__(
+        self,
+        sizes: Sizes,
+        types: Sequence[str],
+        prediction: str = V_PREDICTION,
+        degradation_view: str = NATIVE,
+    ) -> None:
+        """Build all parts with random weights.
+
+        Args:
+            sizes: Widths and depths.
+            types: Names of the degradation types.
+            prediction: What the UNet predicts, see `training.diffusion.scheduler`.
+            degradation_view: What P_D is read from, see `diff_restorer.views`.
+        """
         super().__init__()
         self.sizes, self.types = sizes, tuple(types)
         self.latent_scale = 1.0
+        self.prediction = prediction
+        self.degradation_view = degradation_view
         self.vae = build_vae(sizes)
         self.vision = build_vision(sizes)
         self.unet = build_unet(sizes)
@@ -186,10 +209,30 @@ class Models(nn.Module):
         """Scaled latent mean (B, 4, H/8, W/8) of pixels (B, 3, H, W) in [-1, 1]."""
         return self.vae.encode(pixels).latent_dist.mode() * self.latent_scale
 
+    def read(self, batch: Mapping[str, Tensor]) -> PromptOutput:
+        """P_S of the whole photo; P_D and logits of the view that this model reads them from.
+
+        Args:
+            batch: `clip_view` and, for a native `degradation_view`, `native_view`, in [0, 1].
+        """
+        return self.prompt_of(*self.tokens(batch))
+
+    def tokens(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """P_CLIP (B, T, width) for P_S and for P_D; the same tensor where the views are."""
+        whole = clip_tokens(self.vision, batch["clip_view"])
+        if self.degradation_view == WHOLE:
+            return whole, whole
+        return whole, clip_tokens(self.vision, batch["native_view"])
+
+    def prompt_of(self, whole: Tensor, close: Tensor) -> PromptOutput:
+        """The Prompt Processor on the two results of `tokens`."""
+        read = self.prompt(close)
+        return read if whole is close else read._replace(semantic=self.prompt.semantic(whole))
+
     def denoise(
         self, noisy: Tensor, timestep: Tensor, hint: Tensor, p_s: Tensor, p_d: Tensor
     ) -> Tensor:
-        """Predicted noise: the UNet with P_S, steered by the control module with hint and P_D."""
+        """The UNet's prediction with P_S, steered by the control module with hint and P_D."""
         down, middle = self.control(
             noisy, timestep, encoder_hidden_states=p_d, controlnet_cond=hint, return_dict=False
         )
@@ -257,6 +300,8 @@ class Models(nn.Module):
                 found.add(prefix)
         if "base.vae." in found:
             self.latent_scale = checkpoint.info.latent_scale
+        if "base.unet." in found:
+            self.prediction = checkpoint.info.prediction
         return found
 
 

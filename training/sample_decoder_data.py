@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from .common import DataConfig, ModelConfig, open_data, open_models
 from .diffusion import sample
-from .models import clip_tokens, to_pixels
+from .models import to_pixels
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def main(config: Config) -> Path:
         chosen = indices[start : start + config.batch_size]
         batch = default_collate([train[index] for index in chosen])
         with torch.autocast("cpu", torch.bfloat16):
-            prompt = models.prompt(clip_tokens(models.vision, batch["clip_view"]))
+            prompt = models.read(batch)
             hint = models.encode(to_pixels(batch["lq"])).float()
             latents.append(
                 sample(

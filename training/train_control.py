@@ -11,10 +11,12 @@ import tyro
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from diff_restorer.checkpoint import V_PREDICTION
+
 from .common import DataConfig, ModelConfig, checkpoint_info, open_data, open_models
 from .diffusion import TIMESTEPS, sample, scheduler
 from .loop import LoopConfig, Stage, maybe_compile, run
-from .models import clip_tokens, psnr, to_pixels
+from .models import psnr, to_pixels
 from .sheets import save_sheet
 
 
@@ -47,14 +49,14 @@ def main(config: Config) -> Path:
     if config.train_unet:
         trainable.append(models.unet)
     train, validation = open_data(config.data, config.model.sizes, config.loop.seed)
-    alphas = scheduler().alphas_cumprod
+    process = scheduler(models.prediction)
 
     def predict(
-        noisy: Tensor, timestep: Tensor, hint: Tensor, tokens: Tensor, keep: Tensor
+        noisy: Tensor, timestep: Tensor, hint: Tensor, whole: Tensor, close: Tensor, keep: Tensor
     ) -> tuple[Tensor, Tensor]:
-        prompt = models.prompt(tokens)
-        noise = models.denoise(noisy, timestep, hint, prompt.semantic * keep, prompt.degradation)
-        return noise.float(), prompt.logits.float()
+        prompt = models.prompt_of(whole, close)
+        found = models.denoise(noisy, timestep, hint, prompt.semantic * keep, prompt.degradation)
+        return found.float(), prompt.logits.float()
 
     predict_fast = maybe_compile(predict, config.loop)
     encode = maybe_compile(models.encode, config.loop)
@@ -64,20 +66,21 @@ def main(config: Config) -> Path:
         with torch.no_grad():
             both = encode(to_pixels(torch.cat([batch["gt"], batch["lq"]]))).float()
             clean, hint = both.chunk(2)
-            tokens = clip_tokens(models.vision, batch["clip_view"])
+            whole, close = models.tokens(batch)
         timestep = torch.randint(0, TIMESTEPS, (size,), generator=generator)
         noise = torch.randn(clean.shape, generator=generator)
         keep = (torch.rand(size, 1, 1, generator=generator) >= config.semantic_dropout).float()
-        alpha = alphas[timestep][:, None, None, None]
-        noisy = alpha.sqrt() * clean + (1 - alpha).sqrt() * noise
-        predicted, logits = predict_fast(noisy, timestep, hint, tokens, keep)
-        mse = F.mse_loss(predicted, noise)
+        noisy = process.add_noise(clean, noise, timestep)
+        predicted, logits = predict_fast(noisy, timestep, hint, whole, close, keep)
+        velocity = models.prediction == V_PREDICTION
+        target = process.get_velocity(clean, noise, timestep) if velocity else noise
+        mse = F.mse_loss(predicted, target)
         ce = F.cross_entropy(logits, batch["label"])
         return {"loss": mse + config.ce_weight * ce, "mse": mse, "ce": ce}
 
     @torch.no_grad()
     def validate(step: int, folder: Path) -> dict[str, float]:
-        prompt = models.prompt(clip_tokens(models.vision, validation["clip_view"]))
+        prompt = models.read(validation)
         hint = models.encode(to_pixels(validation["lq"]))
         restored = sample(
             models,

@@ -19,7 +19,7 @@ from .common import DataConfig, ModelConfig, checkpoint_info, open_data, open_mo
 from .data import RestorationSamples
 from .diffusion import sample
 from .loop import LoopConfig, Stage, maybe_compile, run
-from .models import clip_tokens, psnr, to_pixels
+from .models import psnr, to_pixels
 from .sheets import save_sheet
 
 
@@ -93,7 +93,7 @@ def main(config: Config) -> Path:
 
     def loss(batch: dict[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
         with torch.no_grad():
-            pooled = models.prompt(clip_tokens(models.vision, batch["clip_view"])).pooled
+            pooled = models.read(batch).pooled
         clean, features = read_fast(to_pixels(torch.cat([batch["gt"], batch["lq"]])))
         level = config.latent_noise * torch.rand(len(clean), 1, 1, 1, generator=generator)
         encoded = clean + level * torch.randn(clean.shape, generator=generator)
@@ -105,7 +105,7 @@ def main(config: Config) -> Path:
 
     @torch.no_grad()
     def validate(step: int, folder: Path) -> dict[str, float]:
-        prompt = models.prompt(clip_tokens(models.vision, validation["clip_view"]))
+        prompt = models.read(validation)
         hint = models.encode(to_pixels(validation["lq"]))
         _, features = read(to_pixels(torch.cat([validation["gt"], validation["lq"]])))
         if "control." in found:

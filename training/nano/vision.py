@@ -64,7 +64,7 @@ def main(config: Config) -> Path:
     train, validation = open_data(config.data, config.model.sizes, config.loop.seed)
     if "base.clip_vision." not in found:
         patch_embedding = models.vision.vision_model.embeddings.patch_embedding
-        start_patch_filters(patch_embedding, validation["clip_view"])
+        start_patch_filters(patch_embedding, validation["native_view"])
     trainable = nn.ModuleList([models.vision, models.prompt.degradation, models.prompt.classifier])
 
     def logits_of(view: Tensor) -> Tensor:
@@ -73,18 +73,18 @@ def main(config: Config) -> Path:
     step_function = maybe_compile(logits_of, config.loop)
 
     def loss(batch: dict[str, Tensor], _: torch.Generator) -> dict[str, Tensor]:
-        logits = step_function(batch["clip_view"])
+        logits = step_function(batch["native_view"])
         accuracy = (logits.argmax(dim=1) == batch["label"]).float().mean()
         return {"loss": F.cross_entropy(logits, batch["label"]), "accuracy": accuracy}
 
     @torch.no_grad()
     def validate(step: int, folder: Path) -> dict[str, float]:
-        logits = logits_of(validation["clip_view"])
+        logits = logits_of(validation["native_view"])
         names = [
             f"{models.types[truth]} -> {models.types[found]}"
             for truth, found in zip(validation["label"], logits.argmax(dim=1), strict=True)
         ]
-        save_sheet(folder / f"{step:07d}.jpg", {"view": validation["clip_view"][:18]}, names)
+        save_sheet(folder / f"{step:07d}.jpg", {"view": validation["native_view"][:18]}, names)
         return {
             "cross_entropy": float(F.cross_entropy(logits, validation["label"])),
             "accuracy": float((logits.argmax(dim=1) == validation["label"]).float().mean()),

@@ -18,7 +18,7 @@ from PIL import Image
 from scipy import fft, ndimage, signal
 from skimage import color, exposure, restoration
 
-Photo = NDArray[np.float32]
+Photo = NDArray[np.floating[Any]]
 Baseline = Callable[[Photo], Photo]
 
 _LUMA = np.array([0.299, 0.587, 0.114], np.float32)
@@ -98,7 +98,7 @@ def guided(photo: Photo, radius: int = 3, least: float = 1e-3) -> Photo:
 
 def _guided(guide: Photo, source: Photo, radius: int, epsilon: float) -> Photo:
     def box(values: Photo) -> Photo:
-        return ndimage.uniform_filter(values, (2 * radius + 1,) * 2 + (1,) * (values.ndim - 2))
+        return ndimage.uniform_filter(values, 2 * radius + 1, axes=(0, 1))
 
     guide = guide.reshape(*guide.shape[:2], *(1,) * (source.ndim - 2))
     mean_guide, mean_source = box(guide), box(source)
@@ -152,7 +152,7 @@ def _shrink_blocks(
         return window.reshape(rows, block, columns, block, 3)
 
     def transform(image: Photo) -> Photo:
-        return fft.dctn(image, axes=(1, 3, 4), norm="ortho")
+        return np.asarray(fft.dctn(image, axes=(1, 3, 4), norm="ortho"))
 
     for top in range(0, block, stride):
         for left in range(0, block, stride):

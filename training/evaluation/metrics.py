@@ -52,15 +52,18 @@ class Learned:
             weights: Folder with the files of `FILES`; None takes torch hub's own cache.
         """
         folder = weights or Path(torch.hub.get_dir()) / "checkpoints"
+        where = "--weights" if weights else "torch hub's cache (--weights names another folder)"
         self.missing: dict[str, str] = {}
         self._metrics: dict[str, Any] = {}
         self._inception = folder / FILES["fid"]
         for name, file in FILES.items():
             if not (folder / file).is_file():
-                self.missing[name] = f"not available: file {file} missing in {folder}"
+                self.missing[name] = f"not available: file {file} missing in {where}"
         with _hub(folder):
             if "lpips" not in self.missing:
-                self._metrics["lpips"] = LearnedPerceptualImagePatchSimilarity("alex", normalize=True)
+                self._metrics["lpips"] = LearnedPerceptualImagePatchSimilarity(
+                    "alex", normalize=True
+                )
             if "dists" not in self.missing:
                 self._metrics["dists"] = DeepImageStructureAndTextureSimilarity()
 

@@ -160,7 +160,7 @@ def real(pairs: Path, cache: Path, limit: int) -> Cases:
     Raises:
         ValueError: There is no set.
     """
-    sets = sorted(path for path in pairs.iterdir() if (path / "lq").is_dir()) if pairs.is_dir() else []
+    sets = sorted(path.parent for path in pairs.glob("*/lq"))
     if not sets:
         raise ValueError(f"--data.pairs: found no <set>/lq and <set>/gt in {pairs}")
     made = Cases([], {})

@@ -1,0 +1,101 @@
+"""Scores of the classical baselines, by several processes and kept for the next run."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from . import baselines
+from .baselines import COMPETITORS, Photo
+from .pictures import digest, file_digest, write_atomically
+from .testsets import Case
+
+
+def read_photo(path: Path) -> Photo:
+    """A PNG of the test sets as (H, W, 3) float32 in [0, 1]."""
+    with Image.open(path) as picture:
+        return np.asarray(picture.convert("RGB"), np.float32) / 255
+
+
+def measure(lq: Path, gt: Path, names: Sequence[str]) -> dict[str, dict[str, float]]:
+    """Baseline -> `psnr` (dB, of the result rounded to 8 bits) and `seconds`, for one photo."""
+    degraded, clean = read_photo(lq), read_photo(gt)
+    scores = {}
+    for name in names:
+        begun = time.perf_counter()
+        restored = (baselines.restore(name, degraded) * 255).round() / 255
+        seconds = time.perf_counter() - begun
+        error = float(np.square(restored - clean, dtype=np.float64).mean())
+        scores[name] = {"psnr": -10 * np.log10(max(error, 1e-10)), "seconds": seconds}
+    return scores
+
+
+def run_baselines(
+    cases: Sequence[Case], cache: Path, workers: int
+) -> tuple[dict[str, dict[str, dict[str, float]]], dict[str, str]]:
+    """Lets every baseline try the cases of its kind.
+
+    Args:
+        cases: The test cases; a case without a kind, or of `clean`, has no baselines.
+        cache: Folder for the scores, one JSON file per case.
+        workers: Processes; 0 takes one per CPU core.
+
+    Returns:
+        Case id -> what `measure` returns; and case id -> why it failed.
+    """
+    scores: dict[str, dict[str, dict[str, float]]] = {}
+    failed: dict[str, str] = {}
+    code = file_digest(Path(baselines.__file__))
+    todo: list[tuple[Case, str]] = []
+    for case in cases:
+        key = digest(code, case.kind or "", case.lq.read_bytes(), case.gt.read_bytes())
+        stored = _read(_file(cache, case))
+        if stored.get("key") == key:
+            scores[case.id] = stored["scores"]
+        elif COMPETITORS.get(case.kind or ""):
+            todo.append((case, key))
+    if not todo:
+        return scores, failed
+    count = min(workers or os.cpu_count() or 1, len(todo))
+    # Spawned, not forked: torch has threads by now, which do not survive a fork.
+    with ProcessPoolExecutor(count, get_context("spawn")) as pool:
+        running: dict[Future[dict[str, dict[str, float]]], tuple[Case, str]] = {
+            pool.submit(measure, case.lq, case.gt, COMPETITORS[case.kind or ""]): (case, key)
+            for case, key in todo
+        }
+        bar = tqdm(as_completed(running), desc="baselines", unit="photo", total=len(running))
+        for done in bar:
+            case, key = running[done]
+            try:
+                scores[case.id] = done.result()
+            except (ValueError, ArithmeticError, OSError) as error:
+                failed[case.id] = f"baselines: {error}"
+                continue
+            text = json.dumps({"key": key, "scores": scores[case.id]})
+            write_atomically(_file(cache, case), text)
+    return scores, failed
+
+
+def best_baseline(scores: dict[str, float]) -> str | None:
+    """The baseline with the highest mean PSNR of a set; None where there is none."""
+    return max(scores, key=scores.__getitem__, default=None)
+
+
+def _file(cache: Path, case: Case) -> Path:
+    return cache / f"{case.id}.json"
+
+
+def _read(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}

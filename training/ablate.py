@@ -3,10 +3,10 @@
     python -m training.ablate --data.clean CBSD68 --data.limit 10 --out ablation_out
 
 Parts are switched off in the finished file: P_S by zeros, as training's dropout does; P_D by the
-mean of the class prototypes. A part that the rest has learned to lean on does worse without it
-than a model that never had it, so give files that were trained without the part where there are
-some: --retrained no_pd_control=a.safetensors no_ce=b.safetensors. Such a file runs with the
-switch of its variant.
+mean of the class prototypes. That says how much the model leans on a part; a model that never had
+the part may do better, so give files that were trained without it where there are some:
+--retrained no_ps a.safetensors no_ce b.safetensors. Such a file keeps its own P_S and P_D, as far
+as it was trained with them (its metadata says what it leaves out).
 
 Runs in PyTorch without ComfyUI: whole photos padded to multiples of 8, DDIM (the workflow uses
 UniPC), bf16. Writes table.md, ablation.json and ablation.png to --out; a run that was stopped goes
@@ -21,7 +21,7 @@ import math
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,8 @@ from .evaluation.variants import VARIANTS, Photo, Variant
 from .models import Models
 
 log = logging.getLogger(__name__)
+PARTS = ("no_ps", "no_pd_control", "no_pd_decoder", "stock_decoder", "no_diffusion", "no_ce")
+"""Variants that decide whether a part of the method helps."""
 Scores = dict[str, dict[str, dict[str, float]]]
 """Case id -> variant -> `psnr`, `ssim`, `seconds`."""
 
@@ -97,25 +99,31 @@ def chosen_variants(config: Config) -> dict[str, Variant]:
     """Variants that can run, `full` first; one that needs training needs its file."""
     names = dict.fromkeys(("full", *config.variants))
     return {
-        name: VARIANTS[name]
+        name: as_trained(VARIANTS[name]) if name in config.retrained else VARIANTS[name]
         for name in names
         if name in config.retrained or not VARIANTS[name].retrained
     }
 
 
+def as_trained(variant: Variant) -> Variant:
+    """The variant for a file of its own, which leaves out by itself what it was trained without."""
+    return replace(variant, semantic=True, degradation=True, pooled=True)
+
+
 def score_case(
-    case: Case, models: Mapping[Path, Models], files: Mapping[str, Path], config: Config
+    case: Case, models: Mapping[Path, Models], todo: Mapping[str, Variant], config: Config
 ) -> dict[str, dict[str, float]]:
-    """Restores one photo in every variant of `files`; variant -> PSNR, SSIM and seconds."""
+    """Restores one photo in some variants; variant -> PSNR, SSIM and seconds."""
     lq, gt = read_image(case.lq), read_image(case.gt)
     photos: dict[Path, Photo] = {}
     scores: dict[str, dict[str, float]] = {}
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=config.bf16):
-        for name, file in files.items():
+        for name, variant in todo.items():
+            file = config.retrained.get(name, config.file)
             if file not in photos:
                 photos[file] = Photo(models[file], lq, gt, (config.data.seed, case.id))
             begun = time.perf_counter()
-            restored = photos[file].restore(VARIANTS[name], config.steps)
+            restored = photos[file].restore(variant, config.steps)
             seconds = time.perf_counter() - begun
             scores[name] = fidelity(restored, gt) | {"seconds": seconds}
     return scores
@@ -137,7 +145,7 @@ def run(config: Config, cases: Sequence[Case]) -> Scores:
         settings = f"{config.steps} {config.bf16} {config.data.seed}"
         photo = digest(case.lq.read_bytes(), case.gt.read_bytes(), settings)
         keys = {name: digest(photo, marks[files[name]], str(variants[name])) for name in variants}
-        todo = {n: f for n, f in files.items() if stored.get(n, {}).get("key") != keys[n]}
+        todo = {n: v for n, v in variants.items() if stored.get(n, {}).get("key") != keys[n]}
         if todo:
             fresh = score_case(case, models, todo, config)
             stored |= {name: {"key": keys[name], **values} for name, values in fresh.items()}
@@ -200,6 +208,19 @@ def summarize(config: Config, cases: Sequence[Case], scores: Scores) -> dict[str
     return rows
 
 
+def verdict(row: Mapping[str, Any]) -> str:
+    """One line that says whether the model is better for what this variant leaves out."""
+    worth, error = -row["difference"], row["standard_error"]
+    if error is None:
+        known = "one photo only, no verdict"
+    elif abs(worth) <= 1.96 * error:
+        known = "**no difference that these photos can show**"
+    else:
+        known = "yes" if worth > 0 else "**no, the model is better without it**"
+    spread = "" if error is None else f" ± {error:.2f}"
+    return f"- {row['title']}: the full model is {worth:+.2f}{spread} dB ahead: {known}"
+
+
 def markdown(config: Config, rows: Mapping[str, Any], photos: int) -> str:
     """The table and how to read it."""
     kinds = list(rows["full"]["kinds"])
@@ -219,6 +240,7 @@ def markdown(config: Config, rows: Mapping[str, Any], photos: int) -> str:
             lines.append([*cells, "", *(f"{row['kinds'][kind]['psnr']:.2f}" for kind in kinds)])
         else:
             lines.append([*cells, shown(row), *(shown(row["kinds"][kind]) for kind in kinds)])
+    verdicts = [verdict(rows[name]) for name in PARTS if name in rows]
     absent = [
         VARIANTS[name].title
         for name in config.variants
@@ -235,6 +257,8 @@ def markdown(config: Config, rows: Mapping[str, Any], photos: int) -> str:
         "degraded kinds, without `clean`.",
         table(("variant", "PSNR", "SSIM", "difference", *kinds), lines),
     ]
+    if verdicts:
+        parts.append("Does each part help?\n\n" + "\n".join(verdicts))
     if absent:
         parts.append("Not trained, so not measured: " + ", ".join(absent) + ".")
     return "\n\n".join(part.rstrip() for part in parts) + "\n"

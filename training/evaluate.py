@@ -137,16 +137,21 @@ def vae_path(config: Config, case: Case) -> Path:
     return config.out / "vae" / f"{name}.png"
 
 
-def restore_all(config: Config, cases: list[Case]) -> dict[str, str]:
-    """Restores through the server what is not restored yet; returns photo -> reason of failures."""
+def server_work(config: Config, cases: list[Case]) -> list[Batch]:
+    """What the server has to do: restore every LQ, and send every GT through the stock VAE."""
     workflow, model = load_workflow(config.workflow), file_digest(config.file)
     shared = {vae_path(config, case): case for case in cases}
     round_trips = tuple(Job(case.id, case.gt, path) for path, case in shared.items())
     jobs = tuple(Job(case.id, case.lq, restored_path(config, case)) for case in cases)
-    batches = [
+    return [
         Batch("restore", workflow, jobs, model),
         Batch("VAE round trip", vae_round_trip(workflow), round_trips, model, 8),
     ]
+
+
+def restore_all(config: Config, cases: list[Case]) -> dict[str, str]:
+    """Restores through the server what is not restored yet; returns failed photo -> reason."""
+    batches = server_work(config, cases)
     pending = [batch.pending() for batch in batches]
     failed: dict[str, str] = {}
     if not any(pending):

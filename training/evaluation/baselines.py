@@ -123,7 +123,7 @@ def total_variation(photo: Photo, strength: float = 1.0, least: float = 0.03) ->
 
 def local_wiener(photo: Photo) -> Photo:
     """Wiener's filter on local mean and variance. Source: Lee (1980), as in scipy."""
-    power = noise_sigma(photo) ** 2
+    power = max(noise_sigma(photo), 1e-3) ** 2
     return _per_channel(lambda channel: signal.wiener(channel, (5, 5), noise=power), photo)
 
 

@@ -134,7 +134,7 @@ def markdown(
         f"File `{about['file']}` (sha256 {about['file_sha256'][:16]}), workflow "
         f"`{about['workflow']}` with its default settings, code {about['git_revision']}.",
         f"PSNR and SSIM on 8-bit RGB at full resolution ({sizes}"
-        f"{', ...' if len(about['sizes']) > 6 else ''} px), SSIM by torchmetrics (Gaussian window, "
+        f"{', ...' if len(about['sizes']) > 6 else ''} px), SSIM by scikit-image (Gaussian window, "
         "11 px). Each figure is the mean over photos; ± is the standard error of the mean gain.",
         "## Quality bars\n\n" + bars_table(bars),
     ]

@@ -61,7 +61,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class TestData:
+class PhotoSets:
     """Photos to test on; at least one of the two."""
 
     clean: Path | None = None
@@ -78,7 +78,7 @@ class TestData:
 class Config:
     """Restore the test sets, measure, and write the report."""
 
-    data: TestData = field(default_factory=TestData)
+    data: PhotoSets = field(default_factory=PhotoSets)
     out: Path = Path("eval_out")
     """Folder of the report, and of everything that a later run can use again."""
     workflow: Path = NANO_WORKFLOW

@@ -21,6 +21,8 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from diff_restorer import zero_init
+
 from ..common import DataConfig, git_revision, open_data
 from ..data import StepSampler
 from ..models import Sizes, psnr
@@ -100,7 +102,8 @@ class NafNet(nn.Module):
         *levels, middle = blocks
         widths = [width * 2**level for level in range(len(levels) + 1)]
         self.factor = 2 ** len(levels)
-        self.stem, self.head = nn.Conv2d(3, width, 3, padding=1), nn.Conv2d(width, 3, 3, padding=1)
+        self.stem = nn.Conv2d(3, width, 3, padding=1)
+        self.head = zero_init(nn.Conv2d(width, 3, 3, padding=1))
         self.encoders, self.decoders = nn.ModuleList(), nn.ModuleList()
         self.shrink, self.enlarge = nn.ModuleList(), nn.ModuleList()
         for count, fine, coarse in zip(levels, widths, widths[1:], strict=False):
@@ -110,7 +113,6 @@ class NafNet(nn.Module):
             enlarge = nn.Sequential(nn.Conv2d(coarse, 4 * fine, 1, bias=False), nn.PixelShuffle(2))
             self.enlarge.append(enlarge)
         self.middle = nn.Sequential(*(Block(widths[-1]) for _ in range(middle)))
-        nn.init.zeros_(self.head.weight)
 
     def forward(self, image: Tensor) -> Tensor:
         """Restored photo, (B, 3, H, W), of one in [0, 1]; any size."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -65,24 +65,42 @@ def run_baselines(
             todo.append((case, key))
     if not todo:
         return scores, failed
-    count = min(workers or os.cpu_count() or 1, len(todo))
-    # Spawned, not forked: torch has threads by now, which do not survive a fork.
-    with ProcessPoolExecutor(count, get_context("spawn")) as pool:
-        running: dict[Future[dict[str, dict[str, float]]], tuple[Case, str]] = {
-            pool.submit(measure, case.lq, case.gt, COMPETITORS[case.kind or ""]): (case, key)
-            for case, key in todo
-        }
-        bar = tqdm(as_completed(running), desc="baselines", unit="photo", total=len(running))
-        for done in bar:
-            case, key = running[done]
-            try:
-                scores[case.id] = done.result()
-            except (ValueError, ArithmeticError, OSError) as error:
-                failed[case.id] = f"baselines: {error}"
-                continue
-            text = json.dumps({"key": key, "scores": scores[case.id]})
-            write_atomically(_file(cache, case), text)
+    bar = tqdm(_measured(todo, workers or os.cpu_count() or 1), desc="baselines", total=len(todo))
+    for (case, key), got in bar:
+        if isinstance(got, Exception):
+            failed[case.id] = f"baselines: {got}"
+            continue
+        scores[case.id] = got
+        write_atomically(_file(cache, case), json.dumps({"key": key, "scores": got}))
     return scores, failed
+
+
+def _measured(
+    todo: Sequence[tuple[Case, str]], workers: int
+) -> Iterator[tuple[tuple[Case, str], dict[str, dict[str, float]] | Exception]]:
+    """Runs `measure` for every case, in this process or in several, in the order they end."""
+
+    def names(case: Case) -> tuple[str, ...]:
+        return COMPETITORS[case.kind or ""]
+
+    if min(workers, len(todo)) == 1:
+        for entry in todo:
+            yield entry, _caught(entry[0].lq, entry[0].gt, names(entry[0]))
+        return
+    # Spawned, not forked: torch has threads by now, which do not survive a fork.
+    with ProcessPoolExecutor(min(workers, len(todo)), get_context("spawn")) as pool:
+        running = {
+            pool.submit(_caught, entry[0].lq, entry[0].gt, names(entry[0])): entry for entry in todo
+        }
+        for done in as_completed(running):
+            yield running[done], done.result()
+
+
+def _caught(lq: Path, gt: Path, names: Sequence[str]) -> dict[str, dict[str, float]] | Exception:
+    try:
+        return measure(lq, gt, names)
+    except (ValueError, ArithmeticError, OSError) as error:
+        return error
 
 
 def best_baseline(scores: dict[str, float]) -> str | None:

@@ -192,14 +192,9 @@ def read_checkpoint(path: Path | str, required: Iterable[str] = REQUIRED_PREFIXE
         UnsupportedCheckpointError: The file is something else.
     """
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file.")
-    try:
-        with _open(path) as file:
-            metadata: dict[str, str] = dict(file.metadata() or {})
-            keys: frozenset[str] = frozenset(file.keys())
-    except SafetensorError as error:
-        raise _unreadable(path, error) from error
+    with open_safetensors(path) as file:
+        metadata: dict[str, str] = dict(file.metadata() or {})
+        keys: frozenset[str] = frozenset(file.keys())
     if metadata.get("format") != FORMAT:
         raise UnsupportedCheckpointError(
             f"{path}: expected a Diff-Restorer file, found {_describe(keys)}. Diff-Restorer files "
@@ -248,6 +243,22 @@ def write_checkpoint(path: Path | str, tensors: Mapping[str, Tensor], info: Chec
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def open_safetensors(path: Path) -> Any:
+    """Open any safetensors file, as a context manager.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        TruncatedCheckpointError: The file is incomplete.
+        UnsupportedCheckpointError: The file is a pickle or something else.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file.")
+    try:
+        return _open(path)
+    except SafetensorError as error:
+        raise _unreadable(path, error) from error
 
 
 def _open(path: Path) -> Any:

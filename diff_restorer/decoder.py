@@ -196,8 +196,8 @@ def encode_with_features(
     """Encode, and keep what `encoder_features` gives on the way.
 
     Returns:
-        Moments (B, 2 * latent_channels, H/8, W/8), of which the first half is the mean, and the
-        features.
+        Moments (B, 2 * latent_channels, H/8, W/8), of which the first `latent_channels` are the
+        mean (TAESD: the latent itself), and the features.
     """
     found = dict(enumerate(_encoder_levels(trunk, pixels)))
     moments = trunk.encoder_head(found[len(found) - 1])

@@ -18,6 +18,8 @@ _RESNET = {
 _UNET_ENDS = {
     "time_embedding.linear_1": "time_embed.0",
     "time_embedding.linear_2": "time_embed.2",
+    "class_embedding.linear_1": "label_emb.0.0",
+    "class_embedding.linear_2": "label_emb.0.2",
     "conv_in": "input_blocks.0.0",
     "conv_norm_out": "out.0",
     "conv_out": "out.2",
@@ -74,6 +76,21 @@ def vae_keys(keys: Iterable[str]) -> dict[str, str]:
     keys = tuple(keys)
     last = max(int(m[1]) for k in keys if (m := re.search(r"up_blocks\.(\d+)\.", k)))
     return {key: _vae_key(key, last) for key in keys}
+
+
+def tiny_vae_keys(keys: Iterable[str]) -> dict[str, str]:
+    """Map the keys of a diffusers AutoencoderTiny to those of the host's TAESD.
+
+    The decoder of TAESD counts its clamp as a layer, which diffusers does not.
+    """
+    return {
+        key: re.sub(
+            r"^(en|de)coder\.layers\.(\d+)",
+            lambda m: f"taesd_{m[1]}coder.{int(m[2]) + (m[1] == 'de')}",
+            key,
+        )
+        for key in keys
+    }
 
 
 def _vae_key(key: str, last: int) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -13,7 +14,7 @@ Step = Callable[[Tensor], Tensor]
 
 
 class UnsupportedVaeError(ValueError):
-    """The VAE is not an AutoencoderKL of the Stable Diffusion kind."""
+    """The VAE is neither an AutoencoderKL of the Stable Diffusion kind nor a TAESD."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Level:
 
 @dataclass(frozen=True)
 class VaeTrunk:
-    """Layer-by-layer view of an AutoencoderKL; calls the modules, owns and copies nothing.
+    """Layer-by-layer view of an AutoencoderKL or TAESD; calls modules, owns and copies nothing.
 
     Levels are indexed by their number of halvings: 0 is full size, 1 is 1/2, 2 is 1/4, 3 is 1/8.
     Walking all steps gives the very result of the library's own encode and decode.
@@ -36,22 +37,25 @@ class VaeTrunk:
     encoder_stem: Step
     encoder_levels: tuple[Level, ...]
     encoder_head: Step
-    """To the moments (B, 2*latent_channels, H/8, W/8), quant_conv included."""
+    """To the moments (B, 2*latent_channels, H/8, W/8), quant_conv included; TAESD: the latent."""
     decoder_stem: Step
     """From the unscaled latent, post_quant_conv and mid block included."""
     decoder_levels: tuple[Level, ...]
     decoder_head: Step
     latent_channels: int
+    channels: tuple[int, ...]
+    """Channels of encoder and decoder at each level."""
 
     @classmethod
     def of(cls, vae: nn.Module) -> VaeTrunk:
         """View `vae` as steps.
 
         Args:
-            vae: AutoencoderKL in LDM layout (the host's `first_stage_model`) or diffusers' one.
+            vae: AutoencoderKL in LDM layout (the host's `first_stage_model`) or diffusers' one;
+                TAESD of the host or AutoencoderTiny of diffusers.
 
         Raises:
-            UnsupportedVaeError: `vae` is of another kind, such as TAESD or a video VAE.
+            UnsupportedVaeError: `vae` is of another kind, such as a video VAE.
         """
         # Any: two libraries' modules are read here by attribute, and neither is imported.
         module = cast(Any, vae)
@@ -60,9 +64,13 @@ class VaeTrunk:
             return _ldm_trunk(module)
         if hasattr(decoder, "up_blocks") and hasattr(module, "quant_conv"):
             return _diffusers_trunk(module)
+        if hasattr(module, "taesd_decoder"):
+            return _tiny_trunk(module.taesd_encoder, module.taesd_decoder)
+        if hasattr(decoder, "layers"):
+            return _tiny_trunk(module.encoder.layers, decoder.layers)
         raise UnsupportedVaeError(
             f"vae: found a {type(vae).__name__}, expected an AutoencoderKL with encoder and "
-            "decoder levels (SD 1.5). TAESD and video VAEs have no such levels: connect the VAE "
+            "decoder levels (SD 1.5) or Nano's. Video VAEs have no such levels: connect the VAE "
             "of your SD 1.5 checkpoint."
         )
 
@@ -108,6 +116,7 @@ def _ldm_trunk(vae: Any) -> VaeTrunk:
         ),
         decoder_head=head(decoder),
         latent_channels=decoder.conv_in.weight.shape[1],
+        channels=tuple(level.block[-1].conv2.weight.shape[0] for level in encoder.down),
     )
 
 
@@ -129,4 +138,38 @@ def _diffusers_trunk(vae: Any) -> VaeTrunk:
         decoder_levels=tuple(level(block, "upsamplers") for block in reversed(decoder.up_blocks)),
         decoder_head=head(decoder),
         latent_channels=decoder.conv_in.weight.shape[1],
+        channels=tuple(level.resnets[-1].conv2.weight.shape[0] for level in encoder.down_blocks),
+    )
+
+
+def _tiny_trunk(encoder: Any, decoder: Any) -> VaeTrunk:
+    """TAESD (https://github.com/madebyollin/taesd): plain convs and blocks, in sequences.
+
+    Encoder: conv, block, then per level a conv of stride 2 and blocks, conv. Decoder: (clamp,)
+    conv, ReLU, then per level blocks, upsampling and a conv, and a last conv. Images in it are in
+    [0, 1], and latents pass a soft clamp first.
+    """
+    down, up = list(encoder), list(decoder)
+    up = up[next(i for i, module in enumerate(up) if isinstance(module, nn.Conv2d)) :]
+    halvings = [i for i, m in enumerate(down) if getattr(m, "stride", None) == (2, 2)]
+    doublings = [i for i, m in enumerate(up) if isinstance(m, nn.Upsample)]
+    ends = [*halvings, len(down) - 1]
+    encoder_levels = tuple(
+        Level(tuple(down[start:end]), down[end] if end in halvings else None)
+        for start, end in zip([1, *(i + 1 for i in halvings)], ends, strict=True)
+    )
+    starts = [2, *(i + 2 for i in doublings)]
+    decoder_levels = tuple(
+        Level(tuple(up[start:end]), _chain(up[end], up[end + 1]) if end in doublings else None)
+        for start, end in zip(starts, [*doublings, len(up) - 1], strict=True)
+    )
+    return VaeTrunk(
+        encoder_stem=lambda pixels: down[0]((pixels + 1) / 2),
+        encoder_levels=encoder_levels,
+        encoder_head=down[-1],
+        decoder_stem=lambda latent: up[1](up[0](torch.tanh(latent / 3) * 3)),
+        decoder_levels=decoder_levels[::-1],
+        decoder_head=lambda h: up[-1](h) * 2 - 1,
+        latent_channels=up[0].weight.shape[1],
+        channels=tuple(level.blocks[-1].conv[-1].weight.shape[0] for level in encoder_levels),
     )

@@ -11,6 +11,7 @@ import comfy.ldm.modules.diffusionmodules.model
 import comfy.model_detection
 import comfy.model_management
 import comfy.ops
+import comfy.taesd.taesd
 import comfy.utils
 import torch
 from torch import Tensor, nn
@@ -70,6 +71,15 @@ def detect_unet(state: Mapping[str, Tensor], path: Path, part: str) -> dict[str,
     if config is None or config.get("context_dim") is None:
         raise CheckpointKeysError.of(path, part, ["input_blocks.0.0.weight"], ())
     return config | _HEADS
+
+
+TINY_DECODER_KEY = "taesd_decoder.1.weight"
+"""By this key the host knows a TAESD."""
+
+
+def is_tiny_vae(state: Mapping[str, Tensor]) -> bool:
+    """Whether the weights are those of a TAESD, as Nano's are."""
+    return TINY_DECODER_KEY in state
 
 
 def vae_config(state: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -156,14 +166,23 @@ def build_fusion(checkpoint: Checkpoint) -> Any:
 
 
 def build_tuned_decoder(checkpoint: Checkpoint) -> Any:
-    """The finetuned decoder, a module with `decoder` and `post_quant_conv` as a VAE has them."""
+    """The finetuned decoder, a module with `decoder` and `post_quant_conv` as a VAE has them.
+
+    Of a TAESD it is the `taesd_decoder`.
+    """
     state, part = checkpoint.state("decoder.vae."), "finetuned VAE decoder"
+    module = nn.Module()
+    if is_tiny_vae(state):
+        with torch.device("meta"):
+            channels = state[TINY_DECODER_KEY].shape[1]
+            module.taesd_decoder = comfy.taesd.taesd.Decoder(channels)
+        fill(module, state, checkpoint.path, part)
+        return _vae_patcher(module)
     try:
         config = vae_config(state)
         embed = state["post_quant_conv.weight"].shape[1]
     except KeyError as error:
         raise CheckpointKeysError.of(checkpoint.path, part, [error.args[0]], ()) from error
-    module = nn.Module()
     with torch.device("meta"):
         module.decoder = comfy.ldm.modules.diffusionmodules.model.Decoder(**config)
         module.post_quant_conv = comfy.ops.disable_weight_init.Conv2d(
@@ -179,7 +198,22 @@ def _vae_patcher(module: nn.Module) -> Any:
 
 
 def with_tuned_decoder(vae_module: Any, tuned: Any) -> Any:
-    """The host's VAE with the decoder half of the file, sharing all weights with both."""
+    """The host's VAE with the decoder half of the file, sharing all weights with both.
+
+    Raises:
+        ValueError: One is a TAESD, the other is not.
+    """
+    tiny = hasattr(tuned, "taesd_decoder")
+    if tiny != hasattr(vae_module, "taesd_decoder"):
+        raise ValueError(
+            f"vae: found {'an AutoencoderKL' if tiny else 'a TAESD'}, but the file's decoder "
+            f"belongs to {'a TAESD (Nano)' if tiny else 'an AutoencoderKL'}. Connect the VAE that "
+            "the file was trained for: that of your SD 1.5 checkpoint, or Nano's for Nano."
+        )
+    if tiny:
+        return SimpleNamespace(
+            taesd_encoder=vae_module.taesd_encoder, taesd_decoder=tuned.taesd_decoder
+        )
     return SimpleNamespace(
         encoder=vae_module.encoder,
         quant_conv=getattr(vae_module, "quant_conv", None),

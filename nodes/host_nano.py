@@ -30,7 +30,7 @@ from ..diff_restorer.checkpoint import (
     read_checkpoint,
 )
 from .host import ModelPatcher, for_cpu, nano_unet_dtype, nano_vae_dtype
-from .host_build import check_fit, detect_unet, vae_config
+from .host_build import TINY_DECODER_KEY, check_fit, detect_unet, is_tiny_vae, vae_config
 from .host_models import DiffRestorer
 
 
@@ -100,19 +100,22 @@ def _unet(checkpoint: Checkpoint, dtype: torch.dtype | None) -> Any:
 
 def _vae(checkpoint: Checkpoint) -> Any:
     state, part = checkpoint.state("base.vae."), "VAE"
+    dtype, config = nano_vae_dtype(), None
     try:
-        sizes = vae_config(state)
-        embed = state["post_quant_conv.weight"].shape[1]
+        if is_tiny_vae(state):
+            channels, width = state[TINY_DECODER_KEY].shape[1::-1]
+        else:
+            sizes = vae_config(state)
+            channels, width = state["post_quant_conv.weight"].shape[1], sizes["ch"]
+            config = {"params": {"ddconfig": sizes, "embed_dim": channels}}
     except KeyError as error:
         raise CheckpointKeysError.of(checkpoint.path, part, [error.args[0]], ()) from error
-    config = {"params": {"ddconfig": sizes, "embed_dim": embed}}
-    dtype = nano_vae_dtype()
     try:
         vae: Any = comfy.sd.VAE(sd=state, config=config, dtype=dtype)
     except RuntimeError as error:
         raise CheckpointKeysError(f"{checkpoint.path}: the VAE does not fit ({error}).") from error
-    vae.latent_channels = embed
-    _scale_memory(vae, sizes["ch"] / 128)
+    vae.latent_channels = channels
+    _scale_memory(vae, width / 128)
     check_fit(vae.first_stage_model, state, checkpoint.path, part)
     for_cpu(vae.first_stage_model, dtype)
     return vae

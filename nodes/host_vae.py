@@ -108,19 +108,20 @@ class AwareDecoder:
         module, tuned = self.vae.first_stage_model, self.restorer.tuned_decoder
         trunk = VaeTrunk.of(module)
         check_vae(self.vae, self.restorer.control.network.latent_channels)
+        if tuned is not None:
+            tuned.model.to(self.vae.vae_dtype)
+            trunk = VaeTrunk.of(with_tuned_decoder(module, tuned.model))
         if self._fuses:
-            self._check_fusion(module)
-        if tuned is None:
-            return trunk
-        tuned.model.to(self.vae.vae_dtype)
-        return VaeTrunk.of(with_tuned_decoder(module, tuned.model))
+            self._check_fusion(trunk, type(module).__name__)
+        return trunk
 
-    def _check_fusion(self, module: Any) -> None:
+    def _check_fusion(self, trunk: VaeTrunk, kind: str) -> None:
         for level, channels in self.restorer.fusion.model.config.channels:
-            found = module.encoder.down[level].block[-1].conv2.weight.shape[0]
+            found = trunk.channels[level]
             if found != channels:
                 raise ValueError(
-                    f"vae: {found} channels at 1/{2**level} size, {self.restorer.path.name} was "
+                    f"vae: found a {kind} with {found} channels at 1/{2**level} size, but "
+                    f"{self.restorer.path.name} was "
                     f"trained with {channels}. Connect the VAE that the file was trained for."
                 )
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 import subprocess
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,39 +14,67 @@ import torch
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from diff_restorer.checkpoint import CheckpointInfo
-from diff_restorer.degradations import KINDS
+from diff_restorer.checkpoint import EPSILON, CheckpointInfo, read_checkpoint
+from diff_restorer.degradations import ALL_KINDS, KINDS
+from diff_restorer.prompt_processor import DEFAULT_TYPES
+from diff_restorer.views import WHOLE
 
-from .data import CleanPhotos, RestorationSamples
-from .models import CLIP_MEAN, CLIP_STD, Models, Sizes
+from .data import Mixing, RestorationSamples
+from .models import CLIP_MEAN, CLIP_STD, NANO, SD15, Models, check_base
+from .networks import Sizes, sizes_of
+from .pairs import PairedPhotos
+from .photos import CleanPhotos, PhotoStore
+from .pretrained import Sd15Config, open_base
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where photos come from and how samples are cut."""
+    """Where photos come from and how samples are cut.
 
-    photos: Path
-    """Clean photos: a folder, a text list or a CSV manifest."""
+    Clean photos are degraded on the fly; pairs bring their own degradation. All kinds are drawn
+    equally often, whatever the source.
+    """
+
+    photos: Path | None = None
+    """Clean photos: a folder, a text list, a CSV manifest or tar shards. Without them the clean
+    halves of the pairs are degraded."""
+    pairs: tuple[Path | str, ...] = ()
+    """Paired sets in their published layouts (GoPro, LOL, Rain100, RESIDE, Snow100K, RainDrop,
+    RealSR, DA-CLIP's type/LQ|GT) or as tar shards: PATH, or KIND=PATH or LAYOUT=PATH where the
+    folder does not say it."""
+    pair_share: float = 0.5
+    """Share of pairs among the samples of a kind that has pairs; with 1 it has no others."""
+    mixing: Mixing = field(default_factory=Mixing)
+    """Several degradations at once (clean photos only)."""
     crop: int = 128
     """Side of the training crop in pixels, a multiple of 8 * 2^(UNet levels - 1)."""
     held_out: int = 40
-    """Every n-th photo is kept for validation."""
+    """Every n-th photo, and every n-th clean photo of each kind of pairs, is for validation."""
     validation_samples: int = 18
     """Fixed samples (held-out photos, all kinds in turn) that are validated and drawn."""
+    memory_mb: int = 4096
+    """Decoded photos kept in memory by each training process; the others are decoded anew."""
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Sizes of the networks and the files they start from."""
+    """The networks: Nano's own, or Stable Diffusion 1.5's with `sd15.checkpoint`."""
 
     init: tuple[Path, ...] = ()
     """Diff-Restorer files to start from; later files win where parts repeat."""
     sizes: Sizes = field(default_factory=Sizes)
-    """Widths and depths; the defaults are Nano's."""
+    """Widths and depths of Nano, as far as the files of `init` do not tell them."""
+    sd15: Sd15Config = field(default_factory=Sd15Config)
+    """Stable Diffusion 1.5 and its vision tower, frozen."""
+    types: tuple[str, ...] = ()
+    """Names of the degradation types; none: those of `init`, else Nano has the eight and `clean`,
+    SD 1.5 the eight."""
+    gradient_checkpointing: bool = False
+    """Less memory for a third more time: stage 1 computes activations twice."""
 
 
 def open_models(config: ModelConfig, needed: tuple[str, ...] = ()) -> tuple[Models, set[str]]:
-    """Build the networks and load `config.init`.
+    """Build the networks, on the device of this process, and load `config.init`.
 
     Args:
         needed: File prefixes that a program cannot start without.
@@ -53,37 +83,103 @@ def open_models(config: ModelConfig, needed: tuple[str, ...] = ()) -> tuple[Mode
         The models and the prefixes that were loaded.
 
     Raises:
-        ValueError: A needed part is in none of the files.
+        FileNotFoundError: A file does not exist.
+        ValueError: A file is of another kind, or a needed part is in none of the files.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     torch.manual_seed(0)
-    models = Models(config.sizes, KINDS)
-    found: set[str] = set()
+    for path in config.init:
+        check_base(read_checkpoint(path, required=()), SD15 if config.sd15.checkpoint else NANO)
+    if config.sd15.checkpoint is None:
+        models, found = Models(_sizes(config, config.sizes), _types(config, KINDS)), set()
+    else:
+        base = open_base(config.sd15, _sizes(config, config.sd15.sizes()))
+        models = Models(base.sizes, _types(config, DEFAULT_TYPES), EPSILON, WHOLE, base)
+        found = {"base.unet.", "base.vae.", "base.clip_vision."}
     for path in config.init:
         found |= models.load(path)
     if missing := [prefix for prefix in needed if prefix not in found]:
         raise ValueError(f"--model.init: {missing} not found in {list(map(str, config.init))}")
-    return models, found
+    return models.to(home()), found
+
+
+def _sizes(config: ModelConfig, sizes: Sizes) -> Sizes:
+    for path in config.init:
+        sizes = sizes_of(path, sizes)
+    return sizes
+
+
+def _types(config: ModelConfig, default: tuple[str, ...]) -> tuple[str, ...]:
+    """The configured types, else those of the last file with a classifier, else `default`."""
+    if unknown := set(config.types) - set(ALL_KINDS):
+        raise ValueError(f"--model.types: unknown {sorted(unknown)}; known are {ALL_KINDS}")
+    opened = [read_checkpoint(path, required=()) for path in config.init]
+    written = [file.info.types for file in opened if file.has("prompt_processor.")]
+    return config.types or (written[-1] if written else default)
+
+
+def home() -> torch.device:
+    """The device of this process, as accelerate chooses it."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")
+
+
+def half(precision: str) -> torch.dtype:
+    """The dtype of frozen networks under accelerate's mixed precision `no`, `bf16` or `fp16`."""
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
+
+
+def to_home(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A batch on the device of this process."""
+    return {key: value.to(home()) for key, value in batch.items()}
 
 
 def open_data(
-    config: DataConfig, sizes: Sizes, seed: int
+    config: DataConfig, sizes: Sizes, seed: int, kinds: Sequence[str] = KINDS
 ) -> tuple[RestorationSamples, dict[str, Tensor]]:
-    """Training samples and one fixed validation batch from photos that training never sees."""
-    photos = CleanPhotos(config.photos)
-    held_out = range(0, len(photos), config.held_out)
-    kept = [index for index in range(len(photos)) if index % config.held_out]
-    train = RestorationSamples(
-        photos.subset(kept), crop=config.crop, clip_size=sizes.vision_image, seed=seed
+    """Training samples and one fixed validation batch from photos that training never sees.
+
+    Validation has one degradation per sample, whatever the mixing, so that its scores compare.
+
+    Raises:
+        ValueError: There is neither a photo nor a pair, or nothing is left for one of both parts.
+    """
+    if not config.photos and not config.pairs:
+        raise ValueError("--data.photos or --data.pairs: give clean photos, paired sets, or both")
+    store = PhotoStore(config.memory_mb)
+    pairs = (
+        PairedPhotos(config.pairs, store).split(config.held_out) if config.pairs else (None, None)
     )
-    validation = RestorationSamples(
-        photos.subset(held_out), crop=config.crop, clip_size=sizes.vision_image, seed=seed + 1
+    if config.photos:
+        photos = CleanPhotos(config.photos, store)
+        kept = [index for index in range(len(photos)) if index % config.held_out]
+        parts = photos.subset(kept), photos.subset(range(0, len(photos), config.held_out))
+    else:
+        parts = tuple(part.clean() if part else [] for part in pairs)
+    if not all(parts):
+        raise ValueError(
+            f"--data: {len(parts[0])} photos are left for training and {len(parts[1])} for "
+            f"validation, which takes every one in {config.held_out}; give more photos"
+        )
+    train, validation = (
+        RestorationSamples(
+            parts[place],
+            crop=config.crop,
+            clip_size=sizes.vision_image,
+            seed=seed + place,
+            kinds=kinds,
+            mixing=config.mixing if place == 0 else None,
+            pairs=pairs[place],
+            pair_share=config.pair_share,
+        )
+        for place in (0, 1)
     )
     chosen: list[dict[str, Tensor]] = []
     index = 0
     while len(chosen) < config.validation_samples:  # kinds are random per index: take them in turn
         sample = validation[index]
-        if int(sample["label"]) == len(chosen) % len(KINDS):
+        if int(sample["label"]) == len(chosen) % len(kinds):
             chosen.append(sample)
         index += 1
     return train, default_collate(chosen)
@@ -94,9 +190,9 @@ def checkpoint_info(models: Models, config: dict[str, Any]) -> CheckpointInfo:
     sizes = models.sizes
     return CheckpointInfo(
         types=models.types,
-        base_model="nano",
+        base_model=models.base_model,
         clip={
-            "name": "nano",
+            "name": "openai/clip-vit-large-patch14" if models.base_model == SD15 else "nano",
             "image_size": sizes.vision_image,
             "mean": list(CLIP_MEAN),
             "std": list(CLIP_STD),
@@ -104,7 +200,7 @@ def checkpoint_info(models: Models, config: dict[str, Any]) -> CheckpointInfo:
         },
         latent_scale=models.latent_scale,
         prediction=models.prediction,
-        config=config,
+        config=config | ({"ablations": sorted(models.ablations)} if models.ablations else {}),
         git_revision=git_revision(),
         scores={},
     )

@@ -1,18 +1,20 @@
 """Draws kinds x severities of one photo, to see with one's own eyes what training learns from.
 
-Run: python -m training.contact_sheet --photo photo.jpg --out sheet.png
+Run: python -m training.contact_sheet --photo photo.jpg --out sheet.png [--kinds rain haze+noise]
 """
 
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 import tyro
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
+from torchvision.transforms.functional import pil_to_tensor
 
-from diff_restorer.degradations import ALL_KINDS, degrade
+from diff_restorer.degradations import ALL_KINDS, degrade_chain
+
+from .photos import UNREADABLE, read_photo
 
 _MARGIN, _HEADER = 110, 24
 
@@ -26,7 +28,7 @@ class SheetConfig:
     out: Path
     """PNG or JPEG file to write."""
     kinds: tuple[str, ...] = ALL_KINDS
-    """Rows of the sheet."""
+    """Rows of the sheet; `haze+noise` is a chain of two."""
     severities: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
     """Columns of the sheet."""
     side: int = 320
@@ -41,10 +43,17 @@ def _to_picture(image: Tensor) -> Image.Image:
 
 
 def contact_sheet(config: SheetConfig) -> Image.Image:
-    """Returns the labelled sheet; each cell names its severity and its PSNR against the photo."""
-    photo = ImageOps.exif_transpose(Image.open(config.photo)).convert("RGB")
+    """Returns the labelled sheet; each cell names its severity and its PSNR against the photo.
+
+    Raises:
+        ValueError: The photo cannot be read, or a kind is unknown.
+    """
+    try:
+        photo = _to_picture(read_photo(config.photo) / 255)
+    except UNREADABLE as error:
+        raise ValueError(f"--photo: {config.photo} cannot be read: {error}") from error
     photo.thumbnail((config.side, config.side), Image.Resampling.LANCZOS)
-    image = torch.from_numpy(np.array(photo)).permute(2, 0, 1)[None].float() / 255
+    image = pil_to_tensor(photo)[None].float() / 255
     width, height = photo.size
     columns, rows = len(config.severities), len(config.kinds)
     size = (_MARGIN + columns * width, rows * (height + _HEADER))
@@ -52,10 +61,10 @@ def contact_sheet(config: SheetConfig) -> Image.Image:
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(15)
     for row, kind in enumerate(config.kinds):
         top = row * (height + _HEADER)
-        pen.text((6, top + _HEADER), kind, "black", font)
+        pen.text((6, top + _HEADER), kind.replace("+", "\n+ "), "black", font)
         for column, severity in enumerate(config.severities):
             generator = torch.Generator().manual_seed(config.seed + 1000 * row + column)
-            degraded = degrade(kind, image, severity, generator)
+            degraded = degrade_chain(kind.split("+"), image, severity, generator)
             psnr = -10 * (degraded - image).square().mean().clamp(1e-9).log10().item()
             left = _MARGIN + column * width
             label = f"{severity:.2f}   " + (f"{psnr:.1f} dB" if psnr < 80 else "identical")

@@ -1,114 +1,24 @@
-"""Clean photos in, degraded training samples out; every sample is a function of (seed, index)."""
+"""Photos in, degraded training samples out; every sample is a function of (seed, index)."""
 
-import csv
-import logging
+from __future__ import annotations
+
+import math
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from itertools import count
-from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import Dataset, Sampler
 
-from diff_restorer.degradations import KINDS, degrade, sample_severity
+from diff_restorer.degradations import KINDS, degrade_chain, sample_severity
 
-log = logging.getLogger(__name__)
+from .pairs import PairedPhotos
 
-PHOTO_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"})
-_UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
-
-
-def list_photos(source: Path) -> list[Path]:
-    """Photo files named by a folder, a text list or a CSV manifest, in a fixed order.
-
-    Args:
-        source: A folder (searched recursively), a text file with one path per line (`#` starts a
-            comment), or a CSV file with a column `path` and, optionally, a column `part` of which
-            the rows `train` are taken. Paths are relative to the list's folder.
-
-    Raises:
-        ValueError: The source does not exist, has no `path` column, or names no photo.
-    """
-    if source.is_dir():
-        found = [p for p in source.rglob("*") if p.suffix.lower() in PHOTO_SUFFIXES and p.is_file()]
-        accepted = f"a folder with photos ({', '.join(sorted(PHOTO_SUFFIXES))})"
-    elif not source.is_file():
-        raise ValueError(
-            f"photos: {source} does not exist; give a folder, a text list or a CSV manifest"
-        )
-    elif source.suffix.lower() == ".csv":
-        with source.open(newline="", encoding="utf-8") as file:
-            reader = csv.DictReader(file)
-            if "path" not in (reader.fieldnames or ()):
-                raise ValueError(
-                    f"photos: {source} has the columns {reader.fieldnames}; a manifest needs `path`"
-                )
-            rows = [row for row in reader if row.get("part", "train") == "train"]
-        found = [source.parent / row["path"] for row in rows]
-        accepted = "a CSV manifest with rows (of part `train`, where it has that column)"
-    else:
-        lines = (line.strip() for line in source.read_text(encoding="utf-8").splitlines())
-        found = [source.parent / line for line in lines if line and not line.startswith("#")]
-        accepted = "a text list with one path per line"
-    if not found:
-        raise ValueError(f"photos: found no photo in {source}; give {accepted}")
-    return sorted(found)
-
-
-def read_photo(path: Path) -> Tensor:
-    """Decodes a photo upright into (3, H, W) uint8."""
-    with Image.open(path) as picture:
-        upright = ImageOps.exif_transpose(picture).convert("RGB")
-    return torch.from_numpy(np.array(upright)).permute(2, 0, 1).contiguous()
-
-
-class CleanPhotos(Sequence[Tensor]):
-    """Decoded photos, (3, H, W) uint8, kept in memory.
-
-    Files that cannot be read are named in a warning and left out.
-
-    Raises:
-        ValueError: The source names no photo, or none can be read.
-    """
-
-    def __init__(self, source: Path | str) -> None:
-        paths = list_photos(Path(source))
-        with ThreadPoolExecutor() as pool:
-            decoded = list(pool.map(self._read_or_name, paths))
-        kept = [
-            (path, photo) for path, photo in zip(paths, decoded, strict=True) if photo is not None
-        ]
-        if skipped := len(paths) - len(kept):
-            log.warning("photos: left out %d unreadable of %d files", skipped, len(paths))
-        if not kept:
-            raise ValueError(f"photos: none of the {len(paths)} files of {source} can be read")
-        self.paths = [path for path, _ in kept]
-        self._photos = [photo for _, photo in kept]
-
-    @staticmethod
-    def _read_or_name(path: Path) -> Tensor | None:
-        try:
-            return read_photo(path)
-        except _UNREADABLE as error:
-            log.warning("photos: left out %s: %s", path, error)
-            return None
-
-    def __len__(self) -> int:
-        return len(self._photos)
-
-    def __getitem__(self, index: int) -> Tensor:
-        return self._photos[index]
-
-    def subset(self, indices: Sequence[int]) -> "CleanPhotos":
-        """The photos at `indices`, sharing their memory."""
-        chosen = object.__new__(CleanPhotos)
-        chosen.paths = [self.paths[index] for index in indices]
-        chosen._photos = [self._photos[index] for index in indices]
-        return chosen
+UNKNOWN_SEVERITY = -1.0
+"""`severity` of samples from pairs."""
 
 
 def clip_view(image: Tensor, size: int) -> Tensor:
@@ -133,11 +43,27 @@ def to_8_bit(image: Tensor) -> Tensor:
     return (image * 255).clamp(0, 255).round() / 255
 
 
-class RestorationSamples(Dataset[dict[str, Tensor]]):
-    """Endless aligned training samples: a part of a photo, degraded by one kind, and a crop of it.
+@dataclass(frozen=True)
+class Mixing:
+    """How often several degradations meet in one sample; by default never, as in the paper.
 
-    Sample `index` is a function of (seed, index) alone, for any index from 0; each run of
-    `len(self)` indices visits every photo once.
+    Degradations in a mix are milder, each by the square root of their number, so that the whole is
+    about as bad as one alone.
+    """
+
+    chain: float = 0.0
+    """Share of samples with one or two more kinds, in their physical order."""
+    low_res: float = 0.0
+    """Share of samples that also lose resolution, which no label tells."""
+    second_order: float = 0.0
+    """Share of samples that also pass Real-ESRGAN's second-order chain, which no label tells."""
+
+
+class RestorationSamples(Dataset[dict[str, Tensor]]):
+    """Endless aligned training samples: a part of a photo, degraded, and a crop of it.
+
+    Sample `index` is a function of (seed, index) alone, for any index from 0; without pairs, each
+    run of `len(self)` indices visits every photo once.
     """
 
     def __init__(
@@ -148,18 +74,33 @@ class RestorationSamples(Dataset[dict[str, Tensor]]):
         clip_size: int,
         seed: int,
         kinds: Sequence[str] = KINDS,
+        mixing: Mixing | None = None,
+        pairs: PairedPhotos | None = None,
+        pair_share: float = 0.5,
     ) -> None:
-        """Makes samples of `photos`.
+        """Makes samples of photos and pairs.
 
         Args:
-            photos: (3, H, W) uint8 each.
+            photos: Clean photos, (3, H, W) uint8 each; at least one.
             crop: Side of `gt` and `lq`, pixels.
             clip_size: Side of `clip_view`, pixels.
             seed: Another seed gives other samples.
             kinds: Degradations, drawn uniformly; `label` is the place in this list.
+            mixing: How often clean photos get several degradations at once.
+            pairs: Degraded and clean photos.
+            pair_share: Share of the samples of a kind that are pairs, where there are pairs of it;
+                the others are degraded on the fly.
+
+        Raises:
+            ValueError: There is no photo.
         """
+        if not photos:
+            raise ValueError("photos: a sample needs a clean photo, found none")
         self.photos, self.crop, self.clip_size = photos, crop, clip_size
         self.seed, self.kinds = seed, tuple(kinds)
+        self.mixing = mixing or Mixing()
+        self.pairs = pairs.by_kind() if pairs else {}
+        self.pair_share = pair_share
 
     def __len__(self) -> int:
         return len(self.photos)
@@ -171,15 +112,52 @@ class RestorationSamples(Dataset[dict[str, Tensor]]):
             `gt`, `lq`: (3, crop, crop) float32 in [0, 1], aligned, in steps of 1/255;
             `clip_view`: (3, clip_size, clip_size), the whole degraded part squashed;
             `native_view`: likewise, a window of it that is not resized where it is large enough;
-            `label`: int64; `severity`: float32 in [0, 1].
+            `kinds`: (N,) float32, 1 for each kind in the sample (`clean` where there is none);
+            `label`: int64, the kind of the highest severity;
+            `severity`: float32 in [0, 1], the highest; `UNKNOWN_SEVERITY` for pairs.
         """
+        generator = seeded(self.seed, 1, index)
+        kind = None
+        if self.pairs:  # the kind comes first, as it decides on the source
+            kind = self._draw_kind(generator)
+            paired = self.pairs.get(kind)
+            if paired and torch.rand((), generator=generator) < self.pair_share:
+                lq, gt = paired[int(torch.randint(len(paired), (), generator=generator))]
+                part, degraded = self._pair_part(torch.cat((gt, lq)), generator).split(3, dim=1)
+                return self._sample(part, degraded, {kind: UNKNOWN_SEVERITY}, generator)
         epoch, place = divmod(index, len(self.photos))
         order = torch.randperm(len(self.photos), generator=seeded(self.seed, 0, epoch))
-        generator = seeded(self.seed, 1, index)
         part = self._part(self.photos[int(order[place])], generator)
-        label = int(torch.randint(len(self.kinds), (), generator=generator))
-        severity = sample_severity(generator)
-        degraded = to_8_bit(degrade(self.kinds[label], part, severity, generator))
+        levels = self._draw_levels(kind or self._draw_kind(generator), generator)
+        severities = torch.tensor([list(levels.values())])
+        degraded = to_8_bit(degrade_chain(tuple(levels), part, severities, generator))
+        return self._sample(part, degraded, levels, generator)
+
+    def _draw_kind(self, generator: torch.Generator) -> str:
+        return self.kinds[int(torch.randint(len(self.kinds), (), generator=generator))]
+
+    def _draw_levels(self, kind: str, generator: torch.Generator) -> dict[str, float]:
+        """The kinds of a sample, `kind` and what is mixed in, with their severities."""
+        kinds = [kind]
+
+        def happens(share: float) -> bool:
+            return kind != "clean" and share > 0 and _chance(share, generator)
+
+        if happens(self.mixing.chain):
+            others = [other for other in self.kinds if other not in (kind, "clean")]
+            more = 1 + int(torch.randint(2, (), generator=generator))
+            order = torch.randperm(len(others), generator=generator)[:more]
+            kinds += [others[place] for place in order.tolist()]
+        for extra in ("low_res", "second_order"):
+            if happens(getattr(self.mixing, extra)) and extra not in kinds:
+                kinds.append(extra)
+        scale = math.sqrt(len(kinds))
+        return {kind: sample_severity(generator) / scale for kind in kinds}
+
+    def _sample(
+        self, part: Tensor, degraded: Tensor, levels: dict[str, float], generator: torch.Generator
+    ) -> dict[str, Tensor]:
+        """Crops both parts, (1, 3, H, W), and names their kinds."""
         top, left = (
             int(torch.randint(side - self.crop + 1, (), generator=generator))
             for side in part.shape[-2:]
@@ -190,14 +168,35 @@ class RestorationSamples(Dataset[dict[str, Tensor]]):
             for side in part.shape[-2:]
         )
         near = degraded[..., top : top + self.clip_size, left : left + self.clip_size]
+        named = {kind: level for kind, level in levels.items() if kind in self.kinds}
+        strongest = max(named, key=lambda kind: named[kind])
         return {
             "gt": part[window].clone(),
             "lq": degraded[window].clone(),
             "clip_view": clip_view(degraded, self.clip_size)[0],
             "native_view": clip_view(near, self.clip_size)[0],
-            "label": torch.tensor(label),
-            "severity": torch.tensor(severity),
+            "kinds": torch.tensor([float(kind in named) for kind in self.kinds]),
+            "label": torch.tensor(self.kinds.index(strongest)),
+            "severity": torch.tensor(named[strongest]),
         }
+
+    def _pair_part(self, both: Tensor, generator: torch.Generator) -> Tensor:
+        """A random part of a pair, (6, H, W) uint8, mirrored or not; (1, 6, H, W) in [0, 1].
+
+        It is not reduced, which would hide noise and JPEG blocks, but has at most as many pixels as
+        the parts of clean photos; a photo smaller than the crop is enlarged just enough.
+        """
+        longest = max(512, 2 * self.crop)
+        shares = torch.rand(2, generator=generator) * 0.4 + 0.6
+        sides = [
+            min(side, max(self.crop, min(longest, round(side * float(share)))))
+            for side, share in zip(both.shape[1:], shares, strict=True)
+        ]
+        part = _window(both, sides, generator)
+        if _chance(0.5, generator):
+            part = part.flip(-1)
+        factor = self.crop / min(sides)
+        return part if factor <= 1 else self._resized(part, factor)
 
     def _part(self, photo: Tensor, generator: torch.Generator) -> Tensor:
         """A random part of the photo, mirrored or not, mildly reduced; (1, 3, H, W) in [0, 1].
@@ -205,27 +204,37 @@ class RestorationSamples(Dataset[dict[str, Tensor]]):
         Both sides are at least `crop`: a small photo is enlarged just enough. The long side is at
         most 512 or two crops where that allows it, to bound the cost of a sample.
         """
-        whole = torch.rand((), generator=generator) < 0.2
+        whole = _chance(0.2, generator)
         share = torch.rand(2, generator=generator) * 0.4 + 0.6
         sides = [
             side if whole else round(side * float(part))
             for side, part in zip(photo.shape[1:], share, strict=True)
         ]
-        top, left = (
-            int(torch.randint(full - side + 1, (), generator=generator))
-            for full, side in zip(photo.shape[1:], sides, strict=True)
-        )
-        part = photo[None, :, top : top + sides[0], left : left + sides[1]].float() / 255
-        if torch.rand((), generator=generator) < 0.5:
+        part = _window(photo, sides, generator)
+        if _chance(0.5, generator):
             part = part.flip(-1)
         reduce = torch.rand(2, generator=generator)
         factor = 1 - 0.4 * float(reduce[1]) if reduce[0] < 0.5 else 1.0
         factor = min(factor, max(512, 2 * self.crop) / max(sides))
         factor = max(factor, self.crop / min(sides))
-        if factor == 1.0:
-            return part
-        size = [max(self.crop, round(side * factor)) for side in sides]
+        return part if factor == 1.0 else self._resized(part, factor)
+
+    def _resized(self, part: Tensor, factor: float) -> Tensor:
+        size = [max(self.crop, round(side * factor)) for side in part.shape[-2:]]
         return to_8_bit(F.interpolate(part, size=size, mode="bicubic", antialias=True))
+
+
+def _chance(share: float, generator: torch.Generator) -> bool:
+    return bool(torch.rand((), generator=generator) < share)
+
+
+def _window(photo: Tensor, sides: Sequence[int], generator: torch.Generator) -> Tensor:
+    """A part of these sides at a random place of (C, H, W) uint8; (1, C, h, w) in [0, 1]."""
+    top, left = (
+        int(torch.randint(full - side + 1, (), generator=generator))
+        for full, side in zip(photo.shape[1:], sides, strict=True)
+    )
+    return photo[None, :, top : top + sides[0], left : left + sides[1]].float() / 255
 
 
 def seeded(*numbers: int) -> torch.Generator:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers import DDIMScheduler
@@ -24,7 +24,7 @@ def scheduler(prediction: str = EPSILON) -> Any:
     """
     return DDIMScheduler(
         num_train_timesteps=TIMESTEPS,
-        prediction_type=prediction,
+        prediction_type=cast(Any, prediction),
         beta_start=0.00085,
         beta_end=0.012,
         beta_schedule="scaled_linear",
@@ -51,7 +51,7 @@ def sample(
     """
     ddim = scheduler(models.prediction)
     ddim.set_timesteps(steps)
-    latent = torch.randn(hint.shape, generator=generator, device=hint.device)
+    latent = torch.randn(hint.shape, generator=generator, device=generator.device).to(hint.device)
     for timestep in ddim.timesteps:
         batch = timestep.expand(len(latent)).to(hint.device)
         noise = models.denoise(latent, batch, hint, p_s, p_d).float()

@@ -8,14 +8,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-import tyro
 from torch import Tensor
 from torch.utils.data import default_collate
 from tqdm import tqdm
 
 from diff_restorer.checkpoint import read_checkpoint, write_checkpoint
 
-from .common import DataConfig, ModelConfig, open_data, open_models
+from .common import DataConfig, ModelConfig, open_data, open_models, to_home
+from .config import parse
 from .models import Models
 
 log = logging.getLogger(__name__)
@@ -39,7 +39,7 @@ class Config:
 @torch.no_grad()
 def pooled_p_d(models: Models, batches: list[dict[str, Tensor]]) -> tuple[Tensor, Tensor]:
     """Pooled P_D (N, C) and labels (N,) of all samples."""
-    pooled = [models.read(batch).pooled for batch in batches]
+    pooled = [models.read(to_home(batch)).pooled.cpu() for batch in batches]
     return torch.cat(pooled), torch.cat([batch["label"] for batch in batches])
 
 
@@ -47,10 +47,17 @@ def main(config: Config) -> Path:
     """Finish the file.
 
     Raises:
-        ValueError: No sample of some type was drawn, or the file read back gives other results.
+        ValueError: The file is an ablation, no sample of some type was drawn, or the file read back
+            gives other results.
     """
     models, _ = open_models(config.model, ("prompt_processor.", "control."))
-    train, validation = open_data(config.data, config.model.sizes, seed=1234)
+    if models.ablations:
+        raise ValueError(
+            f"--model.init: {config.model.init[-1]} was trained as an ablation "
+            f"({', '.join(sorted(models.ablations))}), which the nodes do not run; evaluate it "
+            "with training's own programs"
+        )
+    train, validation = open_data(config.data, models.sizes, 1234, models.types)
     batches = [
         default_collate([train[i] for i in range(start, start + 16)])
         for start in tqdm(range(0, config.samples, 16), unit="batch")
@@ -67,10 +74,10 @@ def main(config: Config) -> Path:
     info = replace(source.info, scores=scores)
     write_checkpoint(config.out, models.file_tensors(prefixes, torch.float16), info)
 
+    written = pooled_p_d(models, [validation])[0]
+    del models  # SD 1.5 twice would be much
     again, _ = open_models(replace(config.model, init=(config.out,)))
-    difference = (
-        pooled_p_d(again, [validation])[0] - pooled_p_d(models, [validation])[0]
-    ).abs().max()  # fmt: skip
+    difference = (pooled_p_d(again, [validation])[0] - written).abs().max()
     if difference > 0.05:
         raise ValueError(f"{config.out}: P_D read back differs by {difference:.3f} from training")
     size = config.out.stat().st_size / 1e6
@@ -85,4 +92,4 @@ def _part(key: str) -> str:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, description=__doc__))
+    main(parse(Config, __doc__))

@@ -2,30 +2,36 @@
 
 from __future__ import annotations
 
-import csv
-import json
 import logging
 import math
-import os
-import shutil
+import signal
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, Literal, TypeVar, cast
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs, set_seed
+from safetensors import SafetensorError
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
-from .data import StepSampler
+from . import config as record
+from .average import Average
+from .checkpoints import Checkpoints, state_bytes, write_failure
+from .data import StepSampler, seeded
+from .interruption import Interruption, ignore_interrupts
+from .plots import draw_curves
+from .progress import Progress
 
 log = logging.getLogger(__name__)
 FunctionT = TypeVar("FunctionT", bound=Callable[..., Any])
+Batch = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -33,11 +39,15 @@ class LoopConfig:
     """Settings that every stage has."""
 
     out: Path
-    """Run folder: metrics.csv, sheets/, step_XXXXXXX/ (full state), export.safetensors."""
-    steps: int = 1000
-    """Optimizer steps."""
+    """Run folder: metrics.csv, curves.png, sheets/, step_XXXXXXX/, export.safetensors."""
+    steps: int = 0
+    """Optimizer steps; 0 counts `epochs` instead."""
+    epochs: float = 0.0
+    """Passes over the photos, where `steps` is 0."""
     batch_size: int = 8
-    """Samples per process and step."""
+    """Samples per process and batch."""
+    accumulate: int = 1
+    """Batches per process that make one step: as if the batch, or the machine, were larger."""
     lr: float = 1e-4
     """Peak learning rate of AdamW."""
     warmup: int = 100
@@ -50,8 +60,8 @@ class LoopConfig:
     """Decay of the exponential moving average that is validated and exported."""
     clip: float = 1.0
     """Gradient norm limit."""
-    precision: str = "bf16"
-    """accelerate's mixed precision: no, bf16 or fp16."""
+    precision: Literal["no", "bf16", "fp16"] = "bf16"
+    """Mixed precision; fp16 needs a GPU."""
     compile: bool = False
     """torch.compile the networks: two minutes at the start, then up to twice as fast."""
     seed: int = 0
@@ -60,10 +70,16 @@ class LoopConfig:
     """Data processes."""
     threads: int = 0
     """CPU threads of the networks; 0 leaves torch's choice."""
+    log_every: int = 50
+    """Steps between rows of metrics.csv, which are means over these steps."""
     checkpoint_every: int = 500
     """Steps between full-state checkpoints (the last two are kept)."""
+    checkpoint_minutes: float = 15.0
+    """Minutes after which a checkpoint is due, too; 0 leaves it to the steps."""
     validate_every: int = 500
     """Steps between validations."""
+    tensorboard: bool = False
+    """Write TensorBoard's event files as well (pip install tensorboard)."""
 
 
 @dataclass
@@ -71,16 +87,36 @@ class Stage:
     """What a program trains: a module, a loss on it, and a way to look at it."""
 
     trainable: nn.Module
-    loss: Callable[[dict[str, Tensor], torch.Generator], dict[str, Tensor]]
-    """(batch, generator) -> {"loss": ..., other scalars to log}."""
+    """Moved, wrapped and saved by the loop; parameters without `requires_grad` stay as they are."""
+    loss: Callable[[Batch, torch.Generator], dict[str, Tensor]]
+    """(batch, generator), both on the module's device -> {"loss": ..., other scalars to log}. A
+    scalar other than `loss` may be NaN where the batch says nothing of it: it is left out."""
     validate: Callable[[int, Path], dict[str, float]]
     """(step, sheet folder) -> scores, run with EMA weights; draws its sheet."""
     export: Callable[[Path, dict[str, Any]], None]
     """(path, config) -> writes the file that the next stage or the nodes load, EMA weights."""
+    frozen: tuple[nn.Module, ...] = ()
+    """Networks outside `trainable` that the loss uses; moved to the module's device."""
+    check: Callable[[Path], None] | None = None
+    """Raises an error that names the file where it reads back other than it was exported."""
+    begin_step: Callable[[int], None] | None = None
+    """Told the number of each step before its first batch; may switch `requires_grad`."""
 
 
 class NonFiniteError(RuntimeError):
     """A loss or gradient became NaN or infinite."""
+
+
+class _LossModule(nn.Module):
+    """The trainable module whose forward is the loss: what DDP and FSDP can synchronise."""
+
+    def __init__(self, stage: Stage) -> None:
+        super().__init__()
+        self.trainable = stage.trainable
+        self._loss = stage.loss
+
+    def forward(self, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
+        return self._loss(batch, generator)
 
 
 def learning_rate(step: int, config: LoopConfig) -> float:
@@ -93,161 +129,281 @@ def learning_rate(step: int, config: LoopConfig) -> float:
     return 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 
 
+def count_steps(config: LoopConfig, photos: int, processes: int) -> LoopConfig:
+    """`config` with `steps` filled in.
+
+    Args:
+        photos: Length of the data set.
+        processes: How many share one step.
+
+    Raises:
+        ValueError: Neither steps nor epochs are given.
+    """
+    if config.steps > 0:
+        return config
+    if config.epochs <= 0:
+        raise ValueError("--loop.steps and --loop.epochs are both 0; give one of them")
+    batch = config.batch_size * config.accumulate * processes
+    return replace(config, steps=math.ceil(config.epochs * photos / batch))
+
+
 def maybe_compile(function: FunctionT, config: LoopConfig) -> FunctionT:
     """`torch.compile` the tensor part of a loss where the run asks for it."""
     return cast(FunctionT, torch.compile(function)) if config.compile else function
 
 
-def run(stage: Stage, dataset: Dataset[dict[str, Tensor]], config: LoopConfig) -> Path:
+def run(stage: Stage, dataset: Dataset[Batch], config: LoopConfig, program: Any = None) -> Path:
     """Train `stage`; resume from the newest checkpoint in `config.out` if there is one.
+
+    Under `accelerate launch`, processes share each step: W processes see and compute what one
+    process with W times the `accumulate` does.
+
+    Args:
+        stage: What to train.
+        dataset: Sample `index` for any index; has a length where epochs are counted.
+        config: Settings of the loop.
+        program: The program's whole config dataclass, for config.toml and the exported file.
 
     Returns:
         Path of the exported file.
 
     Raises:
-        NonFiniteError: Names the loss term or the parameter that is not finite.
+        NonFiniteError: Names the loss term, input or parameter that is not finite.
+        DiskError: Too little disk for the checkpoints, or writing failed.
+        ResumeError: There are checkpoints, and none can be read.
+        SystemExit: The run was interrupted (Ctrl-C, SIGTERM); its state is saved.
     """
     if config.threads:
         torch.set_num_threads(config.threads)
     logging.getLogger("accelerate").setLevel(logging.WARNING)  # a line per file and checkpoint
     set_seed(config.seed)
-    accelerator = Accelerator(mixed_precision=config.precision, cpu=not torch.cuda.is_available())
-    config.out.mkdir(parents=True, exist_ok=True)
-    settings = asdict(config) | {"out": str(config.out)}
-    (config.out / "config.json").write_text(json.dumps(settings, indent=1))
+    accelerator = _start_accelerate(config)
+    photos = 0 if config.steps else len(cast(Any, dataset))
+    config = count_steps(config, photos, accelerator.num_processes)
+    return _Run(accelerator, stage, config, program or config).train(dataset)
 
-    params = [p for p in stage.trainable.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(params, lr=config.lr, weight_decay=config.weight_decay)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: learning_rate(s, config))
-    average = AveragedModel(stage.trainable, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
-    _, optimizer, schedule = accelerator.prepare(stage.trainable, optimizer, schedule)
-    accelerator.register_for_checkpointing(average)
 
-    start = _resume(accelerator, config.out)
-    sampler = StepSampler(
-        config.seed,
-        start_step=start,
-        batch_size=config.batch_size,
-        rank=accelerator.process_index,
-        world_size=accelerator.num_processes,
-    )
-    loader = iter(
-        DataLoader(
+class _Run:
+    """One run: a stage as `accelerator` wraps it, and the run folder."""
+
+    def __init__(
+        self, accelerator: Accelerator, stage: Stage, config: LoopConfig, program: Any
+    ) -> None:
+        self.accelerator, self.stage, self.config = accelerator, stage, config
+        self.settings = record.settings(program)
+        self.exported = config.out / "export.safetensors"
+        size = state_bytes(stage.trainable)
+        self.checkpoints = Checkpoints(accelerator, config.out, size, self.settings)
+        if accelerator.is_main_process:
+            self.checkpoints.prepare()
+            record.write(program, config.out / "config.toml")
+        for module in stage.frozen:
+            module.to(accelerator.device)
+        learned = [p for p in stage.trainable.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(learned, lr=config.lr, weight_decay=config.weight_decay)
+        self.module, self.optimizer = accelerator.prepare(_LossModule(stage), optimizer)
+        _reject_nested_shards(self.module)
+        self.average = Average(self.module, config.ema)
+        accelerator.register_for_checkpointing(self.average)
+
+    def train(self, dataset: Dataset[Batch]) -> Path:
+        """All steps that are still to be done."""
+        config, accelerator = self.config, self.accelerator
+        start, extra = self.checkpoints.resume()
+        self.progress = Progress(
+            config.out,
+            main=accelerator.is_main_process,
+            start=start,
+            steps=config.steps,
+            samples_per_step=config.batch_size * config.accumulate * accelerator.num_processes,
+            device=accelerator.device,
+            tensorboard=config.tensorboard,
+            means=extra.get("means"),
+        )
+        if start >= config.steps and not self.exported.exists():
+            self._validate(start, again=True)
+        batches = self._batches(dataset, start)
+        saved = time.monotonic()
+        with Interruption() as interruption:
+            for done in range(start + 1, config.steps + 1):
+                old = 0 < 60 * config.checkpoint_minutes < time.monotonic() - saved
+                stop, old = self._step(done - 1, batches, bool(interruption.signal), old)
+                last = done == config.steps
+                if done % config.log_every == 0 or last:
+                    self.progress.log(done, self.optimizer.param_groups[0]["lr"])
+                # Before the checkpoint: a run that goes on from it has this row already.
+                if done % config.validate_every == 0 or last:
+                    self._validate(done)
+                if done % config.checkpoint_every == 0 or last or old or stop:
+                    with self.progress.paused():
+                        self.checkpoints.save(done, {"means": self.progress.means.state})
+                    saved = time.monotonic()
+                if stop and not last:
+                    log.warning(
+                        "interrupted at step %d of %d, which is saved in %s: the same command goes "
+                        "on from there",
+                        *(done, config.steps, config.out),
+                    )
+                    raise SystemExit(128 + (interruption.signal or signal.SIGTERM))
+        self.progress.close()
+        return self.exported
+
+    def _batches(self, dataset: Dataset[Batch], start: int) -> Iterator[Batch]:
+        """Endless batches on the device, from the first of step `start` on."""
+        config, accelerator = self.config, self.accelerator
+        sampler = StepSampler(
+            config.seed,
+            start_step=start * config.accumulate,
+            batch_size=config.batch_size,
+            rank=accelerator.process_index,
+            world_size=accelerator.num_processes,
+        )
+        loader = DataLoader(
             dataset,
             batch_sampler=sampler,
             num_workers=config.workers,
             persistent_workers=config.workers > 0,
             prefetch_factor=4 if config.workers else None,
+            pin_memory=accelerator.device.type == "cuda",
+            worker_init_fn=ignore_interrupts,
         )
+        for batch in loader:
+            yield {k: v.to(accelerator.device, non_blocking=True) for k, v in batch.items()}
+
+    def _step(
+        self, step: int, batches: Iterator[Batch], stop: bool, old: bool
+    ) -> tuple[bool, bool]:
+        """One optimizer step; returns whether any process wants to stop, or a checkpoint."""
+        config, accelerator = self.config, self.accelerator
+        if self.stage.begin_step is not None:
+            self.stage.begin_step(step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = config.lr * learning_rate(step, config)
+        parts: list[dict[str, Tensor]] = []
+        batch: Batch = {}
+        for micro in range(config.accumulate):
+            with self.progress.waiting():
+                batch = next(batches)
+            # The same numbers however a step's batches are shared out to processes.
+            place = micro * accelerator.num_processes + accelerator.process_index
+            seed = seeded(config.seed, 2, step, place).initial_seed()
+            generator = torch.Generator(accelerator.device).manual_seed(seed)
+            torch.manual_seed(seed)  # dropout
+            with accelerator.accumulate(self.module):
+                with accelerator.autocast():
+                    terms: dict[str, Tensor] = self.module(batch, generator)
+                accelerator.backward(terms["loss"])
+            parts.append({name: value.detach() for name, value in terms.items()})
+        accelerator.unscale_gradients()
+        gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        values, counts, norm, stop, old = self._share(parts, norm, stop, old)
+        batch_count = config.accumulate * accelerator.num_processes
+        scaled = accelerator.scaler is not None  # fp16 overflows now and then, and skips the step
+        if counts["loss"] < batch_count or not (math.isfinite(norm) or scaled):
+            raise NonFiniteError(_describe(step, parts, batch, self.stage.trainable))
+        if config.clip < norm < math.inf:
+            torch._foreach_mul_(gradients, config.clip / (norm + 1e-6))
+        self.optimizer.step()
+        if not self.optimizer.step_was_skipped:
+            self.average.update()
+        elif accelerator.scaler is not None and accelerator.scaler.get_scale() < 1:
+            raise NonFiniteError(_describe(step, parts, batch, self.stage.trainable))
+        self.optimizer.zero_grad(set_to_none=True)
+        for name in values:
+            self.progress.means.add(name, values[name], counts[name])
+        self.progress.means.add("grad_norm", norm, 1)
+        self.progress.advance()
+        return stop, old
+
+    def _share(
+        self, parts: list[dict[str, Tensor]], norm: Tensor, stop: bool, old: bool
+    ) -> tuple[dict[str, float], dict[str, float], float, bool, bool]:
+        """Sums and counts of the finite values of each term over all batches and processes, the
+        norm, and whether any process raises a flag; all in one transfer, as each one waits."""
+        names = list(parts[0])
+        if isinstance(norm, DTensor):
+            norm = norm.full_tensor()
+        terms = torch.stack([torch.stack([part[n].float() for n in names]) for part in parts])
+        known = terms.isfinite()
+        flags = torch.tensor([stop, old], device=terms.device)
+        row = torch.cat(
+            [torch.where(known, terms, 0).sum(dim=0), known.sum(dim=0), norm[None], flags]
+        )
+        row = cast(Tensor, self.accelerator.reduce(row, "sum")).tolist()
+        sums, counts = row[: len(names)], row[len(names) : -3]
+        return (
+            dict(zip(names, sums, strict=True)),
+            dict(zip(names, counts, strict=True)),
+            row[-3] / self.accelerator.num_processes,
+            row[-2] > 0,
+            row[-1] > 0,
+        )
+
+    def _validate(self, step: int, *, again: bool = False) -> None:
+        """Validate and export with averaged weights, on the main process."""
+        out = self.config.out
+        with self.progress.paused(), self.average.applied():
+            if self.accelerator.is_main_process:
+                scores = self.stage.validate(step, out / "sheets")
+                try:
+                    self.stage.export(self.exported, self.settings)
+                except (OSError, SafetensorError) as error:
+                    raise write_failure(out, self.exported.name, error) from error
+                if self.stage.check is not None:
+                    self.stage.check(self.exported)
+                if not again:
+                    self.progress.validated(step, scores)
+                    draw_curves([out], out / "curves.png")
+        self.accelerator.wait_for_everyone()
+
+
+def _start_accelerate(config: LoopConfig) -> Accelerator:
+    accelerator = Accelerator(
+        mixed_precision=config.precision,
+        cpu=not torch.cuda.is_available(),
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=config.accumulate),
+        kwargs_handlers=[
+            # A part without a gradient (CLIP's last norm) is no error.
+            DistributedDataParallelKwargs(find_unused_parameters=True),
+            # The others wait while the main process validates.
+            InitProcessGroupKwargs(timeout=timedelta(hours=2)),
+        ],
     )
-    bar = tqdm(total=config.steps, initial=start, unit="step", mininterval=5, smoothing=0.05)
-    waited, since, window = 0.0, time.perf_counter(), 0
-    for step in range(start, config.steps):
-        mark = time.perf_counter()
-        batch = {key: value.to(accelerator.device) for key, value in next(loader).items()}
-        waited += time.perf_counter() - mark
-        generator = torch.Generator(accelerator.device).manual_seed(
-            hash((config.seed, step, accelerator.process_index))
-        )
-        with accelerator.autocast():
-            terms = stage.loss(batch, generator)
-        _check_finite(terms, step)
-        accelerator.backward(terms["loss"])
-        norm = cast(Tensor, accelerator.clip_grad_norm_(params, config.clip))
-        if not torch.isfinite(norm):
-            raise NonFiniteError(_describe_gradients(stage.trainable, step))
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad(set_to_none=True)
-        average.update_parameters(stage.trainable)
-        window += 1
-        bar.update()
-
-        done = step + 1
-        if done % 50 == 0:
-            elapsed = time.perf_counter() - since
-            row = {key: round(float(value), 5) for key, value in terms.items()} | {
-                "grad_norm": round(float(norm), 4),
-                "lr": schedule.get_last_lr()[0],
-                "samples_per_s": round(window * config.batch_size / elapsed, 2),
-                "wait_share": round(waited / elapsed, 3),
-            }
-            _log_row(config.out / "metrics.csv", {"step": done, **row})
-            bar.set_postfix({k: row[k] for k in ("loss", "samples_per_s", "wait_share")})
-            waited, since, window = 0.0, time.perf_counter(), 0
-        if done % config.checkpoint_every == 0 or done == config.steps:
-            _checkpoint(accelerator, config.out, done)
-        if done % config.validate_every == 0 or done == config.steps:
-            with _swapped(stage.trainable, average):
-                scores = stage.validate(done, config.out / "sheets")
-                stage.export(config.out / "export.safetensors", settings)
-            _log_row(config.out / "validation.csv", {"step": done, **scores})
-            bar.write(f"step {done}: " + ", ".join(f"{k} {v:.3f}" for k, v in scores.items()))
-            since, waited, window = time.perf_counter(), 0.0, 0
-    bar.close()
-    if start >= config.steps:
-        with _swapped(stage.trainable, average):
-            stage.export(config.out / "export.safetensors", settings)
-    return config.out / "export.safetensors"
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    if plugin is not None:
+        plugin.mixed_precision_policy = None  # autocast decides, as without FSDP
+    return accelerator
 
 
-class _swapped:  # noqa: N801 - reads as a function
-    """Hold the averaged weights in the live module for the time of a `with` block."""
-
-    def __init__(self, module: nn.Module, average: AveragedModel) -> None:
-        self.pairs = list(zip(module.parameters(), average.module.parameters(), strict=True))
-
-    def __enter__(self) -> None:
-        for live, averaged in self.pairs:
-            live.data, averaged.data = averaged.data, live.data
-
-    def __exit__(self, *_: object) -> None:
-        self.__enter__()
-
-
-def _check_finite(terms: dict[str, Tensor], step: int) -> None:
-    bad = [key for key, value in terms.items() if not torch.isfinite(value).all()]
-    if bad:
-        raise NonFiniteError(
-            f"step {step}: {', '.join(bad)} is not finite; lower lr or raise warmup"
+def _reject_nested_shards(module: nn.Module) -> None:
+    parts = dict(module.named_modules()).items()
+    nested = [name for name, part in parts if name and isinstance(part, FSDPModule)]
+    if nested:
+        raise ValueError(
+            f"fsdp_auto_wrap_policy: found {len(nested)} separately wrapped parts ({nested[0]}, "
+            "...); give NO_WRAP, so that the main process can validate by itself"
         )
 
 
-def _describe_gradients(module: nn.Module, step: int) -> str:
-    bad = [
-        name
-        for name, parameter in module.named_parameters()
-        if parameter.grad is not None and not torch.isfinite(parameter.grad).all()
-    ]
-    return f"step {step}: gradient of {', '.join(bad[:3])} is not finite; lower lr or raise warmup"
+def _describe(step: int, parts: list[dict[str, Tensor]], batch: Batch, module: nn.Module) -> str:
+    """Name what is not finite on this process: its causes where they can be seen, too."""
 
+    def bad(tensors: Iterator[tuple[str, Tensor | None]]) -> list[str]:
+        found = [n for n, t in tensors if t is not None and not torch.isfinite(t).all()]
+        return [*found[:3], *(["..."] if len(found) > 3 else [])]
 
-def _checkpoint(accelerator: Accelerator, out: Path, step: int) -> None:
-    """Write the full state under a temporary name first: a killed process leaves no half one."""
-    temporary, final = out / "writing", out / f"step_{step:07d}"
-    shutil.rmtree(temporary, ignore_errors=True)
-    accelerator.save_state(str(temporary))
-    if accelerator.is_main_process:
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(temporary, final)
-        for old in sorted(out.glob("step_*"))[:-2]:
-            shutil.rmtree(old)
-
-
-def _resume(accelerator: Accelerator, out: Path) -> int:
-    found = sorted(out.glob("step_*"))
-    if not found:
-        return 0
-    accelerator.load_state(str(found[-1]))
-    step = int(found[-1].name.removeprefix("step_"))
-    log.info("resumed %s at step %d", out, step)
-    return step
-
-
-def _log_row(path: Path, row: dict[str, Any]) -> None:
-    new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.writer(file)
-        if new:
-            writer.writerow(row)
-        writer.writerow(row.values())
+    terms = [n for n in parts[0] if not all(torch.isfinite(part[n]).all() for part in parts)]
+    gradients = bad((n, p.grad) for n, p in module.named_parameters())
+    inputs = bad(iter(batch.items()))
+    weights = bad((n, p.detach()) for n, p in module.named_parameters())
+    if "loss" in terms:
+        what = ", ".join(terms)
+    else:
+        what = f"gradient of {', '.join(gradients) or 'a parameter, on another process,'}"
+    why = "; lower --loop.lr or raise --loop.warmup"
+    if weights:
+        why = f", and weight {', '.join(weights)} is not"
+    if inputs:
+        why = f", and input {', '.join(inputs)} is not: look at the data"
+    return f"step {step}: {what} is not finite{why}. Checkpoints are from before it."

@@ -1,18 +1,16 @@
-"""The networks that training wraps, at any size, and their way into and out of our one file."""
+"""All parts of one Diff-Restorer, and their way into and out of our one file."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from diff_restorer import (
     FusionBlocks,
@@ -21,108 +19,73 @@ from diff_restorer import (
     PromptProcessor,
     PromptProcessorConfig,
     VaeTrunk,
-    make_hint_conv,
+    encode_with_features,
 )
 from diff_restorer.checkpoint import (
     V_PREDICTION,
+    Checkpoint,
     CheckpointInfo,
     read_checkpoint,
     write_checkpoint,
 )
-from diff_restorer.ldm_keys import from_ldm, to_ldm, unet_keys, vae_keys
+from diff_restorer.ldm_keys import from_ldm, tiny_vae_keys, to_ldm, unet_keys, vae_keys
 from diff_restorer.views import NATIVE, WHOLE
+
+from .networks import (
+    Sizes,
+    build_control,
+    build_time_mlp,
+    build_unet,
+    build_vae,
+    build_vision,
+    memory_format,
+    sizes_of,
+)
+from .pretrained import Base
+
+__all__ = [
+    "Models",
+    "Sizes",
+    "build_control",
+    "build_unet",
+    "build_vae",
+    "build_vision",
+    "clip_tokens",
+    "psnr",
+    "sizes_of",
+    "to_pixels",
+]
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-HEADS = 8
-"""Attention heads of the UNet and control module at every level, as in SD 1.5."""
+NANO, SD15 = "nano", "sd15"
+SD15_LATENT_SCALE = 0.18215
+ABLATIONS = ("without_semantic", "control_time", "control_none", "decoder_without_degradation")
+"""What a training can leave out of the method, or move, to see what it is worth. A file of such a
+training says so, training's own programs then do the same, and `training.export` refuses it."""
 
 
-@dataclass(frozen=True)
-class Sizes:
-    """Widths and depths of all parts; the defaults are Nano's."""
-
-    vae_channels: tuple[int, ...] = (64, 64, 128, 128)
-    vae_layers: int = 1
-    latent_channels: int = 4
-    unet_channels: tuple[int, ...] = (64, 128, 128)
-    unet_layers: int = 1
-    unet_attention: tuple[bool, ...] = (False, True, True)
-    context_width: int = 192
-    vision_width: int = 192
-    vision_layers: int = 6
-    vision_image: int = 256
-    vision_patch: int = 16
-    vision_head_width: int = 64
-    prompt_hidden: int = 384
-    fusion_levels: tuple[int, ...] = (1, 2, 3)
-    fusion_growth: int = 16
-    fusion_depth: int = 3
-    fusion_pixel_width: int = 32
+def own_precision(module: nn.Module) -> AbstractContextManager[Any]:
+    """Where a network's weights are bf16 or fp16, no autocast: it would run the norms in fp32."""
+    parameter = next(module.parameters())
+    if parameter.dtype == torch.float32:
+        return nullcontext()
+    return torch.autocast(parameter.device.type, enabled=False)
 
 
-# diffusers annotates its models loosely (tuples of one, outputs that may be tuples), so that the
-# three builders and what they build are `Any` to the type checker.
-def build_vae(sizes: Sizes) -> Any:
-    """AutoencoderKL with 8x8 compression and random weights."""
-    levels = len(sizes.vae_channels)
-    arguments: dict[str, Any] = {
-        "block_out_channels": sizes.vae_channels,
-        "layers_per_block": sizes.vae_layers,
-        "down_block_types": ("DownEncoderBlock2D",) * levels,
-        "up_block_types": ("UpDecoderBlock2D",) * levels,
-        "latent_channels": sizes.latent_channels,
-    }
-    return AutoencoderKL(**arguments)
-
-
-def build_unet(sizes: Sizes) -> Any:
-    """UNet2DConditionModel with random weights."""
-    down = tuple("CrossAttnDownBlock2D" if a else "DownBlock2D" for a in sizes.unet_attention)
-    up = tuple("CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(sizes.unet_attention))
-    arguments: dict[str, Any] = {
-        "in_channels": sizes.latent_channels,
-        "out_channels": sizes.latent_channels,
-        "block_out_channels": sizes.unet_channels,
-        "layers_per_block": sizes.unet_layers,
-        "down_block_types": down,
-        "up_block_types": up,
-        "cross_attention_dim": sizes.context_width,
-        "attention_head_dim": HEADS,  # diffusers reads this as the number of heads
-    }
-    return UNet2DConditionModel(**arguments)
-
-
-def build_control(unet: Any) -> Any:
-    """Image-guided Control Module: the UNet's encoder copied, our hint in place of diffusers'."""
-    control: Any = ControlNetModel.from_unet(unet)
-    control.controlnet_cond_embedding = make_hint_conv(
-        unet.config["in_channels"], unet.config["block_out_channels"][0]
-    )
-    return control
-
-
-def build_vision(sizes: Sizes) -> CLIPVisionModelWithProjection:
-    """CLIP-like image encoder with random weights."""
-    return CLIPVisionModelWithProjection(
-        CLIPVisionConfig(
-            hidden_size=sizes.vision_width,
-            intermediate_size=4 * sizes.vision_width,
-            projection_dim=sizes.vision_width,
-            num_hidden_layers=sizes.vision_layers,
-            num_attention_heads=sizes.vision_width // sizes.vision_head_width,
-            image_size=sizes.vision_image,
-            patch_size=sizes.vision_patch,
-            hidden_act="quick_gelu",
-        )
-    )
+def suited(module: nn.Module, value: Tensor) -> Tensor:
+    """`value` in the precision of a network that is stored in bf16 or fp16; else as it is."""
+    dtype = next(module.parameters()).dtype
+    return value if dtype == torch.float32 else value.to(dtype)
 
 
 def clip_tokens(vision: nn.Module, view: Tensor) -> Tensor:
     """P_CLIP, (B, T, width): last hidden state without class token of `view` in [0, 1]."""
     mean = view.new_tensor(CLIP_MEAN)[:, None, None]
     std = view.new_tensor(CLIP_STD)[:, None, None]
-    return vision(pixel_values=(view - mean) / std).last_hidden_state[:, 1:]
+    with own_precision(vision):
+        pixels = suited(vision, (view - mean) / std)
+        return vision(pixel_values=pixels).last_hidden_state[:, 1:].float()
 
 
 class AwareDecoder(nn.Module):
@@ -132,12 +95,12 @@ class AwareDecoder(nn.Module):
         super().__init__()
         self.fusion = fusion
         self.decoder: Any = copy.deepcopy(vae.decoder)
-        self.post_quant_conv: Any = copy.deepcopy(vae.post_quant_conv)
+        self.post_quant_conv: Any = copy.deepcopy(getattr(vae, "post_quant_conv", nn.Identity()))
 
     def trunk(self, vae: Any) -> VaeTrunk:
         """`vae` with this decoder in place of its own."""
         view = nn.Module()
-        view.encoder, view.quant_conv = vae.encoder, vae.quant_conv
+        view.encoder, view.quant_conv = vae.encoder, getattr(vae, "quant_conv", None)
         view.decoder, view.post_quant_conv = self.decoder, self.post_quant_conv
         return VaeTrunk.of(view)
 
@@ -151,23 +114,27 @@ class Models(nn.Module):
         types: Sequence[str],
         prediction: str = V_PREDICTION,
         degradation_view: str = NATIVE,
+        base: Base | None = None,
     ) -> None:
-        """Build all parts with random weights.
+        """Build all parts with random weights, but for those of `base`.
 
         Args:
-            sizes: Widths and depths.
+            sizes: Widths and depths; those of `base` where there is one.
             types: Names of the degradation types.
             prediction: What the UNet predicts, see `training.diffusion.scheduler`.
             degradation_view: What P_D is read from, see `diff_restorer.views`.
+            base: SD 1.5's UNet and VAE and its vision tower; without it they are ours (Nano).
         """
         super().__init__()
         self.sizes, self.types = sizes, tuple(types)
-        self.latent_scale = 1.0
+        self.base_model = SD15 if base else NANO
+        self.latent_scale = SD15_LATENT_SCALE if base else 1.0
         self.prediction = prediction
         self.degradation_view = degradation_view
-        self.vae = build_vae(sizes)
-        self.vision = build_vision(sizes)
-        self.unet = build_unet(sizes)
+        self.ablations: frozenset[str] = frozenset()
+        self.vae = base.vae if base else build_vae(sizes)
+        self.vision: Any = base.vision if base else build_vision(sizes)
+        self.unet = base.unet if base else build_unet(sizes)
         self.control = build_control(self.unet)
         self.prompt = PromptProcessor(
             PromptProcessorConfig(
@@ -175,18 +142,23 @@ class Models(nn.Module):
             )
         )
         self.decoder = AwareDecoder(self.vae, FusionBlocks(self._fusion_config()))
+        self.lay_out()
+
+    def lay_out(self) -> None:
+        """Lay out weights as their network is fastest; one without norm: channels last."""
         cast(Any, self).to(memory_format=memory_format())
+        if self._vae_is_tiny:
+            for module in (self.vae, self.decoder):
+                cast(Any, module).to(memory_format=torch.channels_last)
 
     def _fusion_config(self) -> FusionConfig:
-        sizes = self.sizes
+        sizes, channels = self.sizes, VaeTrunk.of(self.vae).channels
         return FusionConfig(
-            channels=tuple((level, sizes.vae_channels[level]) for level in sizes.fusion_levels),
+            channels=tuple((level, channels[level]) for level in sizes.fusion_levels),
             growth=sizes.fusion_growth,
             depth=sizes.fusion_depth,
             context_width=sizes.context_width,
-            pixels=(sizes.vae_channels[0], sizes.fusion_pixel_width)
-            if sizes.fusion_pixel_width
-            else None,
+            pixels=(channels[0], sizes.fusion_pixel_width) if sizes.fusion_pixel_width else None,
         )
 
     def start_decoder(self) -> None:
@@ -195,7 +167,8 @@ class Models(nn.Module):
         The pixel gate starts open: from the photo itself, much damage is a short way to mend.
         """
         self.decoder.decoder.load_state_dict(self.vae.decoder.state_dict())
-        self.decoder.post_quant_conv.load_state_dict(self.vae.post_quant_conv.state_dict())
+        if not self._vae_is_tiny:
+            self.decoder.post_quant_conv.load_state_dict(self.vae.post_quant_conv.state_dict())
         if self.sizes.fusion_pixel_width:
             gate: Any = self.decoder.fusion["pixels"]
             nn.init.ones_(gate.out.bias[:3])
@@ -204,10 +177,50 @@ class Models(nn.Module):
         """Copy the UNet's encoder into the control module (start of stage 1)."""
         self.control = build_control(self.unet).to(memory_format=memory_format())
 
+    def leave_out(self, *ablations: str) -> None:
+        """Run without these parts of the method, see `ABLATIONS`.
+
+        Raises:
+            ValueError: One is unknown.
+        """
+        if unknown := set(ablations) - set(ABLATIONS):
+            raise ValueError(f"ablations: unknown {sorted(unknown)}; known are {ABLATIONS}")
+        self.ablations |= set(ablations)
+        if "control_time" in ablations and self.control.class_embedding is None:
+            self.control.class_embedding = build_time_mlp(self.unet)
+
+    def freeze(self, dtype: torch.dtype) -> None:
+        """No part trains; SD 1.5's own networks, which no file of ours holds, are kept in `dtype`.
+
+        Nano's stay as they are, because each stage writes them again.
+        """
+        self.requires_grad_(False)
+        if self.base_model == SD15:
+            for module in (self.unet, self.vae, self.vision):
+                module.to(dtype)
+
+    def checkpoint_gradients(self) -> None:
+        """Compute activations of UNet and control module again in the backward pass: less memory.
+
+        The frozen UNet, too: gradients cross its decoder on their way to the control module, and
+        its encoder on their way to P_S.
+        """
+        self.unet.enable_gradient_checkpointing()
+        self.control.enable_gradient_checkpointing()
+
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
         """Scaled latent mean (B, 4, H/8, W/8) of pixels (B, 3, H, W) in [-1, 1]."""
-        return self.vae.encode(pixels).latent_dist.mode() * self.latent_scale
+        trunk = VaeTrunk.of(self.vae)
+        with own_precision(self.vae):
+            moments, _ = encode_with_features(trunk, suited(self.vae, pixels), ())
+        return moments[:, : trunk.latent_channels].float() * self.latent_scale
+
+    @torch.no_grad()
+    def decode(self, latent: Tensor) -> Tensor:
+        """Pixels (B, 3, H, W) around [-1, 1] of a scaled latent, by the VAE's stock decoder."""
+        with own_precision(self.vae):
+            return self.vae.decode(suited(self.vae, latent / self.latent_scale)).sample.float()
 
     def read(self, batch: Mapping[str, Tensor]) -> PromptOutput:
         """P_S of the whole photo; P_D and logits of the view that this model reads them from.
@@ -227,22 +240,39 @@ class Models(nn.Module):
     def prompt_of(self, whole: Tensor, close: Tensor) -> PromptOutput:
         """The Prompt Processor on the two results of `tokens`."""
         read = self.prompt(close)
-        return read if whole is close else read._replace(semantic=self.prompt.semantic(whole))
+        if whole is not close:
+            read = read._replace(semantic=self.prompt.semantic(whole))
+        if "without_semantic" in self.ablations:
+            read = read._replace(semantic=torch.zeros_like(read.semantic))
+        if "decoder_without_degradation" in self.ablations:
+            read = read._replace(pooled=torch.zeros_like(read.pooled))
+        return read
 
     def denoise(
         self, noisy: Tensor, timestep: Tensor, hint: Tensor, p_s: Tensor, p_d: Tensor
     ) -> Tensor:
         """The UNet's prediction with P_S, steered by the control module with hint and P_D."""
+        context, degradation = p_d, None
+        if self.ablations & {"control_time", "control_none"}:  # as a ControlNet beside a prompt
+            context = p_s
+        if "control_time" in self.ablations:
+            degradation = p_d.mean(dim=1)
         down, middle = self.control(
-            noisy, timestep, encoder_hidden_states=p_d, controlnet_cond=hint, return_dict=False
-        )
-        return self.unet(
             noisy,
             timestep,
-            encoder_hidden_states=p_s,
-            down_block_additional_residuals=down,
-            mid_block_additional_residual=middle,
-        ).sample
+            encoder_hidden_states=context,
+            controlnet_cond=hint,
+            class_labels=degradation,
+            return_dict=False,
+        )
+        with own_precision(self.unet):
+            return self.unet(
+                suited(self.unet, noisy),
+                timestep,
+                encoder_hidden_states=suited(self.unet, p_s),
+                down_block_additional_residuals=[suited(self.unet, h) for h in down],
+                mid_block_additional_residual=suited(self.unet, middle),
+            ).sample
 
     def parts(self) -> dict[str, nn.Module]:
         """File prefix -> module whose keys need no renaming."""
@@ -252,20 +282,27 @@ class Models(nn.Module):
             "decoder.fusion.": self.decoder.fusion,
         }
 
+    @property
+    def _vae_is_tiny(self) -> bool:
+        return not hasattr(self.vae, "quant_conv")
+
     def _renamed_parts(self) -> list[tuple[str, nn.Module, dict[str, str]]]:
         """(file prefix, module, diffusers key -> LDM key) of the parts that diffusers names."""
         decoder_only = nn.Module()
         decoder_only.decoder = self.decoder.decoder
         decoder_only.post_quant_conv = self.decoder.post_quant_conv
+        keys_of_vae = tiny_vae_keys if self._vae_is_tiny else vae_keys
         return [
             ("base.unet.", self.unet, unet_keys(self.unet.state_dict())),
             ("control.", self.control, unet_keys(self.control.state_dict())),
-            ("base.vae.", self.vae, vae_keys(self.vae.state_dict())),
-            ("decoder.vae.", decoder_only, vae_keys(decoder_only.state_dict())),
+            ("base.vae.", self.vae, keys_of_vae(self.vae.state_dict())),
+            ("decoder.vae.", decoder_only, keys_of_vae(decoder_only.state_dict())),
         ]
 
     def file_tensors(self, prefixes: Sequence[str], dtype: torch.dtype) -> dict[str, Tensor]:
         """Tensors of the parts whose file prefix is in `prefixes`, under the file's keys."""
+        if self.base_model == SD15:  # its UNet, VAE and CLIP have files of their own
+            prefixes = [prefix for prefix in prefixes if not prefix.startswith("base.")]
         tensors: dict[str, Tensor] = {}
         for prefix, module in self.parts().items():
             if prefix in prefixes:
@@ -274,6 +311,9 @@ class Models(nn.Module):
             if prefix in prefixes:
                 renamed = to_ldm(module.state_dict(), keys)
                 tensors |= {prefix + key: value for key, value in renamed.items()}
+        if "base.vae." in prefixes and self._vae_is_tiny:
+            # The host's TAESD also holds a scale and a shift of its latent.
+            tensors |= {"base.vae.vae_scale": torch.ones(()), "base.vae.vae_shift": torch.zeros(())}
         return {
             key: value.to("cpu", dtype).contiguous() if value.is_floating_point() else value
             for key, value in tensors.items()
@@ -289,6 +329,8 @@ class Models(nn.Module):
     def load(self, path: Path) -> set[str]:
         """Read every part that `path` holds; returns the prefixes read."""
         checkpoint = read_checkpoint(path, required=())
+        check_base(checkpoint, self.base_model)
+        self.leave_out(*checkpoint.info.config.get("ablations", ()))
         found: set[str] = set()
         for prefix, module in self.parts().items():
             if state := checkpoint.state(prefix):
@@ -302,7 +344,20 @@ class Models(nn.Module):
             self.latent_scale = checkpoint.info.latent_scale
         if "base.unet." in found:
             self.prediction = checkpoint.info.prediction
+        if "prompt_processor." in found:
+            self.degradation_view = checkpoint.info.clip.get("degradation_view", WHOLE)
         return found
+
+
+def check_base(checkpoint: Checkpoint, base_model: str) -> None:
+    """Raise a ValueError where a file belongs to another base than `base_model`."""
+    found = checkpoint.info.base_model
+    if found != base_model:
+        remedy = "needs" if found == SD15 else "goes without"
+        raise ValueError(
+            f"{checkpoint.path}: belongs to a {found!r} base, not to a {base_model!r} one; it "
+            f"{remedy} --model.sd15.checkpoint and --model.sd15.clip"
+        )
 
 
 def _as_float(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -321,7 +376,7 @@ def _load_strictly(module: nn.Module, state: dict[str, Tensor], prefix: str, pat
     ]
     if missing or unexpected or misfits:
         raise ValueError(
-            f"{path}: part {prefix!r} does not fit the configured sizes (--model.sizes); "
+            f"{path}: part {prefix!r} does not fit the configured sizes (--model); "
             f"missing {missing[:3]}, unexpected {unexpected[:3]}, of other size {misfits[:3]}"
         )
     module.load_state_dict(state, strict=False)
@@ -330,11 +385,6 @@ def _load_strictly(module: nn.Module, state: dict[str, Tensor], prefix: str, pat
 def to_pixels(image: Tensor) -> Tensor:
     """[0, 1] -> [-1, 1]."""
     return (image * 2 - 1).contiguous(memory_format=memory_format())
-
-
-def memory_format() -> torch.memory_format:
-    """Channels last on GPUs; on CPUs it makes group norm's backward pass twice as slow."""
-    return torch.channels_last if torch.cuda.is_available() else torch.contiguous_format
 
 
 def psnr(image: Tensor, reference: Tensor) -> Tensor:

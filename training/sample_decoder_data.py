@@ -6,18 +6,30 @@ sample is a function of (seed, index).
 
 from __future__ import annotations
 
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-import tyro
-from safetensors.torch import save_file
-from torch.utils.data import default_collate
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from .common import DataConfig, ModelConfig, open_data, open_models
+from diff_restorer.checkpoint import open_safetensors
+
+from .common import DataConfig, ModelConfig, half, home, open_data, open_models, to_home
+from .config import parse
+from .data import seeded
 from .diffusion import sample
-from .models import to_pixels
+from .models import Models, to_pixels
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -26,7 +38,8 @@ class Config:
 
     data: DataConfig
     out: Path
-    """safetensors file to write: `indices` (N,), `latents` (N, 4, h, w) scaled, fp16."""
+    """safetensors file to write: `indices` (N,), `latents` (N, 4, h, w) scaled, fp16. Until it is
+    complete, its batches are in the folder <out>.parts, from which the same command goes on."""
     model: ModelConfig = field(default_factory=ModelConfig)
     samples: int = 2000
     """How many."""
@@ -34,40 +47,112 @@ class Config:
     """Samples at once."""
     steps: int = 20
     """Sampling steps; the nodes' default is 20."""
+    precision: str = "bf16"
+    """Mixed precision: no, bf16 or fp16."""
     seed: int = 0
     """Seed of the data set (stage 2 must use the same) and of the noise."""
     first_index: int = 10_000_000
     """Index of the first sample: far from those that training steps use."""
+    workers: int = 0
+    """Data processes."""
 
 
-@torch.no_grad()
 def main(config: Config) -> Path:
-    """Sample and write, with a progress bar."""
-    models, _ = open_models(
-        config.model, ("base.vae.", "base.clip_vision.", "base.unet.", "control.")
-    )
-    train, _ = open_data(config.data, config.model.sizes, config.seed)
-    indices = list(range(config.first_index, config.first_index + config.samples))
-    generator = torch.Generator().manual_seed(config.seed)
-    latents: list[torch.Tensor] = []
-    bar = tqdm(total=len(indices), unit="latent")
-    for start in range(0, len(indices), config.batch_size):
-        chosen = indices[start : start + config.batch_size]
-        batch = default_collate([train[index] for index in chosen])
-        with torch.autocast("cpu", torch.bfloat16):
-            prompt = models.read(batch)
-            hint = models.encode(to_pixels(batch["lq"])).float()
-            latents.append(
-                sample(
-                    models, hint, prompt.semantic, prompt.degradation, config.steps, generator
-                ).half()
-            )
-        bar.update(len(chosen))
-    bar.close()
-    config.out.parent.mkdir(parents=True, exist_ok=True)
-    save_file({"indices": torch.tensor(indices), "latents": torch.cat(latents)}, config.out)
+    """Sample and write, with a progress bar; goes on where a killed run was.
+
+    Raises:
+        ValueError: The latents or parts that are there belong to other settings.
+    """
+    parts = config.out.with_name(config.out.name + ".parts")
+    settings = _settings(config)
+    if config.out.is_file():
+        with open_safetensors(config.out) as file:
+            _require(settings, (file.metadata() or {}).get("settings", ""), config.out)
+        log.info("%s is complete", config.out)
+        return config.out
+    parts.mkdir(parents=True, exist_ok=True)
+    record = parts / "settings.json"
+    if record.exists():
+        _require(settings, record.read_text(), parts)
+    temporary = parts / "settings.writing"
+    temporary.write_text(settings)
+    os.replace(temporary, record)
+
+    first, end = config.first_index, config.first_index + config.samples
+    batches = {start: range(start, min(start + config.batch_size, end))
+               for start in range(first, end, config.batch_size)}  # fmt: skip
+    missing = [batch for start, batch in batches.items() if not _part(parts, start).exists()]
+    if missing:
+        _sample(config, parts, missing)
+    found = [load_file(_part(parts, start)) for start in batches]
+    joined = {name: torch.cat([part[name] for part in found]) for name in ("indices", "latents")}
+    _save(config.out, joined, {"settings": settings})
+    shutil.rmtree(parts)
     return config.out
 
 
+@torch.no_grad()
+def _sample(config: Config, parts: Path, batches: list[range]) -> None:
+    models, _ = open_models(
+        config.model, ("base.vae.", "base.clip_vision.", "base.unet.", "control.")
+    )
+    dtype = half(config.precision)
+    models.freeze(dtype)
+    train, _ = open_data(config.data, models.sizes, config.seed, models.types)
+    loader = DataLoader(train, batch_sampler=list(map(list, batches)), num_workers=config.workers)
+    done = config.samples - sum(map(len, batches))
+    with tqdm(total=config.samples, initial=done, unit="latent", smoothing=0.05) as bar:
+        for indices, batch in zip(batches, _on_device(loader), strict=True):
+            noise = seeded(config.seed, 2, indices[0])
+            with torch.autocast(home().type, dtype, enabled=dtype != torch.float32):
+                latents = _restore(models, batch, config.steps, noise)
+            part = {"indices": torch.tensor(list(indices)), "latents": latents.half().cpu()}
+            _save(_part(parts, indices[0]), part)
+            bar.update(len(indices))
+
+
+def _restore(
+    models: Models, batch: Mapping[str, Tensor], steps: int, noise: torch.Generator
+) -> Tensor:
+    prompt = models.read(batch)
+    hint = models.encode(to_pixels(batch["lq"]))
+    return sample(models, hint, prompt.semantic, prompt.degradation, steps, noise)
+
+
+def _on_device(loader: DataLoader[dict[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
+    return (to_home(batch) for batch in loader)
+
+
+def _settings(config: Config) -> str:
+    """All that the latents depend on, as JSON; the files of the model by their content."""
+    names = ("data", "model", "samples", "batch_size", "steps", "precision", "seed", "first_index")
+    values = {name: repr(getattr(config, name)) for name in names}
+    for path in config.model.init:
+        digest = hashlib.blake2b(digest_size=16)
+        with path.open("rb") as file:
+            while block := file.read(2**20):
+                digest.update(block)
+        values[str(path)] = digest.hexdigest()
+    return json.dumps(values)
+
+
+def _require(settings: str, found: str, place: Path) -> None:
+    if found != settings:
+        raise ValueError(
+            f"--out: {place} was made with other settings; delete it, or give another --out"
+        )
+
+
+def _part(parts: Path, start: int) -> Path:
+    return parts / f"{start:012d}.safetensors"
+
+
+def _save(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Under a temporary name first: a killed process leaves no half file."""
+    temporary = path.with_name(path.name + ".writing")
+    save_file(tensors, temporary, metadata)
+    os.replace(temporary, path)
+
+
 if __name__ == "__main__":
-    main(tyro.cli(Config, description=__doc__))
+    main(parse(Config, __doc__))

@@ -2,39 +2,116 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-import tyro
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from diff_restorer.checkpoint import V_PREDICTION
 
-from .common import DataConfig, ModelConfig, checkpoint_info, open_data, open_models
+from .checkpoints import compare_file
+from .common import DataConfig, ModelConfig, checkpoint_info, half, open_data, open_models, to_home
+from .config import parse
 from .diffusion import TIMESTEPS, sample, scheduler
 from .loop import LoopConfig, Stage, maybe_compile, run
-from .models import psnr, to_pixels
+from .losses import band_means
+from .models import Models, psnr, to_pixels
 from .sheets import save_sheet
+
+Loss = Callable[[dict[str, Tensor], torch.Generator], dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
 class Config:
-    """Noise MSE + weighted cross-entropy (Diff-Restorer, stage 1)."""
+    """Noise MSE + weighted classification loss (Diff-Restorer, stage 1)."""
 
     loop: LoopConfig
     data: DataConfig
     model: ModelConfig = field(default_factory=ModelConfig)
     ce_weight: float = 0.1
-    """Weight of the classifier's cross-entropy."""
+    """Weight of the classification loss; 0 is the ablation without it."""
+    classification: Literal["ce", "bce"] = "ce"
+    """Cross-entropy of one kind per photo, or binary cross-entropy of each kind for mixed ones."""
     semantic_dropout: float = 0.1
     """Share of samples whose P_S is zero, so that CFG stays possible."""
+    draws: int = 1
+    """Timesteps and noises per photo and step: where encoding photos costs more than denoising
+    them, as in Nano, more of them learn faster."""
     train_unet: bool = False
     """Train the UNet, too. The paper freezes SD 1.5's; Nano has none to start from."""
+    without_semantic: bool = False
+    """Ablation: P_S is zero."""
+    degradation_in_control: Literal["context", "time", "none"] = "context"
+    """How P_D enters the control module: as cross-attention context; as ablations, pooled and added
+    to the time embedding, or not at all (its context is then P_S)."""
     validation_steps: int = 20
     """Sampling steps of the validation pictures."""
+
+
+def prepare(models: Models, config: Config) -> nn.Module:
+    """Freeze what is frozen and leave out what is left out; returns what trains."""
+    if config.without_semantic:
+        models.leave_out("without_semantic")
+    if config.degradation_in_control != "context":
+        models.leave_out(f"control_{config.degradation_in_control}")
+    models.freeze(half(config.loop.precision))
+    trainable = nn.ModuleList([models.control, models.prompt])
+    if config.train_unet:
+        trainable.append(models.unet.float())
+    trainable.requires_grad_(True)
+    if config.without_semantic:
+        models.prompt.semantic.requires_grad_(False)
+    if config.model.gradient_checkpointing:
+        models.checkpoint_gradients()
+    return trainable
+
+
+def make_loss(models: Models, config: Config) -> Loss:
+    """(batch, generator) -> `loss` and the terms that it is made of."""
+    process = scheduler(models.prediction)
+
+    def repeated(value: Tensor) -> Tensor:
+        return value.repeat(config.draws, *[1] * (value.ndim - 1))
+
+    def predict(
+        noisy: Tensor, timestep: Tensor, hint: Tensor, whole: Tensor, close: Tensor, keep: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        prompt = models.prompt_of(whole, close)
+        p_s, p_d = (repeated(p) for p in (prompt.semantic, prompt.degradation))
+        found = models.denoise(noisy, timestep, hint, p_s * keep, p_d)
+        return found.float(), prompt.logits.float()
+
+    predict_fast = maybe_compile(predict, config.loop)
+    encode = maybe_compile(models.encode, config.loop)
+
+    def loss(batch: dict[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
+        size = config.draws * len(batch["gt"])
+        place = {"generator": generator, "device": generator.device}
+        with torch.no_grad():
+            both = encode(to_pixels(torch.cat([batch["gt"], batch["lq"]]))).float()
+            clean, hint = map(repeated, both.chunk(2))
+            whole, close = models.tokens(batch)
+        timestep = torch.randint(0, TIMESTEPS, (size,), **place).to(clean.device)
+        noise = torch.randn(clean.shape, **place).to(clean.device)
+        dropped = torch.rand(size, 1, 1, **place).to(clean.device) < config.semantic_dropout
+        noisy = process.add_noise(clean, noise, timestep)
+        predicted, logits = predict_fast(noisy, timestep, hint, whole, close, (~dropped).float())
+        velocity = models.prediction == V_PREDICTION
+        target = process.get_velocity(clean, noise, timestep) if velocity else noise
+        per_sample = F.mse_loss(predicted, target, reduction="none").flatten(1).mean(dim=1)
+        mse = per_sample.mean()
+        if config.classification == "bce":
+            kinds = F.binary_cross_entropy_with_logits(logits, batch["kinds"])
+        else:
+            kinds = F.cross_entropy(logits, batch["label"])
+        terms = {"loss": mse + config.ce_weight * kinds, "mse": mse, config.classification: kinds}
+        return terms | band_means(per_sample, timestep, TIMESTEPS)
+
+    return loss
 
 
 def main(config: Config) -> Path:
@@ -42,61 +119,29 @@ def main(config: Config) -> Path:
     models, found = open_models(config.model, ("base.vae.", "base.clip_vision."))
     if "control." not in found:
         models.start_control()
-    models.vae.requires_grad_(False)
-    models.vision.requires_grad_(False)
-    models.unet.requires_grad_(config.train_unet)
-    trainable = nn.ModuleList([models.control, models.prompt])
-    if config.train_unet:
-        trainable.append(models.unet)
-    train, validation = open_data(config.data, config.model.sizes, config.loop.seed)
-    process = scheduler(models.prediction)
-
-    def predict(
-        noisy: Tensor, timestep: Tensor, hint: Tensor, whole: Tensor, close: Tensor, keep: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        prompt = models.prompt_of(whole, close)
-        found = models.denoise(noisy, timestep, hint, prompt.semantic * keep, prompt.degradation)
-        return found.float(), prompt.logits.float()
-
-    predict_fast = maybe_compile(predict, config.loop)
-    encode = maybe_compile(models.encode, config.loop)
-
-    def loss(batch: dict[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
-        size = len(batch["gt"])
-        with torch.no_grad():
-            both = encode(to_pixels(torch.cat([batch["gt"], batch["lq"]]))).float()
-            clean, hint = both.chunk(2)
-            whole, close = models.tokens(batch)
-        timestep = torch.randint(0, TIMESTEPS, (size,), generator=generator)
-        noise = torch.randn(clean.shape, generator=generator)
-        keep = (torch.rand(size, 1, 1, generator=generator) >= config.semantic_dropout).float()
-        noisy = process.add_noise(clean, noise, timestep)
-        predicted, logits = predict_fast(noisy, timestep, hint, whole, close, keep)
-        velocity = models.prediction == V_PREDICTION
-        target = process.get_velocity(clean, noise, timestep) if velocity else noise
-        mse = F.mse_loss(predicted, target)
-        ce = F.cross_entropy(logits, batch["label"])
-        return {"loss": mse + config.ce_weight * ce, "mse": mse, "ce": ce}
+    trainable = prepare(models, config)
+    train, fixed = open_data(config.data, models.sizes, config.loop.seed, models.types)
+    validation = to_home(fixed)
 
     @torch.no_grad()
     def validate(step: int, folder: Path) -> dict[str, float]:
         prompt = models.read(validation)
-        hint = models.encode(to_pixels(validation["lq"]))
         restored = sample(
             models,
-            hint,
+            models.encode(to_pixels(validation["lq"])),
             prompt.semantic,
             prompt.degradation,
             config.validation_steps,
             torch.Generator().manual_seed(0),
         )
-        image = (models.vae.decode(restored / models.latent_scale).sample + 1) / 2
+        image = (models.decode(restored) + 1) / 2
+        labels = [models.types[label] for label in validation["label"]]
         save_sheet(
             folder / f"{step:07d}.jpg",
             {"degraded": validation["lq"], "stage 1": image, "clean": validation["gt"]},
-            [models.types[label] for label in validation["label"]],
+            labels,
         )
-        degraded = validation["label"] != len(models.types) - 1  # without the clean ones
+        degraded = torch.tensor([label != "clean" for label in labels])
         right = prompt.logits.argmax(dim=1) == validation["label"]
         return {
             "psnr_lq": float(psnr(validation["lq"], validation["gt"])[degraded].mean()),
@@ -104,12 +149,17 @@ def main(config: Config) -> Path:
             "accuracy": float(right.float().mean()),
         }
 
-    def export(path: Path, settings: dict[str, Any]) -> None:
-        parts = {"base.vae.", "base.clip_vision.", "base.unet.", "control.", "prompt_processor."}
-        models.save(path, tuple(parts), checkpoint_info(models, settings), torch.float32)
+    made = sorted(found | {"base.unet.", "control.", "prompt_processor."})
 
-    return run(Stage(trainable, loss, validate, export), train, config.loop)
+    def export(path: Path, settings: dict[str, Any]) -> None:
+        models.save(path, made, checkpoint_info(models, settings), torch.float32)
+
+    def check(path: Path) -> None:
+        compare_file(path, models.file_tensors(made, torch.float32))
+
+    stage = Stage(trainable, make_loss(models, config), validate, export, check=check)
+    return run(stage, train, config.loop, config)
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, description=__doc__))
+    main(parse(Config, __doc__))

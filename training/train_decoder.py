@@ -7,25 +7,46 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import tyro
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 from diff_restorer import aware_decode, encode_with_features
+from diff_restorer.decoder import PIXELS, Features
 
-from .common import DataConfig, ModelConfig, checkpoint_info, open_data, open_models
+from .checkpoints import compare_file
+from .common import DataConfig, ModelConfig, checkpoint_info, half, open_data, open_models, to_home
+from .config import parse
 from .data import RestorationSamples
 from .diffusion import sample
 from .loop import LoopConfig, Stage, maybe_compile, run
-from .models import psnr, to_pixels
+from .losses import (
+    PatchDiscriminator,
+    Perceptual,
+    adaptive_weight,
+    adversarial,
+    hinge_discriminator,
+)
+from .models import Models, own_precision, psnr, suited, to_pixels
 from .sheets import save_sheet
 
 
 @dataclass(frozen=True)
+class GanConfig:
+    """A hinge PatchGAN, meant for a second run that starts from the first one's file."""
+
+    weight: float = 0.0
+    """Weight of the adversarial term, times an adaptive weight of at most 1; 0 is no GAN."""
+    start: int = 500
+    """Step at which generator and discriminator begin to play."""
+    width: int = 64
+    """Channels of the discriminator's first layer."""
+
+
+@dataclass(frozen=True)
 class Config:
-    """L1 on latents that are half encoded from clean photos, half sampled by stage 1."""
+    """L1 and a perceptual distance on latents of clean photos and of stage 1's samples."""
 
     loop: LoopConfig
     data: DataConfig
@@ -36,6 +57,17 @@ class Config:
     """Share of samples that take their latent from `latents`."""
     latent_noise: float = 0.1
     """Largest standard deviation of the noise on encoded latents (scaled latents have 1)."""
+    fusion_first: int = 0
+    """Steps in which the fusion blocks alone train, before the decoder joins them."""
+    lpips_weight: float = 0.0
+    """Weight of the perceptual term beside L1; the paper's recipe has 1."""
+    lpips_weights: Path | None = None
+    """torchvision's VGG16 for LPIPS; else the torch hub cache's. Where there is none, the distance
+    of local spectra takes its place, and the log says so."""
+    gan: GanConfig = field(default_factory=GanConfig)
+    """Adversarial term."""
+    without_degradation: bool = False
+    """Ablation: pooled P_D is zero."""
     validation_steps: int = 20
     """Sampling steps of the validation pictures."""
 
@@ -50,6 +82,11 @@ class DecoderSamples(Dataset[dict[str, Tensor]]):
         self.samples, self.shape = samples, shape
         self.indices, self.latents = cached.get("indices"), cached.get("latents")
         self.share = share if latents else 0.0
+        if self.latents is not None and self.latents.shape[1:] != shape:
+            raise ValueError(
+                f"--latents: {latents} holds latents of {tuple(self.latents.shape[1:])}, "
+                f"--data.crop asks for {tuple(shape)}; sample them with this crop"
+            )
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -65,6 +102,99 @@ class DecoderSamples(Dataset[dict[str, Tensor]]):
         return self.samples[int(self.indices[place])] | cached
 
 
+class DecoderLoss:
+    """(batch, generator) -> `loss` and the terms that it is made of, all with their gradients."""
+
+    def __init__(self, models: Models, config: Config) -> None:
+        self.models, self.config = models, config
+        self.trunk, self.fusion = models.decoder.trunk(models.vae), models.decoder.fusion
+        device = next(models.parameters()).device
+        self.perceptual = (
+            Perceptual(config.lpips_weights).to(device) if config.lpips_weight else None
+        )
+        self.discriminator = (
+            PatchDiscriminator(config.gan.width).to(device) if config.gan.weight else None
+        )
+        self.playing = False
+        self._read_fast = maybe_compile(self.read, config.loop)
+        self._decode_fast = maybe_compile(self.decode, config.loop)
+
+    @property
+    def trainable(self) -> nn.Module:
+        """The decoder, and the discriminator: one optimizer and one checkpoint for both.
+
+        Each one's terms give the other no gradient, so that one step trains both as alternating
+        steps would, with the images of the same forward pass.
+        """
+        if self.discriminator is None:
+            return self.models.decoder
+        return nn.ModuleDict({"decoder": self.models.decoder, "discriminator": self.discriminator})
+
+    def begin_step(self, step: int) -> None:
+        """Which parts train at this step."""
+        decoder = self.models.decoder
+        for module in (decoder.decoder, decoder.post_quant_conv):
+            module.requires_grad_(step >= self.config.fusion_first)
+        self.playing = self.discriminator is not None and step >= self.config.gan.start
+
+    @torch.no_grad()
+    def read(self, both: Tensor) -> tuple[Tensor, Features]:
+        """Scaled latent of the first half of `both` (pixels), features of the second."""
+        size, channels = len(both) // 2, self.trunk.latent_channels
+        with own_precision(self.models.vae):
+            moments, features = encode_with_features(
+                self.trunk, suited(self.models.vae, both), self.fusion.levels
+            )
+        features = features | {PIXELS: both}
+        mean = moments[:size, :channels].float() * self.models.latent_scale
+        return mean, {level: value[size:] for level, value in features.items()}
+
+    def decode(self, latent: Tensor, features: Features, pooled: Tensor) -> Tensor:
+        """Pixels of a scaled latent."""
+        raw = latent / self.models.latent_scale
+        return aware_decode(self.trunk, self.fusion, raw, features, pooled)
+
+    def __call__(self, batch: dict[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
+        config, place = self.config, {"generator": generator, "device": generator.device}
+        with torch.no_grad():
+            pooled = self.models.read(batch).pooled
+        clean, features = self._read_fast(to_pixels(torch.cat([batch["gt"], batch["lq"]])))
+        level = config.latent_noise * torch.rand(len(clean), 1, 1, 1, **place).to(clean.device)
+        encoded = clean + level * torch.randn(clean.shape, **place).to(clean.device)
+        latent = torch.where(batch["sampled"][:, None, None, None], batch["latent"], encoded)
+        pixels = self._decode_fast(latent, features, pooled).float()
+        image = (pixels + 1) / 2
+        total = l1 = F.l1_loss(image, batch["gt"])
+        terms = {"l1": l1}
+        if self.perceptual is not None:
+            terms["perceptual"] = self.perceptual(image, batch["gt"])
+            total = total + config.lpips_weight * terms["perceptual"]
+        if self.discriminator is not None:
+            total = total + self._play(terms, total, batch["gt"], pixels)
+        gain = psnr(image.detach(), batch["gt"]) - psnr(batch["lq"], batch["gt"])
+        return {"loss": total, **terms, "psnr_gain": gain.clamp(-20, 30).mean()}
+
+    def _play(self, terms: dict[str, Tensor], total: Tensor, gt: Tensor, pixels: Tensor) -> Tensor:
+        """What the GAN adds to the loss; adds to `terms` what is logged of it."""
+        if self.discriminator is None or not self.playing:
+            terms |= dict.fromkeys(
+                ("gan", "gan_weight", "discriminator"), total.new_tensor(torch.nan)
+            )
+            return total.new_zeros(())
+        terms["gan"] = adversarial(self.discriminator, pixels)
+        terms["gan_weight"] = self.config.gan.weight * adaptive_weight(total, terms["gan"], pixels)
+        terms["discriminator"] = hinge_discriminator(self.discriminator, to_pixels(gt), pixels)
+        return terms["gan_weight"] * terms["gan"] + terms["discriminator"]
+
+
+def prepare(models: Models, config: Config) -> None:
+    """Freeze everything but the decoder, and leave out what is left out."""
+    if config.without_degradation:
+        models.leave_out("decoder_without_degradation")
+    models.freeze(half(config.loop.precision))
+    models.decoder.requires_grad_(True)
+
+
 def main(config: Config) -> Path:
     """Train, and write the complete file."""
     models, found = open_models(
@@ -72,49 +202,26 @@ def main(config: Config) -> Path:
     )
     if "decoder.vae." not in found:
         models.start_decoder()
-    models.requires_grad_(False)
-    models.decoder.requires_grad_(True)
-    train, validation = open_data(config.data, config.model.sizes, config.loop.seed)
+    prepare(models, config)
+    train, fixed = open_data(config.data, models.sizes, config.loop.seed, models.types)
+    validation = to_home(fixed)
     side = config.data.crop // 8
-    shape = torch.Size((config.model.sizes.latent_channels, side, side))
+    shape = torch.Size((models.sizes.latent_channels, side, side))
     samples = DecoderSamples(train, config.latents, config.sampled_share, shape)
-    trunk, fusion = models.decoder.trunk(models.vae), models.decoder.fusion
-
-    def read(both: Tensor) -> tuple[Tensor, dict[int, Tensor]]:
-        with torch.no_grad():
-            moments, features = encode_with_features(trunk, both, fusion.levels)
-            mean = moments[: len(both) // 2, : shape[0]].float() * models.latent_scale
-            return mean, {level: f[len(both) // 2 :] for level, f in features.items()}
-
-    def decode(latent: Tensor, features: dict[int, Tensor], pooled: Tensor) -> Tensor:
-        return aware_decode(trunk, fusion, latent / models.latent_scale, features, pooled)
-
-    read_fast, decode_fast = maybe_compile(read, config.loop), maybe_compile(decode, config.loop)
-
-    def loss(batch: dict[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
-        with torch.no_grad():
-            pooled = models.read(batch).pooled
-        clean, features = read_fast(to_pixels(torch.cat([batch["gt"], batch["lq"]])))
-        level = config.latent_noise * torch.rand(len(clean), 1, 1, 1, generator=generator)
-        encoded = clean + level * torch.randn(clean.shape, generator=generator)
-        latent = torch.where(batch["sampled"][:, None, None, None], batch["latent"], encoded)
-        image = (decode_fast(latent, features, pooled).float() + 1) / 2
-        l1 = F.l1_loss(image, batch["gt"])
-        gain = psnr(image.detach(), batch["gt"]) - psnr(batch["lq"], batch["gt"])
-        return {"loss": l1, "psnr_gain": gain.clamp(-20, 30).mean()}
+    loss = DecoderLoss(models, config)
 
     @torch.no_grad()
     def validate(step: int, folder: Path) -> dict[str, float]:
         prompt = models.read(validation)
         hint = models.encode(to_pixels(validation["lq"]))
-        _, features = read(to_pixels(torch.cat([validation["gt"], validation["lq"]])))
+        _, features = loss.read(to_pixels(torch.cat([validation["gt"], validation["lq"]])))
         if "control." in found:
             generator = torch.Generator().manual_seed(0)
             steps = config.validation_steps
             latent = sample(models, hint, prompt.semantic, prompt.degradation, steps, generator)
         else:  # before stage 1: the LQ photo's own latent
             latent = hint
-        image = (decode(latent, features, prompt.pooled) + 1) / 2
+        image = (loss.decode(latent, features, prompt.pooled) + 1) / 2
         before = psnr(validation["lq"], validation["gt"])
         after = psnr(image, validation["gt"])
         labels = [models.types[label] for label in validation["label"]]
@@ -124,7 +231,7 @@ def main(config: Config) -> Path:
         ]
         columns = {"degraded": validation["lq"], "restored": image, "clean": validation["gt"]}
         save_sheet(folder / f"{step:07d}.jpg", columns, captions)
-        degraded = validation["label"] != len(models.types) - 1  # without the clean ones
+        degraded = torch.tensor([label != "clean" for label in labels])
         scores = {
             "psnr_lq": float(before[degraded].mean()),
             "psnr": float(after[degraded].mean()),
@@ -135,16 +242,17 @@ def main(config: Config) -> Path:
             scores[kind] = float(score[rows].mean())
         return scores
 
-    def export(path: Path, settings: dict[str, Any]) -> None:
-        models.save(
-            path,
-            (*sorted(found | {"prompt_processor."}), "decoder.fusion.", "decoder.vae."),
-            checkpoint_info(models, settings),
-            torch.float32,
-        )
+    parts = (*sorted(found | {"prompt_processor."}), "decoder.fusion.", "decoder.vae.")
 
-    return run(Stage(models.decoder, loss, validate, export), samples, config.loop)
+    def export(path: Path, settings: dict[str, Any]) -> None:
+        models.save(path, parts, checkpoint_info(models, settings), torch.float32)
+
+    def check(path: Path) -> None:
+        compare_file(path, models.file_tensors(parts, torch.float32))
+
+    stage = Stage(loss.trainable, loss, validate, export, check=check, begin_step=loss.begin_step)
+    return run(stage, samples, config.loop, config)
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, description=__doc__))
+    main(parse(Config, __doc__))

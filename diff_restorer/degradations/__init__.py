@@ -39,7 +39,7 @@ KINDS: tuple[str, ...] = ALL_KINDS[:9]
 
 
 _PHYSICAL_ORDER = (
-    "haze", "rain", "snow", "low_light", "raindrop", "blur", "low_res", "noise", "jpeg",
+    "haze", "rain", "snow", "raindrop", "blur", "low_light", "low_res", "noise", "jpeg",
     "second_order", "clean",
 )  # fmt: skip
 
@@ -87,8 +87,8 @@ def degrade_chain(
 ) -> Tensor:
     """Degrades a batch with several kinds, in the order in which a picture meets them.
 
-    The air comes first, then the light, the glass, the lens, the sensor and the file, whatever the
-    order of `kinds`; so the labels of a chain are a set.
+    The air comes first, then the glass, the lens, the sensor (low light brings noise of its own,
+    which no lens blurs) and the file, whatever the order of `kinds`; so its labels are a set.
 
     Args:
         kinds: different members of `ALL_KINDS`.
@@ -100,13 +100,17 @@ def degrade_chain(
         (B, 3, H, W), float32 in [0, 1].
 
     Raises:
-        ValueError: as `degrade`, or if a kind is named twice.
+        ValueError: as `degrade`, or if a kind is named twice or has no severity of its own.
     """
     if len(set(kinds)) < len(kinds):
         raise ValueError(f"kinds: each kind may be named once, found {', '.join(kinds)}")
     level = torch.as_tensor(severity, dtype=torch.float32)
     if unknown := set(kinds) - set(ALL_KINDS):
         raise ValueError(f"kinds: unknown {sorted(unknown)}; known are {', '.join(ALL_KINDS)}")
+    if level.ndim == 2 and level.shape[1] != len(kinds):
+        raise ValueError(
+            f"severity: expected a column for each of {len(kinds)} kinds, found {level.shape[1]}"
+        )
     for kind in sorted(kinds, key=_PHYSICAL_ORDER.index):
         own = level[:, list(kinds).index(kind)] if level.ndim == 2 else level
         image = degrade(kind, image, own, generator)

@@ -182,6 +182,18 @@ def test_a_chain_names_a_kind_once(photo: Tensor) -> None:
         degrade_chain(("rain", "rain"), photo, 0.5, seeded())
 
 
+def test_a_lens_does_not_blur_the_noise_of_the_sensor(photo: Tensor) -> None:
+    generator = seeded()
+    blurred = degrade("blur", photo, 0.5, generator)
+    expected = degrade("low_light", blurred, 0.5, generator)
+    assert torch.equal(degrade_chain(("low_light", "blur"), photo, 0.5, seeded()), expected)
+
+
+def test_a_chain_needs_a_severity_for_each_kind(photo: Tensor) -> None:
+    with pytest.raises(ValueError, match="a column for each of 2 kinds, found 3"):
+        degrade_chain(("rain", "jpeg"), photo, torch.full((1, 3), 0.5), seeded())
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", ALL_KINDS)
 def test_a_gpu_gives_the_same_picture(kind: str, photo: Tensor) -> None:

@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 import torch
 
-from diff_restorer.ldm_keys import from_ldm, to_ldm, unet_keys, vae_keys
+from diff_restorer.ldm_keys import from_ldm, tiny_vae_keys, to_ldm, unet_keys, vae_keys
+from tests.toy_models import autoencoder_kl
 from training.models import Sizes, build_control, build_unet, build_vae
 
 
@@ -50,7 +51,7 @@ def test_control_keys_hold_the_hint_and_the_zero_convs(unet: Any) -> None:
 
 @pytest.mark.parametrize("layers", [1, 2])
 def test_vae_round_trip_keeps_every_tensor(layers: int) -> None:
-    state = build_vae(Sizes(vae_channels=(32, 32, 64, 64), vae_layers=layers)).state_dict()
+    state = autoencoder_kl(layers=layers).state_dict()
     keys = vae_keys(state)
     ldm = to_ldm(state, keys)
     assert ldm["encoder.mid.attn_1.q.weight"].shape == (64, 64, 1, 1)
@@ -59,6 +60,15 @@ def test_vae_round_trip_keeps_every_tensor(layers: int) -> None:
     back = from_ldm(ldm, keys)
     assert back.keys() == state.keys()
     assert all(torch.equal(back[key], state[key]) for key in state)
+
+
+def test_tiny_vae_keys_count_the_clamp_of_the_decoder() -> None:
+    state = build_vae(Sizes()).state_dict()
+    keys = tiny_vae_keys(state)
+    assert keys["encoder.layers.0.weight"] == "taesd_encoder.0.weight"
+    assert keys["decoder.layers.0.weight"] == "taesd_decoder.1.weight"
+    assert keys["decoder.layers.18.bias"] == "taesd_decoder.19.bias"
+    assert len(set(keys.values())) == len(keys) == len(state)
 
 
 def test_unknown_keys_are_errors() -> None:

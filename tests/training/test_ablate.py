@@ -12,19 +12,19 @@ import torch
 from PIL import Image
 from skimage import data
 
-from diff_restorer.checkpoint import V_PREDICTION, read_checkpoint
+from diff_restorer.checkpoint import V_PREDICTION
 from diff_restorer.degradations import KINDS
 from training import ablate
 from training.ablate import AblationData, Config, difference, verdict
 from training.common import checkpoint_info
 from training.diffusion import sample
-from training.evaluation.reading import open_file, read_photo, sizes_of, views
+from training.evaluation.reading import open_file, read_photo, views
 from training.evaluation.testsets import make_lq
 from training.evaluation.variants import VARIANTS, Photo
 from training.models import Models, Sizes, to_pixels
 
 TOY = Sizes(
-    vae_channels=(32, 32, 32, 64), unet_channels=(32, 64), unet_attention=(False, True),
+    unet_channels=(32, 64), unet_attention=(False, True),
     context_width=16, vision_width=64, vision_layers=2, vision_image=32, vision_patch=8,
     prompt_hidden=24, fusion_levels=(0, 2), fusion_growth=4, fusion_depth=1, fusion_pixel_width=8,
 )  # fmt: skip
@@ -83,9 +83,9 @@ def photo(file: Path) -> Photo:
         return Photo(open_file(file), lq, gt, (0, "chelsea"))
 
 
-def test_sizes_are_read_from_the_file(file: Path):
-    assert sizes_of(read_checkpoint(file)) == TOY
+def test_a_file_opens_ready_for_evaluation(file: Path):
     models = open_file(file)
+    assert models.sizes == TOY
     assert models.prediction == V_PREDICTION
     assert models.degradation_view == "native"
     assert not any(parameter.requires_grad for parameter in models.parameters())
@@ -140,7 +140,7 @@ def test_each_variant_changes_the_result(name: str, photo: Photo):
 def test_variants_without_the_sampler_do_not_depend_on_it(photo: Photo):
     for name in ("no_diffusion", "gt_latent"):
         assert torch.equal(photo.restore(VARIANTS[name], 2), photo.restore(VARIANTS[name], 3))
-    stock = photo.models.vae.decode(photo._latent(VARIANTS["full"], 3)).sample
+    stock = photo.models.decode(photo._latent(VARIANTS["full"], 3))
     found = photo.restore(VARIANTS["stock_decoder"], 3)
     expected = ((stock[..., :36, :43] + 1) / 2).clamp(0, 1)
     assert torch.allclose(found, expected, atol=0.6 / 255)

@@ -1,5 +1,9 @@
 """Photos and samples: what is read, what is left out, and that a sample is (seed, index)."""
 
+import io
+import tarfile
+from collections import Counter
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -12,7 +16,10 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from diff_restorer.degradations import KINDS
-from training.data import CleanPhotos, RestorationSamples, StepSampler, clip_view
+from training.common import DataConfig, open_data
+from training.data import Mixing, RestorationSamples, StepSampler, clip_view
+from training.models import Sizes
+from training.photos import CleanPhotos, PhotoStore, photo_size
 
 NAMES = ("astronaut", "chelsea", "coffee")
 
@@ -44,7 +51,7 @@ def test_a_folder_a_list_and_a_manifest_name_the_same_photos(folder: Path, tmp_p
     rows = [f"{path},train" for path in relative] + ["missing.png,test"]
     manifest.write_text("path,part\n" + "\n".join(rows))
     expected = CleanPhotos(folder).paths
-    assert [path.stem for path in expected] == list(NAMES)
+    assert [Path(str(path)).stem for path in expected] == list(NAMES)
     assert CleanPhotos(text).paths == CleanPhotos(str(manifest)).paths == expected
     assert CleanPhotos(folder)[2].shape == (3, 100, 150)
     assert CleanPhotos(folder)[2].dtype == torch.uint8
@@ -62,7 +69,7 @@ def test_unreadable_files_are_named_counted_and_left_out(
     assert [path.name for path in photos.paths] == ["good.png"]
     for name in ("cut.png", "text.jpg", "empty.jpg"):
         assert name in caplog.text
-    assert "left out 3 unreadable of 4 files" in caplog.text
+    assert "left out 3 unusable of 4" in caplog.text
 
 
 def test_a_source_without_photos_is_a_clear_error(tmp_path: Path) -> None:
@@ -74,8 +81,77 @@ def test_a_source_without_photos_is_a_clear_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"columns \['file'\]; a manifest needs `path`"):
         CleanPhotos(tmp_path / "list.csv")
     (tmp_path / "bad.jpg").touch()
-    with pytest.raises(ValueError, match=r"none of the 1 files of .* can be read"):
+    with pytest.raises(ValueError, match=r"none of the 1 is usable; the first, .*bad\.jpg: "):
         CleanPhotos(tmp_path)
+
+
+def add_to_tar(shard: Path, **files: bytes) -> None:
+    """Appends files; a double underscore in a name stands for a dot."""
+    with tarfile.open(shard, "a") as tar:
+        for name, content in files.items():
+            info = tarfile.TarInfo(f"some/{name.replace('__', '.')}")
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+
+
+def test_shards_hold_photos_at_random_access(folder: Path, tmp_path: Path) -> None:
+    images = [Path(str(file)).read_bytes() for file in CleanPhotos(folder).paths]
+    add_to_tar(tmp_path / "b.tar", z__png=images[2], z__json=b"{}", pair__lq__png=images[0])
+    add_to_tar(tmp_path / "a.tar", x__png=images[0], y__png=images[1])
+    shards = CleanPhotos(tmp_path)
+    names = [str(file).removeprefix(str(tmp_path)) for file in shards.paths]
+    assert names == ["/a.tar:some/x.png", "/a.tar:some/y.png", "/b.tar:some/z.png"]
+    loose = make(folder)
+    packed = RestorationSamples(shards, crop=64, clip_size=48, seed=0)
+    assert all(same(loose[index], packed[index]) for index in (5, 0, 3))
+    assert len(CleanPhotos(tmp_path / "a.tar")) == 2
+
+
+def test_a_faulty_shard_is_named(tmp_path: Path) -> None:
+    (tmp_path / "bad.tar").write_bytes(b"no tar at all" * 100)
+    with pytest.raises(ValueError, match=r"bad\.tar is no uncompressed tar"):
+        CleanPhotos(tmp_path / "bad.tar")
+    with tarfile.open(tmp_path / "empty.tar", "w"):
+        pass
+    with pytest.raises(ValueError, match=r"no photo in .*empty\.tar; give a tar shard with"):
+        CleanPhotos(tmp_path / "empty.tar")
+
+
+@pytest.mark.parametrize("limit_mb", [0, 1])
+def test_a_small_store_gives_the_same_photos(folder: Path, limit_mb: int, tmp_path: Path) -> None:
+    for number in range(12):  # 12 x 150 x 1000 x 3 bytes do not fit into 1 MB
+        picture = Image.open(folder / "chelsea.png").resize((1000, 150))
+        picture.rotate(number).save(tmp_path / f"{number:02}.png")
+    small, large = CleanPhotos(tmp_path, PhotoStore(limit_mb)), CleanPhotos(tmp_path)
+    assert small.paths == large.paths
+    assert all(torch.equal(a, b) for a, b in zip(small, large, strict=True))
+    assert large[3] is large[3]  # kept
+    kept = sum(small[index] is small[index] for index in range(12))
+    assert 0 < kept < 12 if limit_mb else kept == 0
+
+
+def test_a_photo_that_breaks_later_gives_way_to_the_next(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.png").write_bytes((folder / "chelsea.png").read_bytes())
+    photos = CleanPhotos(tmp_path, PhotoStore(0))
+    (tmp_path / "a.png").write_bytes(b"overwritten")
+    assert torch.equal(photos[0], photos[1])
+    assert torch.equal(photos[0], photos[1])
+    assert caplog.text.count("left out") == 1
+    assert "a.png" in caplog.text
+    (tmp_path / "b.png").unlink()
+    with pytest.raises(ValueError, match="none of 2 is usable any more"):
+        photos[0]
+
+
+def test_a_turned_photo_is_upright_in_its_header_too(folder: Path, tmp_path: Path) -> None:
+    orientation = Image.Exif()
+    orientation[0x0112] = 6
+    Image.open(folder / "chelsea.png").save(tmp_path / "turned.jpg", exif=orientation)
+    assert CleanPhotos(tmp_path)[0].shape == (3, 150, 100)
+    assert photo_size(tmp_path / "turned.jpg") == (100, 150)
 
 
 def test_a_sample_has_the_promised_shapes_and_ranges(folder: Path) -> None:
@@ -91,6 +167,7 @@ def test_a_sample_has_the_promised_shapes_and_ranges(folder: Path) -> None:
             assert sample[key].dtype == torch.float32
             assert torch.equal(levels.round().clamp(0, 255) / 255, sample[key])
         assert 0 <= sample["severity"] < 1
+        assert sample["kinds"].tolist() == [i == sample["label"] for i in range(len(KINDS))]
         seen.add(int(sample["label"]))
     assert seen == set(range(len(KINDS)))
 
@@ -116,6 +193,83 @@ def test_a_sample_depends_on_seed_and_index_alone(folder: Path) -> None:
     assert same(second[7], later)
     assert not same(first[7], first[8])
     assert not same(first[7], make(folder, seed=1)[7])
+
+
+MIXED = Mixing(chain=0.7, low_res=0.3, second_order=0.3)
+
+
+def test_mixes_name_all_their_kinds_and_keep_kinds_uniform(folder: Path) -> None:
+    samples = make(folder, mixing=Mixing(chain=0.5), crop=32, clip_size=8)
+    drawn = [samples[index] for index in range(300)]
+    sizes = Counter(int(sample["kinds"].sum()) for sample in drawn)
+    assert sizes.keys() == {1, 2, 3}
+    assert 90 < sizes[2] + sizes[3] < 180  # half of the 8/9 that are not clean
+    clean = KINDS.index("clean")
+    for sample in drawn:
+        assert sample["kinds"].unique().tolist() == [0, 1]
+        assert sample["kinds"][sample["label"]] == 1
+        if sample["kinds"][clean]:
+            assert sample["kinds"].sum() == 1
+            assert torch.equal(sample["gt"], sample["lq"])
+        assert sample["severity"] <= 1 / sample["kinds"].sum().sqrt()
+    labels = Counter(int(sample["label"]) for sample in drawn)
+    assert labels.keys() == set(range(len(KINDS)))
+    assert max(labels.values()) < 3 * min(labels.values())
+
+
+class WatchedSamples(RestorationSamples):
+    """Notes the severities of the last sample."""
+
+    def _draw_levels(self, kind: str, generator: torch.Generator) -> dict[str, float]:
+        self.levels = super()._draw_levels(kind, generator)
+        return self.levels
+
+
+def test_the_label_of_a_mix_is_its_strongest_kind(folder: Path) -> None:
+    samples = WatchedSamples(CleanPhotos(folder), crop=64, clip_size=8, seed=0, mixing=MIXED)
+    extras: Counter[str] = Counter()
+    for index in range(60):
+        sample = samples[index]
+        named = {kind: level for kind, level in samples.levels.items() if kind in KINDS}
+        assert {KINDS[i] for i in sample["kinds"].nonzero().flatten()} == set(named)
+        assert KINDS[sample["label"]] == max(named, key=lambda kind: named[kind])
+        assert float(sample["severity"]) == pytest.approx(max(named.values()))
+        assert "clean" not in named or len(samples.levels) == 1
+        extras.update(samples.levels.keys() - named.keys())
+    assert extras.keys() == {"low_res", "second_order"}
+
+
+def test_unlabelled_damage_changes_the_photo_and_not_the_labels(folder: Path) -> None:
+    plain = make(folder, kinds=("jpeg",))
+    worse = make(folder, kinds=("jpeg",), mixing=Mixing(low_res=1.0))
+    for index in range(4):
+        a, b = plain[index], worse[index]
+        assert torch.equal(a["kinds"], b["kinds"])
+        assert a["label"] == b["label"] == 0
+        assert not torch.equal(a["lq"], b["lq"])
+
+
+def test_mixed_samples_depend_on_seed_and_index_alone(folder: Path) -> None:
+    first, second = make(folder, mixing=MIXED), make(folder, mixing=MIXED)
+    expected = {index: first[index] for index in range(12)}
+    assert all(same(second[index], expected[index]) for index in reversed(range(12)))
+
+
+def test_data_for_a_run_is_held_apart(folder: Path) -> None:
+    sizes, config = Sizes(vision_image=32), DataConfig(folder, crop=32, held_out=3)
+    train, validation = open_data(config, sizes, seed=0)
+    assert len(train) == 2
+    assert validation["kinds"].argmax(1).tolist() == list(range(9)) * 2
+    mixed, again = open_data(replace(config, mixing=Mixing(chain=1.0)), sizes, seed=0)
+    assert same(validation, again)  # always one kind, so that scores compare
+    assert any(mixed[index]["kinds"].sum() > 1 for index in range(5))
+
+
+def test_a_run_without_data_says_so(folder: Path) -> None:
+    with pytest.raises(ValueError, match=r"--data.photos or --data.pairs: give clean photos"):
+        open_data(DataConfig(), Sizes(), seed=0)
+    with pytest.raises(ValueError, match=r"0 photos are left for training and 1 for validation"):
+        open_data(DataConfig(folder / "more"), Sizes(), seed=0)
 
 
 def test_every_photo_comes_once_per_epoch() -> None:

@@ -17,7 +17,6 @@ from training.models import Models, Sizes
 from training.nano import autoencoder, vision
 
 TOY = Sizes(
-    vae_channels=(32, 32, 32, 32),
     unet_channels=(32, 64),
     unet_attention=(False, True),
     context_width=16,
@@ -119,7 +118,7 @@ def test_the_release_is_complete_and_in_half_precision(files: dict[str, Path]) -
     assert checkpoint.self_contained
     assert checkpoint.fusion_levels == (0, 2)
     assert checkpoint.info.types[-1] == "clean"
-    assert checkpoint.info.config["steps"] == 2
+    assert checkpoint.info.config["loop"]["steps"] == 2
     state = checkpoint.state("")
     assert {tensor.dtype for tensor in state.values()} == {torch.float16}
     assert state["prompt_processor.prototypes"].any(dim=1).all()

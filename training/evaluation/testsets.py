@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
@@ -21,7 +21,8 @@ from diff_restorer.degradations import (
     jpeg_codec,
 )
 
-from ..data import list_photos, seeded
+from ..data import seeded
+from ..photos import UNREADABLE, PhotoFile, list_photos, read_photo
 from .pictures import digest, file_digest, read_note, save_picture, to_image, to_picture
 
 log = logging.getLogger(__name__)
@@ -34,8 +35,6 @@ SEVERITIES = (0.25, 0.75)
 """The other kinds draw their severity uniformly from here."""
 REAL = "pairs/"
 """What the names of sets of real pairs begin with."""
-
-_UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
 
 
 @dataclass(frozen=True)
@@ -69,10 +68,9 @@ class Cases:
     failed: dict[str, str]
 
 
-def read_upright(path: Path) -> Tensor:
+def read_upright(file: PhotoFile) -> Tensor:
     """A photo file as (1, 3, H, W) float32 in [0, 1], turned upright."""
-    with Image.open(path) as picture:
-        return to_image(ImageOps.exif_transpose(picture))
+    return read_photo(file)[None].float() / 255
 
 
 def make_lq(kind: str, image: Tensor, name: str, seed: int) -> tuple[Tensor, float | None]:
@@ -112,30 +110,31 @@ def synthetic(clean: Path, cache: Path, limit: int, seed: int) -> Cases:
         ValueError: There is no photo, or two have one name.
     """
     paths = list_photos(clean)[: limit or None]
-    names = [path.stem for path in paths]
+    names = [Path(path.name).stem for path in paths]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"--data.clean: {clean} has several photos named {', '.join(twice[:3])}")
     made = Cases([], {})
     code = file_digest(*sorted(Path(diff_restorer.degradations.__file__).parent.glob("*.py")))
-    for path in tqdm(paths, desc="test sets", unit="photo", disable=None):
+    work = zip(paths, names, strict=True)
+    for path, name in tqdm(work, desc="test sets", unit="photo", total=len(paths), disable=None):
         try:
             image = read_upright(path)
-        except _UNREADABLE as error:
+        except UNREADABLE as error:
             made.failed[str(path)] = f"cannot be read: {error}"
             continue
-        gt = cache / "gt" / f"{path.stem}.png"
+        gt = cache / "gt" / f"{name}.png"
         key = digest(to_picture(image).tobytes(), str(image.shape))
         if read_note(gt).get("key") != key:
             save_picture(gt, to_picture(image), {"key": key})
         for kind in KINDS:
-            lq = cache / kind / f"{path.stem}.png"
+            lq = cache / kind / f"{name}.png"
             wanted = digest(key, kind, str(seed), code)
             note = read_note(lq)
             if note.get("key") != wanted:
-                degraded, severity = make_lq(kind, image, path.stem, seed)
+                degraded, severity = make_lq(kind, image, name, seed)
                 note = {"key": wanted, "severity": severity}
                 save_picture(lq, to_picture(degraded), note)
-            made.cases.append(Case(kind, path.stem, kind, gt, lq, note["severity"]))
+            made.cases.append(Case(kind, name, kind, gt, lq, note["severity"]))
     return made
 
 
@@ -171,7 +170,7 @@ def real(pairs: Path, cache: Path, limit: int) -> Cases:
                 if path.stem not in partners:
                     raise ValueError(f"{folder / 'gt'} has no photo of this name")
                 lq, gt = _as_pair(read_upright(path), read_upright(partners[path.stem]))
-            except _UNREADABLE as error:
+            except UNREADABLE as error:
                 made.failed[str(path)] = str(error)
                 continue
             name, files = REAL + folder.name, []

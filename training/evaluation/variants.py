@@ -85,8 +85,7 @@ class Photo:
     def _encode(self, pixels: Tensor) -> tuple[Tensor, Features]:
         levels = self.models.decoder.fusion.levels
         moments, features = encode_with_features(self.trunk, pixels, levels)
-        channels = self.models.sizes.latent_channels
-        return moments[:, :channels].float() * self.models.latent_scale, features
+        return moments[:, : self.trunk.latent_channels].float() * self.models.latent_scale, features
 
     def restore(self, variant: Variant, steps: int) -> Tensor:
         """(1, 3, H, W) in [0, 1], in steps of 1/255 as a saved file.
@@ -95,15 +94,16 @@ class Photo:
             variant: What to leave out.
             steps: Sampling steps where the variant names none.
         """
-        latent = self._latent(variant, variant.steps or steps) / self.models.latent_scale
+        latent = self._latent(variant, variant.steps or steps)
         if variant.decoder == "stock":
-            image = self.models.vae.decode(latent).sample
+            image = self.models.decode(latent)
         else:
             neutral = self.models.prompt.prototypes.mean(dim=0, keepdim=True)
             pooled = self.prompt.pooled if variant.pooled else neutral
             fusion = self.models.decoder.fusion
+            raw_latent = latent / self.models.latent_scale
             image = aware_decode(
-                self.trunk, fusion, latent, self.features, pooled, variant.fidelity
+                self.trunk, fusion, raw_latent, self.features, pooled, variant.fidelity
             )
         height, width = self.size
         image = (image.float()[..., :height, :width] + 1) / 2

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import tyro
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..checkpoints import compare_file
 from ..common import DataConfig, ModelConfig, checkpoint_info, open_data, open_models
+from ..config import parse
 from ..loop import LoopConfig, Stage, maybe_compile, run
 from ..models import clip_tokens
 from ..sheets import save_sheet
@@ -25,6 +26,33 @@ class Config:
     loop: LoopConfig
     data: DataConfig
     model: ModelConfig = field(default_factory=ModelConfig)
+
+
+RULERS = 8
+"""Channels that hold a constant: against it layer norm lets the next layers see absolute size."""
+
+
+def start_as_spectrum(vision: Any, views: Tensor) -> None:
+    """Start the encoder where its first layer measures how strong each spatial frequency is.
+
+    Degradations differ in the spectrum of a photo: a linear classifier on the mean magnitude of
+    cosine coefficients names 72 % of nine kinds after 2,000 samples, which this encoder from a
+    random start does not reach with 15,000. So the patch filters start as a whitened cosine basis,
+    and the first MLP as the magnitude of each: gelu(x) + gelu(-x) is nearly |x|.
+
+    Args:
+        vision: CLIP vision model of transformers with quick_gelu, changed in place.
+        views: Photos in [0, 1], (B, 3, H, W) with H, W multiples of the patch size.
+    """
+    embeddings, mlp = vision.vision_model.embeddings, vision.vision_model.encoder.layers[0].mlp
+    start_patch_filters(embeddings.patch_embedding, views)
+    width = embeddings.patch_embedding.weight.shape[0]
+    with torch.no_grad():
+        embeddings.patch_embedding.weight[-RULERS:] = 0
+        embeddings.position_embedding.weight[:, -RULERS:] = 1.5
+        unit = torch.eye(width)
+        mlp.fc1.weight[:width], mlp.fc1.weight[width : 2 * width] = 2 * unit, -2 * unit
+        mlp.fc2.weight[:, :width], mlp.fc2.weight[:, width : 2 * width] = unit / 2, unit / 2
 
 
 def start_patch_filters(patch_embedding: nn.Conv2d, views: Tensor) -> None:
@@ -63,8 +91,7 @@ def main(config: Config) -> Path:
     models, found = open_models(config.model)
     train, validation = open_data(config.data, config.model.sizes, config.loop.seed)
     if "base.clip_vision." not in found:
-        patch_embedding = models.vision.vision_model.embeddings.patch_embedding
-        start_patch_filters(patch_embedding, validation["native_view"])
+        start_as_spectrum(models.vision, validation["native_view"])
     trainable = nn.ModuleList([models.vision, models.prompt.degradation, models.prompt.classifier])
 
     def logits_of(view: Tensor) -> Tensor:
@@ -90,12 +117,16 @@ def main(config: Config) -> Path:
             "accuracy": float((logits.argmax(dim=1) == validation["label"]).float().mean()),
         }
 
+    parts = ("base.clip_vision.", "prompt_processor.")
+
     def export(path: Path, settings: dict[str, Any]) -> None:
-        parts = ("base.clip_vision.", "prompt_processor.")
         models.save(path, parts, checkpoint_info(models, settings), torch.float32)
 
-    return run(Stage(trainable, loss, validate, export), train, config.loop)
+    def check(path: Path) -> None:
+        compare_file(path, models.file_tensors(parts, torch.float32))
+
+    return run(Stage(trainable, loss, validate, export, check=check), train, config.loop, config)
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, description=__doc__))
+    main(parse(Config, __doc__))

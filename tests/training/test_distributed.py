@@ -1,0 +1,73 @@
+"""Two real processes (gloo) equal one that accumulates, with DDP and with FSDP."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from .toys import train
+
+ROOT = Path(__file__).parents[2]
+KINDS = {"ddp": (), "fsdp": ("sharded",)}
+
+
+def launch(kind: str, settings: dict[str, Any]) -> subprocess.CompletedProcess[str]:
+    """`accelerate launch` with the shipped file, as the training guide has it."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    return subprocess.run(
+        [
+            *(sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"),
+            *("--config_file", f"training/configs/accelerate/{kind}.yaml"),
+            *("--num_processes", "2", "--main_process_port", str(port)),
+            *("-m", "tests.training.toys", json.dumps(settings), *KINDS[kind]),
+        ],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def table(path: Path) -> list[dict[str, float]]:
+    """What a clock and the machine have no say in."""
+    timed = ("samples_per_s", "wait_share", "peak_gb", "eta_s")
+    with path.open() as file:
+        rows = list(csv.DictReader(file))
+    return [{k: float(v) for k, v in row.items() if v and k not in timed} for row in rows]
+
+
+# Four batches are added up in another order by two processes than by one, two are not.
+@pytest.mark.parametrize(("kind", "accumulate", "tolerance"), [("ddp", 1, 0.0), ("fsdp", 2, 1e-5)])
+def test_two_processes_equal_accumulation(
+    kind: str, accumulate: int, tolerance: float, tmp_path: Path
+) -> None:
+    """Weights, EMA and logs; the second half of the two-process run is a resumed one."""
+    shared = {"decay": False, "batch_size": 2, "steps": 7, "validate_every": 7}
+    one = train({"out": str(tmp_path / "one"), "accumulate": 2 * accumulate, **shared})
+    two: dict[str, Any] = {"out": str(tmp_path / "two"), "accumulate": accumulate, **shared}
+    for steps in (4, 7):
+        done = launch(kind, two | {"steps": steps})
+        assert done.returncode == 0, done.stderr[-3000:]
+    assert "resumed" in done.stderr
+    found, expected = load_file(tmp_path / "two" / "export.safetensors"), load_file(one)
+    torch.testing.assert_close(found, expected, rtol=0, atol=tolerance)
+    for name in ("metrics.csv", "validation.csv"):
+        shared_out, alone = table(tmp_path / "two" / name), table(tmp_path / "one" / name)
+        if name == "validation.csv":
+            assert shared_out.pop(0)["step"] == 4  # and one row each: one process writes
+        assert len(shared_out) == len(alone)
+        for found, expected in zip(shared_out, alone, strict=True):
+            assert found == pytest.approx(expected, abs=0, rel=tolerance)

@@ -1,0 +1,103 @@
+"""A linear fit that trains in milliseconds, for tests that start, share and kill runs.
+
+As a program: python -m tests.training.toys '{"out": "folder", "steps": 6}' [sharded]
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from training.loop import LoopConfig, Stage, run
+
+
+class Points(Dataset[dict[str, Tensor]]):
+    """Sample i is a function of i."""
+
+    def __len__(self) -> int:
+        return 12
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        x = torch.randn(4, generator=torch.Generator().manual_seed(index))
+        return {"x": x, "y": x.sum(dim=0, keepdim=True)}
+
+
+def config(out: Path, **changes: Any) -> LoopConfig:
+    settings = {
+        "steps": 6, "batch_size": 2, "lr": 1e-2, "warmup": 2, "precision": "no", "workers": 0,
+        "checkpoint_every": 2, "validate_every": 6, "log_every": 1, "ema": 0.5, "threads": 1,
+    }  # fmt: skip
+    return LoopConfig(out=out, **(settings | changes))
+
+
+def stage(stop_at: int | None = None, scale: float = 1.0) -> Stage:
+    """A fit with noise from the step's generator, dropout and a frozen part.
+
+    Args:
+        stop_at: Batch at which it stops like a killed process.
+        scale: Factor of the loss.
+    """
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.2), nn.Tanh(), nn.Linear(8, 1))
+    frozen = nn.Linear(4, 4).requires_grad_(False)
+    seen = 0
+
+    def loss(batch: dict[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
+        nonlocal seen
+        seen += 1
+        if seen == stop_at:
+            raise KeyboardInterrupt
+        noise = 0.1 * torch.randn(batch["y"].shape, generator=generator)
+        error = model(batch["x"] + frozen(batch["x"])) + noise - batch["y"]
+        even = error[batch["x"][:, :1] > 0].square().mean()  # NaN in batches without such x
+        return {"loss": scale * error.square().mean(), "even": even.detach()}
+
+    def validate(step: int, folder: Path) -> dict[str, float]:
+        return {"weight": float(model.state_dict()["0.weight"].sum())}
+
+    def export(path: Path, settings: dict[str, Any]) -> None:
+        save_file(model.state_dict(), path)
+
+    def check(path: Path) -> None:
+        if not same(load_file(path), model.state_dict()):
+            raise ValueError(f"{path}: reads back other than it was written")
+
+    return Stage(model, loss, validate, export, (frozen,), check)
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    """Equal bit for bit."""
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def train(settings: dict[str, Any]) -> Path:
+    """One run in this process."""
+    return run(stage(), Points(), config(**(settings | {"out": Path(settings["out"])})))
+
+
+def shard_on_cpu() -> None:
+    """Let accelerate use FSDP on a CPU, which torch can do and accelerate leaves out.
+
+    To accelerate, several processes on CPUs are of a kind without FSDP; on any other kind it looks
+    at the environment that `accelerate launch` made.
+    """
+    from accelerate.state import PartialState
+    from accelerate.utils import DistributedType
+
+    PartialState(cpu=True)
+    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+
+
+if __name__ == "__main__":
+    if "sharded" in sys.argv:
+        shard_on_cpu()
+    logging.basicConfig(level=logging.INFO)
+    train(json.loads(sys.argv[1]))

@@ -1,0 +1,130 @@
+"""Classical baselines: what goes in and out, and that each does what it is there for."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from scipy import ndimage
+from skimage import data
+
+from diff_restorer.degradations import KINDS, degrade
+from training.evaluation import baselines
+from training.evaluation.baselines import BASELINES, COMPETITORS, Photo, restore
+
+DENOISERS = [
+    "bicubic x1/2", "Gaussian 1 px", "median 3", "median 5", "bilateral", "guided filter",
+    "NL means", "total variation", "local Wiener", "sliding DCT",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def photo() -> Photo:
+    """Part of a photo with edges, texture and smooth places, of odd size."""
+    return data.astronaut()[40:171, 150:303].astype(np.float32) / 255
+
+
+def psnr(image: Photo, reference: Photo) -> float:
+    return -10 * float(np.log10(np.square(image - reference).mean()))
+
+
+def degraded(kind: str, photo: Photo, severity: float) -> Photo:
+    image = torch.from_numpy(photo).permute(2, 0, 1)[None].contiguous()
+    found = degrade(kind, image, severity, torch.Generator().manual_seed(3))
+    return found[0].permute(1, 2, 0).numpy()
+
+
+def noisy(photo: Photo, sigma: float = 50) -> Photo:
+    added = np.random.default_rng(0).normal(0, sigma / 255, photo.shape)
+    return (photo + added).clip(0, 1).astype(np.float32)
+
+
+def test_at_least_five_baselines_compete_for_each_degraded_kind():
+    for kind in KINDS[:-1]:
+        assert len(set(COMPETITORS[kind])) >= 5
+    named = {name for names in COMPETITORS.values() for name in names}
+    assert named == set(BASELINES), "a baseline without a contest, or the other way round"
+    assert "clean" not in COMPETITORS
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_a_baseline_keeps_shape_and_range(name: str, photo: Photo):
+    before = photo.copy()
+    result = restore(name, photo)
+    assert result.shape == photo.shape
+    assert result.dtype == np.float32
+    assert 0 <= result.min() <= result.max() <= 1
+    assert np.array_equal(photo, before), "the photo was changed in place"
+    assert np.array_equal(restore(name, photo), result), "not a function of the photo alone"
+
+
+@pytest.mark.parametrize("name", BASELINES)
+@pytest.mark.parametrize("level", [0.0, 1.0])
+def test_a_baseline_survives_a_photo_of_one_value(name: str, level: float):
+    flat = np.full((33, 47, 3), level, np.float32)
+    assert np.isfinite(restore(name, flat)).all()
+
+
+@pytest.mark.parametrize("name", DENOISERS)
+def test_denoisers_remove_noise(name: str, photo: Photo):
+    lq = noisy(photo)
+    assert psnr(restore(name, lq), photo) > psnr(lq, photo) + 3
+
+
+def test_noise_is_estimated():
+    flat = np.full((128, 128, 3), 0.5, np.float32)
+    for sigma in (5, 20, 50):
+        assert baselines.noise_sigma(noisy(flat, sigma)) == pytest.approx(sigma / 255, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    "name", ["Wiener, Gaussian kernel", "Richardson-Lucy, Gaussian kernel", "unsharp mask"]
+)
+def test_sharpeners_undo_a_gaussian_blur(name: str, photo: Photo):
+    lq = ndimage.gaussian_filter(photo, (1.5, 1.5, 0))
+    assert psnr(restore(name, lq), photo) > psnr(lq, photo) + 0.5
+
+
+@pytest.mark.parametrize("name", ["Wiener, disk kernel", "Richardson-Lucy, disk kernel"])
+def test_sharpeners_undo_a_defocus(name: str, photo: Photo):
+    kernel = baselines._disk_psf(3.0)[..., None]
+    lq = ndimage.convolve(photo, kernel, mode="mirror").astype(np.float32)
+    assert psnr(restore(name, lq), photo) > psnr(lq, photo) + 0.5
+
+
+def test_jpeg_blocks_get_weaker(photo: Photo):
+    lq = degraded("jpeg", photo, 0.72)
+    for name in ("JPEG re-applied", "total variation", "guided filter"):
+        assert psnr(restore(name, lq), photo) > psnr(lq, photo)
+
+
+@pytest.mark.parametrize(
+    ("kind", "severity", "least"),
+    [("noise", 0.6, 4), ("jpeg", 0.72, 0.1), ("low_light", 0.5, 5), ("haze", 0.6, 2),
+     ("rain", 0.6, 0.3), ("snow", 0.6, 0.3), ("blur", 0.3, 0.1)],
+)  # fmt: skip
+def test_the_best_baseline_of_a_kind_improves_it(
+    kind: str, severity: float, least: float, photo: Photo
+):
+    lq = degraded(kind, photo, severity)
+    best = max(psnr(restore(name, lq), photo) for name in COMPETITORS[kind])
+    assert best > psnr(lq, photo) + least
+
+
+def test_bright_spots_are_filled_and_the_rest_is_kept():
+    clean = np.full((64, 64, 3), 0.3, np.float32)
+    clean[:, 40:] = 0.5
+    lq = clean.copy()
+    lq[10:13, 20:23] = lq[50:52, 50:52] = 0.95
+    for name in ("bright spots inpainted", "darker median 9", "opening 5"):
+        result = restore(name, lq)
+        assert np.abs(result - clean)[10:13, 20:23].max() < 0.05
+        assert np.abs(result - clean)[:8].max() < 0.05
+
+
+def test_auto_curves_reach_their_target(photo: Photo):
+    dark = (photo * 0.1).astype(np.float32)
+    assert baselines._luma(restore("auto gamma", dark)).mean() == pytest.approx(0.42, abs=0.08)
+    tinted = dark * np.array([1.5, 1.0, 0.6], np.float32)
+    means = (restore("auto exposure + grey world", tinted) ** 2.2).mean((0, 1))
+    assert means == pytest.approx(means.mean(), rel=0.15)

@@ -1,0 +1,308 @@
+"""What each part of Diff-Restorer is worth: one table, all variants on the same photos and noise.
+
+    python -m training.ablate --data.clean CBSD68 --data.limit 10 --out ablation_out
+
+Parts are switched off in the finished file: P_S by zeros, as training's dropout does; P_D by the
+mean of the class prototypes. That says how much the model leans on a part; a model that never had
+the part may do better, so give files that were trained without it where there are some:
+--retrained no_ps a.safetensors no_ce b.safetensors. Such a file keeps its own P_S and P_D, as far
+as it was trained with them (its metadata says what it leaves out).
+
+Runs in PyTorch without ComfyUI: whole photos padded to multiples of 8, DDIM (the workflow uses
+UniPC), bf16. Writes table.md, ablation.json and ablation.png to --out; a run that was stopped goes
+on where it was.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import tyro
+from tqdm import tqdm
+
+from diff_restorer.degradations import KINDS
+from tools.environment import ROOT
+
+from .common import git_revision
+from .evaluation import plots
+from .evaluation.metrics import fidelity
+from .evaluation.pictures import digest, file_digest, read_image, write_atomically
+from .evaluation.reading import open_file
+from .evaluation.report import DEGRADED
+from .evaluation.tables import SETTINGS, table
+from .evaluation.testsets import Case, synthetic
+from .evaluation.variants import VARIANTS, Photo, Variant
+from .models import Models
+
+log = logging.getLogger(__name__)
+PARTS = ("no_ps", "no_pd_control", "no_pd_decoder", "stock_decoder", "no_diffusion", "no_ce")
+"""Variants that decide whether a part of the method helps."""
+Scores = dict[str, dict[str, dict[str, float]]]
+"""Case id -> variant -> `psnr`, `ssim`, `seconds`."""
+
+
+@dataclass(frozen=True)
+class AblationData:
+    """Photos to compare on."""
+
+    clean: Path
+    """Clean photos to degrade: a folder, a text list or a CSV manifest."""
+    limit: int = 10
+    """Only the first photos; 0 takes all."""
+    seed: int = 0
+    """Seed of the degradations and of the sampler's noise."""
+    kinds: tuple[str, ...] = KINDS
+    """Test sets to run."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Restore with parts left out, and compare with the full model photo by photo."""
+
+    data: AblationData
+    out: Path = Path("ablation_out")
+    """Folder of the results."""
+    file: Path = ROOT / "models/diff_restorer_nano.safetensors"
+    """The full model, a self-contained file."""
+    retrained: dict[str, Path] = field(default_factory=dict)
+    """Variant -> file that was trained that way."""
+    variants: tuple[str, ...] = tuple(VARIANTS)
+    """Which to run; `full` always runs."""
+    steps: int = 20
+    """Sampling steps; the workflow's default is 20."""
+    bf16: bool = True
+    """Run the networks in bf16 autocast; else fp32."""
+
+
+def check_names(config: Config) -> None:
+    """Raises ValueError for a variant or kind that does not exist."""
+    for option, names, known in (
+        ("--variants", config.variants, VARIANTS),
+        ("--retrained", config.retrained, VARIANTS),
+        ("--data.kinds", config.data.kinds, KINDS),
+    ):
+        if unknown := [name for name in names if name not in known]:
+            raise ValueError(f"{option}: unknown {unknown}; known are {', '.join(known)}")
+
+
+def chosen_variants(config: Config) -> dict[str, Variant]:
+    """Variants that can run, `full` first; one that needs training needs its file."""
+    names = dict.fromkeys(("full", *config.variants))
+    return {
+        name: as_trained(VARIANTS[name]) if name in config.retrained else VARIANTS[name]
+        for name in names
+        if name in config.retrained or not VARIANTS[name].retrained
+    }
+
+
+def as_trained(variant: Variant) -> Variant:
+    """The variant for a file of its own, which leaves out by itself what it was trained without."""
+    return replace(variant, semantic=True, degradation=True, pooled=True)
+
+
+def score_case(
+    case: Case, models: Mapping[Path, Models], todo: Mapping[str, Variant], config: Config
+) -> dict[str, dict[str, float]]:
+    """Restores one photo in some variants; variant -> PSNR, SSIM and seconds."""
+    lq, gt = read_image(case.lq), read_image(case.gt)
+    photos: dict[Path, Photo] = {}
+    scores: dict[str, dict[str, float]] = {}
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=config.bf16):
+        for name, variant in todo.items():
+            file = config.retrained.get(name, config.file)
+            if file not in photos:
+                photos[file] = Photo(models[file], lq, gt, (config.data.seed, case.id))
+            begun = time.perf_counter()
+            restored = photos[file].restore(variant, config.steps)
+            seconds = time.perf_counter() - begun
+            scores[name] = fidelity(restored, gt) | {"seconds": seconds}
+    return scores
+
+
+def run(config: Config, cases: Sequence[Case]) -> Scores:
+    """Scores of every case, from the cache where they are still right."""
+    variants = chosen_variants(config)
+    files = {name: config.retrained.get(name, config.file) for name in variants}
+    models = {file: open_file(file) for file in set(files.values())}
+    code = file_digest(
+        *(Path(__file__).parent / f"evaluation/{m}.py" for m in ("variants", "reading"))
+    )
+    marks = {file: digest(file_digest(file), code) for file in models}
+    scores: Scores = {}
+    for case in tqdm(cases, desc="ablation", unit="photo"):
+        cache = config.out / "scores" / f"{case.id}.json"
+        stored = _read(cache)
+        settings = f"{config.steps} {config.bf16} {config.data.seed}"
+        photo = digest(case.lq.read_bytes(), case.gt.read_bytes(), settings)
+        keys = {name: digest(photo, marks[files[name]], str(variants[name])) for name in variants}
+        todo = {n: v for n, v in variants.items() if stored.get(n, {}).get("key") != keys[n]}
+        if todo:
+            fresh = score_case(case, models, todo, config)
+            stored |= {name: {"key": keys[name], **values} for name, values in fresh.items()}
+            write_atomically(cache, json.dumps(stored))
+        scores[case.id] = {
+            name: {key: value for key, value in stored[name].items() if key != "key"}
+            for name in variants
+        }
+    return scores
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
+def difference(values: Sequence[float]) -> tuple[float, float | None]:
+    """Mean of paired differences and its standard error, None for a single pair."""
+    error = float(np.std(values, ddof=1) / math.sqrt(len(values))) if len(values) > 1 else None
+    return float(np.mean(values)), error
+
+
+def summarize(config: Config, cases: Sequence[Case], scores: Scores) -> dict[str, Any]:
+    """Per variant: mean PSNR and SSIM, and paired differences to `full`, per kind and over all.
+
+    The mean over kinds is that of the degraded ones, without `clean`; its standard error is that
+    of a mean of independent kinds.
+    """
+    rows: dict[str, Any] = {}
+    kinds = [kind for kind in KINDS if any(case.set == kind for case in cases)]
+    degraded = [kind for kind in kinds if kind in DEGRADED]
+    for name, variant in chosen_variants(config).items():
+        per_kind: dict[str, Any] = {}
+        for kind in kinds:
+            ids = [case.id for case in cases if case.set == kind]
+            gap, error = difference(
+                [scores[i][name]["psnr"] - scores[i]["full"]["psnr"] for i in ids]
+            )
+            per_kind[kind] = {
+                "psnr": float(np.mean([scores[i][name]["psnr"] for i in ids])),
+                "ssim": float(np.mean([scores[i][name]["ssim"] for i in ids])),
+                "difference": gap,
+                "standard_error": error,
+            }
+        row: dict[str, Any] = {"title": variant.title, "kinds": per_kind}
+        row["file"] = config.retrained.get(name, config.file).name
+        row["retrained"] = name in config.retrained
+        row["seconds"] = float(np.mean([scores[case.id][name]["seconds"] for case in cases]))
+        for key in ("psnr", "ssim", "difference"):
+            values = [per_kind[kind][key] for kind in degraded]
+            row[key] = float(np.mean(values)) if values else math.nan
+        errors = [per_kind[kind]["standard_error"] for kind in degraded]
+        known = errors and None not in errors
+        row["standard_error"] = (
+            math.sqrt(sum(e * e for e in errors)) / len(errors) if known else None
+        )
+        rows[name] = row
+    return rows
+
+
+def verdict(row: Mapping[str, Any]) -> str:
+    """One line that says whether the model is better for what this variant leaves out."""
+    worth, error = -row["difference"], row["standard_error"]
+    if error is None:
+        known = "one photo only, no verdict"
+    elif abs(worth) <= 1.96 * error:
+        known = "**no difference that these photos can show**"
+    else:
+        known = "yes" if worth > 0 else "**no, the model is better without it**"
+    spread = "" if error is None else f" ± {error:.2f}"
+    return f"- {row['title']}: the full model is {worth:+.2f}{spread} dB ahead: {known}"
+
+
+def markdown(config: Config, rows: Mapping[str, Any], photos: int) -> str:
+    """The table and how to read it."""
+    kinds = list(rows["full"]["kinds"])
+
+    def shown(entry: Mapping[str, Any]) -> str:
+        gap, error = entry["difference"], entry["standard_error"]
+        if error is None:
+            return f"{gap:+.2f}"
+        star = "\\*" if abs(gap) > 1.96 * error and abs(gap) >= 0.005 else ""
+        return f"{gap:+.2f} ± {error:.2f}{star}"
+
+    lines = []
+    for name, row in rows.items():
+        title = row["title"] + (" (retrained)" if row["retrained"] else "")
+        cells = [title, f"{row['psnr']:.2f}", f"{row['ssim']:.3f}"]
+        if name == "full":
+            lines.append([*cells, "", *(f"{row['kinds'][kind]['psnr']:.2f}" for kind in kinds)])
+        else:
+            lines.append([*cells, shown(row), *(shown(row["kinds"][kind]) for kind in kinds)])
+    verdicts = [verdict(rows[name]) for name in PARTS if name in rows]
+    absent = [
+        VARIANTS[name].title
+        for name in config.variants
+        if VARIANTS[name].retrained and name not in config.retrained
+    ]
+    parts = [
+        "# Ablation",
+        f"File `{config.file.name}` (sha256 {file_digest(config.file)[:16]}), code "
+        f"{git_revision()}, {photos} photos of `{config.data.clean.name}` per kind, seed "
+        f"{config.data.seed}, {config.steps} DDIM steps, {'bf16' if config.bf16 else 'fp32'}. "
+        f"{SETTINGS[0].upper()}{SETTINGS[1:]}.",
+        "The first row is PSNR in dB; the others are paired differences to it in dB, ± their "
+        "standard error. \\* marks those beyond 1.96 standard errors. The mean is over the "
+        "degraded kinds, without `clean`.",
+        table(("variant", "PSNR", "SSIM", "difference", *kinds), lines),
+    ]
+    if verdicts:
+        parts.append("Does each part help?\n\n" + "\n".join(verdicts))
+    if absent:
+        parts.append("Not trained, so not measured: " + ", ".join(absent) + ".")
+    return "\n\n".join(part.rstrip() for part in parts) + "\n"
+
+
+def ablate(config: Config) -> tuple[dict[str, Any], dict[str, str]]:
+    """Runs and writes everything; returns the summary and the photos that failed."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    check_names(config)
+    made = synthetic(config.data.clean, config.out / "testset", config.data.limit, config.data.seed)
+    cases = [case for case in made.cases if case.set in config.data.kinds]
+    if not cases:
+        raise ValueError(f"no test photo can be used: {made.failed}")
+    rows = summarize(config, cases, scores := run(config, cases))
+    photos = len({case.name for case in cases})
+    report = {
+        "git_revision": git_revision(),
+        "file_sha256": file_digest(config.file),
+        "settings": json.loads(json.dumps(asdict(config), default=str)),
+        "variants": rows,
+        "photos": scores,
+    }
+    write_atomically(config.out / "ablation.json", json.dumps(report, indent=1) + "\n")
+    text = markdown(config, rows, photos)
+    write_atomically(config.out / "table.md", text)
+    drawn = [{"name": row["title"], **row} for name, row in rows.items() if name != "full"]
+    if drawn and not math.isnan(rows["full"]["psnr"]):
+        title = f"mean over the degraded kinds, full model {rows['full']['psnr']:.2f} dB"
+        plots.draw_differences(drawn, config.out / "ablation.png", title)
+    log.info("\n%s", text)
+    return rows, made.failed
+
+
+def main(config: Config) -> int:
+    """Entry point; returns the exit code."""
+    try:
+        _, failed = ablate(config)
+    except (ValueError, OSError, KeyError) as error:
+        log.error("error: %s", error)
+        return 1
+    for name, reason in failed.items():
+        log.error("failed: %s: %s", name, reason)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(tyro.cli(Config, description=__doc__)))

@@ -1,0 +1,1 @@
+"""What `training.evaluate` and `training.ablate` are made of: test sets, metrics, baselines."""

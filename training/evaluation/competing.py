@@ -1,0 +1,119 @@
+"""Scores of the classical baselines, by several processes and kept for the next run."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from . import baselines
+from .baselines import COMPETITORS, Photo
+from .pictures import digest, file_digest, write_atomically
+from .testsets import Case
+
+
+def read_photo(path: Path) -> Photo:
+    """A PNG of the test sets as (H, W, 3) float32 in [0, 1]."""
+    with Image.open(path) as picture:
+        return np.asarray(picture.convert("RGB"), np.float32) / 255
+
+
+def measure(lq: Path, gt: Path, names: Sequence[str]) -> dict[str, dict[str, float]]:
+    """Baseline -> `psnr` (dB, of the result rounded to 8 bits) and `seconds`, for one photo."""
+    degraded, clean = read_photo(lq), read_photo(gt)
+    scores = {}
+    for name in names:
+        begun = time.perf_counter()
+        restored = (baselines.restore(name, degraded) * 255).round() / 255
+        seconds = time.perf_counter() - begun
+        error = float(np.square(restored - clean, dtype=np.float64).mean())
+        scores[name] = {"psnr": -10 * np.log10(max(error, 1e-10)), "seconds": seconds}
+    return scores
+
+
+def run_baselines(
+    cases: Sequence[Case], cache: Path, workers: int
+) -> tuple[dict[str, dict[str, dict[str, float]]], dict[str, str]]:
+    """Lets every baseline try the cases of its kind.
+
+    Args:
+        cases: The test cases; a case without a kind, or of `clean`, has no baselines.
+        cache: Folder for the scores, one JSON file per case.
+        workers: Processes; 0 takes one per CPU core.
+
+    Returns:
+        Case id -> what `measure` returns; and case id -> why it failed.
+    """
+    scores: dict[str, dict[str, dict[str, float]]] = {}
+    failed: dict[str, str] = {}
+    code = file_digest(Path(baselines.__file__))
+    todo: list[tuple[Case, str]] = []
+    for case in cases:
+        key = digest(code, case.kind or "", case.lq.read_bytes(), case.gt.read_bytes())
+        stored = _read(_file(cache, case))
+        if stored.get("key") == key:
+            scores[case.id] = stored["scores"]
+        elif COMPETITORS.get(case.kind or ""):
+            todo.append((case, key))
+    if not todo:
+        return scores, failed
+    bar = tqdm(_measured(todo, workers or os.cpu_count() or 1), desc="baselines", total=len(todo))
+    for (case, key), got in bar:
+        if isinstance(got, Exception):
+            failed[case.id] = f"baselines: {got}"
+            continue
+        scores[case.id] = got
+        write_atomically(_file(cache, case), json.dumps({"key": key, "scores": got}))
+    return scores, failed
+
+
+def _measured(
+    todo: Sequence[tuple[Case, str]], workers: int
+) -> Iterator[tuple[tuple[Case, str], dict[str, dict[str, float]] | Exception]]:
+    """Runs `measure` for every case, in this process or in several, in the order they end."""
+
+    def names(case: Case) -> tuple[str, ...]:
+        return COMPETITORS[case.kind or ""]
+
+    if min(workers, len(todo)) == 1:
+        for entry in todo:
+            yield entry, _caught(entry[0].lq, entry[0].gt, names(entry[0]))
+        return
+    # Spawned, not forked: torch has threads by now, which do not survive a fork.
+    with ProcessPoolExecutor(min(workers, len(todo)), get_context("spawn")) as pool:
+        running = {
+            pool.submit(_caught, entry[0].lq, entry[0].gt, names(entry[0])): entry for entry in todo
+        }
+        for done in as_completed(running):
+            yield running[done], done.result()
+
+
+def _caught(lq: Path, gt: Path, names: Sequence[str]) -> dict[str, dict[str, float]] | Exception:
+    try:
+        return measure(lq, gt, names)
+    except (ValueError, ArithmeticError, OSError) as error:
+        return error
+
+
+def best_baseline(scores: dict[str, float]) -> str | None:
+    """The baseline with the highest mean PSNR of a set; None where there is none."""
+    return max(scores, key=scores.__getitem__, default=None)
+
+
+def _file(cache: Path, case: Case) -> Path:
+    return cache / f"{case.id}.json"
+
+
+def _read(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}

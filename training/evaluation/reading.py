@@ -1,0 +1,54 @@
+"""A Diff-Restorer file as training's own models, and what it reads from whole photos."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from diff_restorer import PromptOutput
+from diff_restorer.checkpoint import read_checkpoint
+from diff_restorer.views import WHOLE, native_view
+
+from ..data import clip_view
+from ..models import Models, sizes_of
+
+
+def open_file(path: Path) -> Models:
+    """The networks of a self-contained file, for evaluation.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        CheckpointError: It is no Diff-Restorer file.
+        ValueError: It has no base networks of its own, or a part does not fit.
+    """
+    checkpoint = read_checkpoint(path)
+    if not checkpoint.self_contained:
+        raise ValueError(f"{path}: holds no UNet, VAE and vision model; give a Nano file")
+    view = checkpoint.info.clip.get("degradation_view", WHOLE)
+    info = checkpoint.info
+    models = Models(sizes_of(path), info.types, info.prediction, view)
+    models.load(path)
+    return models.eval().requires_grad_(False)
+
+
+def views(models: Models, image: Tensor) -> dict[str, Tensor]:
+    """What the nodes show the vision encoder of photos (B, 3, H, W) in [0, 1]."""
+    size = models.sizes.vision_image
+    near = native_view(image.movedim(1, -1), size).movedim(-1, 1)
+    return {"clip_view": clip_view(image, size), "native_view": clip_view(near, size)}
+
+
+@torch.no_grad()
+def read_photo(models: Models, image: Tensor) -> tuple[PromptOutput, Tensor]:
+    """P_S, P_D and logits of photos (B, 3, H, W) in [0, 1], and the P_CLIP that P_D is made of."""
+    whole, close = models.tokens(views(models, image))
+    return models.prompt_of(whole, close), close
+
+
+def pad_to_8(image: Tensor) -> Tensor:
+    """Repeats the right and bottom edges up to multiples of 8 pixels, as the nodes do."""
+    height, width = image.shape[-2:]
+    return F.pad(image, (0, -width % 8, 0, -height % 8), mode="replicate")

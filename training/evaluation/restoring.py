@@ -1,0 +1,124 @@
+"""Runs ComfyUI workflows over photos; a run that was stopped goes on where it was."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from tools.client import Client, ClientError, ServerUnreachableError, Workflow, WorkflowError
+from tools.restore import INPUT_TITLE, OUTPUT_TITLE, restore
+
+from .pictures import digest, read_note, save_picture
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One photo to send through a workflow."""
+
+    name: str
+    photo: Path
+    result: Path
+    """PNG to write; its note has `key`, `probabilities` (type -> number) and `seconds`."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A workflow and what it has to do."""
+
+    title: str
+    """Of the progress bar and in messages."""
+    workflow: Workflow
+    """In API format, with the titles of `tools.restore`."""
+    jobs: tuple[Job, ...]
+    model: str
+    """Digest of the model file: results of another one are made again."""
+    multiple: int = 1
+    """Sides of a photo are padded to multiples of this and cut off again, in pixels."""
+
+    def pending(self) -> list[tuple[Job, str]]:
+        """Jobs without a valid result, and the key that it will have."""
+        own = digest(json.dumps(self.workflow, sort_keys=True), self.model)
+        wanted = ((job, digest(own, job.photo.read_bytes())) for job in self.jobs)
+        return [(job, key) for job, key in wanted if read_note(job.result).get("key") != key]
+
+
+def vae_round_trip(workflow: Workflow) -> Workflow:
+    """LoadImage -> VAE Encode -> VAE Decode with the VAE of a workflow, and no more.
+
+    Raises:
+        WorkflowError: No node of the workflow has a VAE.
+    """
+    links = [node["inputs"]["vae"] for node in workflow.values() if "vae" in node["inputs"]]
+    if not links:
+        raise WorkflowError("the workflow has no VAE, so that its round trip cannot be measured")
+
+    def node(class_type: str, title: str, **inputs: Any) -> dict[str, Any]:
+        return {"class_type": class_type, "inputs": inputs, "_meta": {"title": title}}
+
+    needed: Workflow = {
+        "photo": node("LoadImage", INPUT_TITLE, image="photo.png"),
+        "encode": node("VAEEncode", "VAE Encode", pixels=["photo", 0], vae=links[0]),
+        "decode": node("VAEDecode", "VAE Decode", samples=["encode", 0], vae=links[0]),
+        "save": node("SaveImage", OUTPUT_TITLE, images=["decode", 0], filename_prefix="vae"),
+    }
+    waiting = [links[0][0]]
+    while waiting:  # the loader of the VAE, and whatever it is fed by
+        name = waiting.pop()
+        needed[name] = workflow[name]
+        inputs = workflow[name]["inputs"].values()
+        waiting += [value[0] for value in inputs if isinstance(value, list)]
+    return needed
+
+
+def run_batch(client: Client, batch: Batch, pending: Iterable[tuple[Job, str]]) -> dict[str, str]:
+    """Sends photos through the batch's workflow.
+
+    Args:
+        client: The server.
+        batch: What to run.
+        pending: From `batch.pending()`.
+
+    Returns:
+        Name of each photo that failed -> reason.
+
+    Raises:
+        ServerUnreachableError: The server is gone; what is done is kept.
+    """
+    failed: dict[str, str] = {}
+    todo = list(pending)
+    done = len(batch.jobs) - len(todo)
+    bar = tqdm(todo, desc=batch.title, unit="photo", initial=done, total=len(batch.jobs))
+    for job, key in bar:
+        bar.set_postfix_str(job.name)
+        try:
+            with Image.open(job.photo) as opened:
+                photo = opened.convert("RGB")
+            result = restore(client, batch.workflow, _pad(photo, batch.multiple), batch.title)
+            picture = result.image
+            if picture.size != photo.size:
+                picture = picture.crop((0, 0, *photo.size))
+        except ServerUnreachableError:
+            raise
+        except (ClientError, OSError) as error:
+            log.warning("%s: %s failed: %s", job.name, batch.title, error)
+            failed[job.name] = f"{batch.title}: {error}"
+            continue
+        note = {"key": key, "probabilities": result.probabilities, "seconds": result.seconds}
+        save_picture(job.result, picture, note)
+    return failed
+
+
+def _pad(photo: Image.Image, multiple: int) -> Image.Image:
+    """Repeats the right and bottom edges, as the nodes do."""
+    edge = ((0, -photo.height % multiple), (0, -photo.width % multiple), (0, 0))
+    return Image.fromarray(np.pad(np.asarray(photo), edge, "edge"))

@@ -18,7 +18,7 @@ from torchmetrics.functional.image import structural_similarity_index_measure
 from torchvision.models import alexnet
 
 from diff_restorer.degradations import KINDS
-from tools.client import Client, ServerUnreachableError, WorkflowError, load_workflow
+from tools.client import Client, ServerUnreachableError, WorkflowError, find_node, load_workflow
 from tools.host import Host, free_port
 from tools.restore import NANO_WORKFLOW
 from training import evaluate
@@ -400,7 +400,12 @@ def run(host: Host, photos: Path, tmp_path_factory: pytest.TempPathFactory) -> C
     for path in photos.iterdir():
         (clean / path.name).write_bytes(path.read_bytes())
     (clean / "broken.png").write_bytes(b"no picture")
-    config = Config(PhotoSets(clean), out, server=host.url, workers=1, sheet_photos=1)
+    workflow = load_workflow(NANO_WORKFLOW)
+    workflow[find_node(workflow, "KSampler")]["inputs"]["steps"] = 2
+    (out / "quick.json").write_text(json.dumps(workflow))
+    config = Config(
+        PhotoSets(clean), out, out / "quick.json", server=host.url, workers=1, sheet_photos=1
+    )
     assert evaluate.main(config) == 1, "the broken photo must show in the exit code"
     return config
 

@@ -67,7 +67,7 @@ class VaeTrunk:
         if hasattr(module, "taesd_decoder"):
             return _tiny_trunk(module.taesd_encoder, module.taesd_decoder)
         if hasattr(decoder, "layers"):
-            return _tiny_trunk(module.encoder.layers, decoder.layers)
+            return _tiny_trunk(module.encoder.layers, module.decoder.layers)
         raise UnsupportedVaeError(
             f"vae: found a {type(vae).__name__}, expected an AutoencoderKL with encoder and "
             "decoder levels (SD 1.5) or Nano's. Video VAEs have no such levels: connect the VAE "
@@ -171,5 +171,5 @@ def _tiny_trunk(encoder: Any, decoder: Any) -> VaeTrunk:
         decoder_levels=decoder_levels[::-1],
         decoder_head=lambda h: up[-1](h) * 2 - 1,
         latent_channels=up[0].weight.shape[1],
-        channels=tuple(level.blocks[-1].conv[-1].weight.shape[0] for level in encoder_levels),
+        channels=tuple(down[end - 1].conv[-1].weight.shape[0] for end in ends),
     )

@@ -95,11 +95,13 @@ class AwareDecoder(nn.Module):
         super().__init__()
         self.fusion = fusion
         self.decoder: Any = copy.deepcopy(vae.decoder)
-        self.post_quant_conv: Any = copy.deepcopy(getattr(vae, "post_quant_conv", nn.Identity()))
+        # A TAESD has none.
+        head: nn.Module = getattr(vae, "post_quant_conv", None) or nn.Identity()
+        self.post_quant_conv: Any = copy.deepcopy(head)
 
     def trunk(self, vae: Any) -> VaeTrunk:
         """`vae` with this decoder in place of its own."""
-        view = nn.Module()
+        view: Any = nn.Module()
         view.encoder, view.quant_conv = vae.encoder, getattr(vae, "quant_conv", None)
         view.decoder, view.post_quant_conv = self.decoder, self.post_quant_conv
         return VaeTrunk.of(view)

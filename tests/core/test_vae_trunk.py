@@ -29,7 +29,8 @@ def test_walking_the_trunk_equals_the_library(vae: Any) -> None:
     for level, channels in enumerate(trunk.channels):
         assert features[level].shape == (2, channels, 32 >> level, 48 >> level)
     decoded = aware_decode(trunk, None, 5 * latent, {}, torch.zeros(2, 1))
-    torch.testing.assert_close(decoded, vae.decode(5 * latent).sample, atol=1e-6, rtol=0)
+    expected: Any = vae.decode(5 * latent)
+    torch.testing.assert_close(decoded, expected.sample, atol=1e-6, rtol=0)
 
 
 def test_other_networks_are_refused() -> None:

@@ -36,7 +36,7 @@ from tools.environment import ROOT
 from .common import git_revision
 from .evaluation import plots
 from .evaluation.metrics import fidelity
-from .evaluation.pictures import digest, file_digest, read_image, write_atomically
+from .evaluation.pictures import digest, file_digest, pixel_digest, read_image, write_atomically
 from .evaluation.reading import open_file
 from .evaluation.report import DEGRADED
 from .evaluation.tables import SETTINGS, table
@@ -143,7 +143,7 @@ def run(config: Config, cases: Sequence[Case]) -> Scores:
         cache = config.out / "scores" / f"{case.id}.json"
         stored = _read(cache)
         settings = f"{config.steps} {config.bf16} {config.data.seed}"
-        photo = digest(case.lq.read_bytes(), case.gt.read_bytes(), settings)
+        photo = digest(pixel_digest(case.lq), pixel_digest(case.gt), settings)
         keys = {name: digest(photo, marks[files[name]], str(variants[name])) for name in variants}
         todo = {n: v for n, v in variants.items() if stored.get(n, {}).get("key") != keys[n]}
         if todo:

@@ -45,6 +45,7 @@ from .evaluation.nafnet import load_nafnet
 from .evaluation.pictures import (
     digest,
     file_digest,
+    pixel_digest,
     read_image,
     read_note,
     save_picture,
@@ -174,7 +175,7 @@ def run_nafnet(config: Config, cases: list[Case]) -> None:
     network, model = load_nafnet(config.nafnet), file_digest(config.nafnet)
     for case in tqdm(cases, desc="NAFNet", unit="photo"):
         path = config.out / "nafnet" / f"{case.id}.png"
-        key = digest(model, case.lq.read_bytes())
+        key = digest(model, pixel_digest(case.lq))
         if read_note(path).get("key") != key:
             with torch.no_grad():
                 save_picture(path, to_picture(network(read_image(case.lq))), {"key": key})

@@ -27,7 +27,14 @@ from training.evaluate import Config, PhotoSets
 from training.evaluation import nafnet, report, tables, testsets
 from training.evaluation.competing import run_baselines
 from training.evaluation.metrics import FILES, IDENTICAL, Learned, fidelity
-from training.evaluation.pictures import read_image, read_note, save_picture, to_image, to_picture
+from training.evaluation.pictures import (
+    pixel_digest,
+    read_image,
+    read_note,
+    save_picture,
+    to_image,
+    to_picture,
+)
 from training.evaluation.report import PhotoScore
 from training.evaluation.restoring import Job, run_batch, vae_round_trip
 from training.evaluation.testsets import kind_of, synthetic
@@ -124,6 +131,15 @@ def test_a_changed_photo_is_degraded_again(photos: Path, tmp_path: Path):
     small_photo("chelsea", 40, 32).save(folder / "p.png")
     for case in synthetic(folder, tmp_path / "x", 0, 0).cases:
         assert not torch.equal(read_image(case.lq), before[case.id])
+
+
+def test_a_result_depends_on_pixels_and_not_on_notes(photos: Path, tmp_path: Path):
+    with Image.open(photos / "coffee.png") as picture:
+        for name in ("a", "b"):
+            save_picture(tmp_path / name, picture, {"key": name})
+    first, second = (tmp_path / name for name in ("a", "b"))
+    assert first.read_bytes() != second.read_bytes()
+    assert pixel_digest(first) == pixel_digest(second) != pixel_digest(photos / "astronaut.png")
 
 
 def test_pairs_are_matched_and_misfits_are_named(pairs: Path, tmp_path: Path):

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from . import baselines
 from .baselines import COMPETITORS, Photo
-from .pictures import digest, file_digest, write_atomically
+from .pictures import digest, file_digest, pixel_digest, write_atomically
 from .testsets import Case
 
 
@@ -57,7 +57,7 @@ def run_baselines(
     code = file_digest(Path(baselines.__file__))
     todo: list[tuple[Case, str]] = []
     for case in cases:
-        key = digest(code, case.kind or "", case.lq.read_bytes(), case.gt.read_bytes())
+        key = digest(code, case.kind or "", pixel_digest(case.lq), pixel_digest(case.gt))
         stored = _read(_file(cache, case))
         if stored.get("key") == key:
             scores[case.id] = stored["scores"]

@@ -40,6 +40,15 @@ def file_digest(*paths: Path) -> str:
     return total.hexdigest()
 
 
+def pixel_digest(path: Path) -> str:
+    """Digest of what a picture shows, not of its note; of the bytes of any other file."""
+    try:
+        with Image.open(path) as picture:
+            return digest(picture.convert("RGB").tobytes(), str(picture.size))
+    except (OSError, SyntaxError):
+        return digest(path.read_bytes())
+
+
 def save_picture(path: Path, picture: Image.Image, note: dict[str, Any]) -> None:
     """Writes a PNG with a note; a reader sees the old file or the new one, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from tools.client import Client, ClientError, ServerUnreachableError, Workflow, WorkflowError
 from tools.restore import INPUT_TITLE, OUTPUT_TITLE, restore
 
-from .pictures import digest, read_note, save_picture
+from .pictures import digest, pixel_digest, read_note, save_picture
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ class Batch:
     def pending(self) -> list[tuple[Job, str]]:
         """Jobs without a valid result, and the key that it will have."""
         own = digest(json.dumps(self.workflow, sort_keys=True), self.model)
-        wanted = ((job, digest(own, job.photo.read_bytes())) for job in self.jobs)
+        wanted = ((job, digest(own, pixel_digest(job.photo))) for job in self.jobs)
         return [(job, key) for job, key in wanted if read_note(job.result).get("key") != key]
 
 

@@ -36,7 +36,14 @@ from tools.environment import ROOT
 from .common import git_revision
 from .evaluation import plots
 from .evaluation.metrics import fidelity
-from .evaluation.pictures import digest, file_digest, pixel_digest, read_image, write_atomically
+from .evaluation.pictures import (
+    digest,
+    file_digest,
+    pixel_digest,
+    read_image,
+    weights_digest,
+    write_atomically,
+)
 from .evaluation.reading import open_file
 from .evaluation.report import DEGRADED
 from .evaluation.tables import SETTINGS, table
@@ -137,7 +144,7 @@ def run(config: Config, cases: Sequence[Case]) -> Scores:
     code = file_digest(
         *(Path(__file__).parent / f"evaluation/{m}.py" for m in ("variants", "reading"))
     )
-    marks = {file: digest(file_digest(file), code) for file in models}
+    marks = {file: digest(weights_digest(file), code) for file in models}
     scores: Scores = {}
     for case in tqdm(cases, desc="ablation", unit="photo"):
         cache = config.out / "scores" / f"{case.id}.json"
@@ -248,7 +255,7 @@ def markdown(config: Config, rows: Mapping[str, Any], photos: int) -> str:
     ]
     parts = [
         "# Ablation",
-        f"File `{config.file.name}` (sha256 {file_digest(config.file)[:16]}), code "
+        f"File `{config.file.name}` (tensors sha256 {weights_digest(config.file)[:16]}), code "
         f"{git_revision()}, {photos} photos of `{config.data.clean.name}` per kind, seed "
         f"{config.data.seed}, {config.steps} DDIM steps, {'bf16' if config.bf16 else 'fp32'}. "
         f"{SETTINGS[0].upper()}{SETTINGS[1:]}.",
@@ -276,7 +283,7 @@ def ablate(config: Config) -> tuple[dict[str, Any], dict[str, str]]:
     photos = len({case.name for case in cases})
     report = {
         "git_revision": git_revision(),
-        "file_sha256": file_digest(config.file),
+        "weights_sha256": weights_digest(config.file),
         "settings": json.loads(json.dumps(asdict(config), default=str)),
         "variants": rows,
         "photos": scores,

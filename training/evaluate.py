@@ -44,12 +44,12 @@ from .evaluation.metrics import Learned, fidelity
 from .evaluation.nafnet import load_nafnet
 from .evaluation.pictures import (
     digest,
-    file_digest,
     pixel_digest,
     read_image,
     read_note,
     save_picture,
     to_picture,
+    weights_digest,
     write_atomically,
 )
 from .evaluation.reading import open_file
@@ -140,7 +140,7 @@ def vae_path(config: Config, case: Case) -> Path:
 
 def server_work(config: Config, cases: list[Case]) -> list[Batch]:
     """What the server has to do: restore every LQ, and send every GT through the stock VAE."""
-    workflow, model = load_workflow(config.workflow), file_digest(config.file)
+    workflow, model = load_workflow(config.workflow), weights_digest(config.file)
     shared = {vae_path(config, case): case for case in cases}
     round_trips = tuple(Job(case.id, case.gt, path) for path, case in shared.items())
     jobs = tuple(Job(case.id, case.lq, restored_path(config, case)) for case in cases)
@@ -172,7 +172,7 @@ def run_nafnet(config: Config, cases: list[Case]) -> None:
     """Restores the photos of the synthetic sets with the comparison network."""
     if config.nafnet is None:
         return
-    network, model = load_nafnet(config.nafnet), file_digest(config.nafnet)
+    network, model = load_nafnet(config.nafnet), weights_digest(config.nafnet)
     for case in tqdm(cases, desc="NAFNet", unit="photo"):
         path = config.out / "nafnet" / f"{case.id}.png"
         key = digest(model, pixel_digest(case.lq))
@@ -305,7 +305,7 @@ def evaluate(config: Config) -> tuple[Summary, dict[str, str]]:
     bars = report.quality_bars(summary)
     about: dict[str, Any] = {
         "file": config.file.name,
-        "file_sha256": file_digest(config.file),
+        "weights_sha256": weights_digest(config.file),
         "workflow": config.workflow.name,
         "git_revision": git_revision(),
         "clean": config.data.clean.name if config.data.clean else None,

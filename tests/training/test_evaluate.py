@@ -266,7 +266,7 @@ def test_the_report_has_the_scores_of_every_photo(offline: Config, metrics: dict
     assert metrics["overall"]["gain"] == pytest.approx(6.02, abs=0.3)
     assert metrics["overall"]["accuracy"] == 1
     assert metrics["about"]["seed"] == 0
-    assert len(metrics["about"]["file_sha256"]) == 64
+    assert len(metrics["about"]["weights_sha256"]) == 64
 
 
 def test_the_best_baseline_is_the_best_of_the_mean(metrics: dict):

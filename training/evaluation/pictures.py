@@ -40,6 +40,24 @@ def file_digest(*paths: Path) -> str:
     return total.hexdigest()
 
 
+def weights_digest(path: Path) -> str:
+    """SHA-256 of the tensors of a safetensors file; scores written into its metadata change none.
+
+    Raises:
+        ValueError: It is no such file.
+    """
+    with path.open("rb") as file:
+        try:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        except (ValueError, MemoryError, OverflowError) as error:
+            raise ValueError(f"{path}: not a safetensors file ({error})") from error
+        header.pop("__metadata__", None)
+        total = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
+        while block := file.read(2**20):
+            total.update(block)
+    return total.hexdigest()
+
+
 def pixel_digest(path: Path) -> str:
     """Digest of what a picture shows, not of its note; of the bytes of any other file."""
     try:

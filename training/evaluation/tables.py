@@ -131,7 +131,7 @@ def markdown(
     sizes = ", ".join(f"{width} x {height}" for width, height in about["sizes"][:6])
     parts = [
         "# Evaluation",
-        f"File `{about['file']}` (sha256 {about['file_sha256'][:16]}), workflow "
+        f"File `{about['file']}` (tensors sha256 {about['weights_sha256'][:16]}), workflow "
         f"`{about['workflow']}` with its default settings, code {about['git_revision']}.",
         f"PSNR and SSIM on 8-bit RGB at full resolution ({sizes}"
         f"{', ...' if len(about['sizes']) > 6 else ''} px), SSIM by scikit-image (Gaussian window, "

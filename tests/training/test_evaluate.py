@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from skimage import data
 from skimage.metrics import peak_signal_noise_ratio
 from torchmetrics.functional.image import structural_similarity_index_measure
@@ -34,6 +35,7 @@ from training.evaluation.pictures import (
     save_picture,
     to_image,
     to_picture,
+    weights_digest,
 )
 from training.evaluation.report import PhotoScore
 from training.evaluation.restoring import Job, run_batch, vae_round_trip
@@ -482,3 +484,16 @@ def test_it_starts_a_server_of_its_own(pairs: Path, tmp_path: Path, comfyui_root
     assert evaluate.main(config) == 0
     metrics = json.loads((config.out / "metrics.json").read_text())
     assert metrics["sets"]["pairs/noise_real"]["photos"] == 1
+
+
+def test_scores_in_the_metadata_do_not_change_the_weights_digest(tmp_path: Path) -> None:
+    def digest_of(value: float, note: str) -> str:
+        file = tmp_path / "model.safetensors"
+        save_file({"a": torch.tensor([1.0, value])}, file, metadata={"scores": note})
+        return weights_digest(file)
+
+    assert digest_of(2, "none") == digest_of(2, "many")
+    assert digest_of(2, "none") != digest_of(3, "none")
+    (tmp_path / "text").write_text("no model at all")
+    with pytest.raises(ValueError, match="text: not a safetensors file"):
+        weights_digest(tmp_path / "text")

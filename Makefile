@@ -7,16 +7,21 @@ OUT ?= demo_out
 GPU ?=
 PHOTOS ?=
 STEPS ?= full
+CLEAN ?=
+PAIRS ?=
+LIMIT ?=
 ARGS ?=
 
 .DELETE_ON_ERROR:
-.PHONY: help demo serve test test-all lint nano bench-train
+.PHONY: help demo serve test test-all lint nano evaluate ablate bench-train
 
 help:
 	@echo "make demo  [IMAGE=photo.jpg] [OUT=demo_out] [GPU=1]   restore photos with Nano"
 	@echo "make serve [PORT=8188] [DIR=folder] [GPU=1] [ARGS=..] ComfyUI with this pack"
 	@echo "make test | test-all | lint                           checks"
 	@echo "make nano  PHOTOS=folder [STEPS=tiny] [ARGS=..]       train Nano from clean photos"
+	@echo "make evaluate CLEAN=folder [PAIRS=folder] [OUT=eval_out]  score Nano through ComfyUI"
+	@echo "make ablate   CLEAN=folder [LIMIT=10] [OUT=ablation_out]  what each part is worth"
 	@echo "make bench-train [ARGS=..]                            stage 1 against diffusers' ControlNet step"
 
 # The set-up prints its progress on stderr and the environment's interpreter on stdout.
@@ -49,6 +54,18 @@ lint:
 nano:
 	@test -n "$(PHOTOS)" || { echo "error: name a folder of clean photos: make nano PHOTOS=/path" >&2; exit 1; }
 	$(call in_environment,dev,exec "$$python" -m training.nano --photos "$(PHOTOS)" --steps $(STEPS) $(ARGS))
+
+evaluate:
+	@test -n "$(CLEAN)" || { echo "error: name a folder of clean photos: make evaluate CLEAN=/path" >&2; exit 1; }
+	$(call in_environment,dev,exec "$$python" -m training.evaluate --data.clean "$(CLEAN)" \
+	  $(if $(PAIRS),--data.pairs "$(PAIRS)") $(if $(LIMIT),--data.limit $(LIMIT)) \
+	  --out "$(if $(filter file,$(origin OUT)),eval_out,$(OUT))" $(if $(GPU),--gpu) $(ARGS))
+
+ablate:
+	@test -n "$(CLEAN)" || { echo "error: name a folder of clean photos: make ablate CLEAN=/path" >&2; exit 1; }
+	$(call in_environment,dev,exec "$$python" -m training.ablate --data.clean "$(CLEAN)" \
+	  $(if $(LIMIT),--data.limit $(LIMIT)) \
+	  --out "$(if $(filter file,$(origin OUT)),ablation_out,$(OUT))" $(ARGS))
 
 bench-train:
 	$(call in_environment,dev,exec "$$python" -m training.bench $(ARGS))

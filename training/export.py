@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -71,7 +73,7 @@ def main(config: Config) -> Path:
     source = read_checkpoint(config.model.init[-1])
     prefixes = sorted({_part(key) for key in source.keys})
     scores = json.loads(config.scores.read_text()) if config.scores else source.info.scores
-    info = replace(source.info, scores=scores)
+    info = replace(source.info, scores=scores, config=without_folders(source.info.config))
     write_checkpoint(config.out, models.file_tensors(prefixes, torch.float16), info)
 
     written = pooled_p_d(models, [validation])[0]
@@ -83,6 +85,15 @@ def main(config: Config) -> Path:
     size = config.out.stat().st_size / 1e6
     log.info("%s: %.1f MB, P_D read back within %.4f", config.out, size, difference)
     return config.out
+
+
+def without_folders(settings: Any) -> Any:
+    """Settings with the last part of each path only: a shared file tells nothing of a disk."""
+    if isinstance(settings, Mapping):
+        return {name: without_folders(value) for name, value in settings.items()}
+    if isinstance(settings, list):
+        return [without_folders(value) for value in settings]
+    return Path(settings).name if isinstance(settings, str) else settings
 
 
 def _part(key: str) -> str:

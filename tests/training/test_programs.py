@@ -128,6 +128,7 @@ def test_the_release_is_complete_and_in_half_precision(files: dict[str, Path]) -
     assert checkpoint.fusion_levels == (0, 2)
     assert checkpoint.info.types[-1] == "clean"
     assert checkpoint.info.config["loop"]["steps"] == 2
+    assert checkpoint.info.config["loop"]["out"] == "decoder"  # and not the folder it is in
     state = checkpoint.state("")
     assert {tensor.dtype for tensor in state.values()} == {torch.float16}
     assert state["prompt_processor.prototypes"].any(dim=1).all()

@@ -103,8 +103,6 @@ class Stage:
     time, of parameters that have it when the run starts."""
     check: Callable[[Path], None] | None = None
     """Raises an error that names the file where it reads back other than it was exported."""
-    begin_step: Callable[[int], None] | None = None
-    """Told the number of each step before its first batch; may switch `requires_grad`."""
 
 
 class _LossModule(nn.Module):
@@ -275,8 +273,6 @@ class _Run:
     ) -> tuple[bool, bool]:
         """One optimizer step; returns whether any process wants to stop, or a checkpoint."""
         config, accelerator = self.config, self.accelerator
-        if self.stage.begin_step is not None:
-            self.stage.begin_step(step)
         for group in self.optimizer.param_groups:
             group["lr"] = config.lr * learning_rate(step, config)
         if self.stage.begin_step is not None:

@@ -40,6 +40,13 @@ def write_other_models(path: Path) -> Path:
     return path
 
 
+def write_kl_vae(path: Path) -> Path:
+    """A self-contained file whose VAE is an AutoencoderKL, as Stable Diffusion's; Nano's is not."""
+    tensors = toy_weights.restorer_tensors() | toy_weights.base_tensors()
+    write_checkpoint(path, tensors, toy_weights.info())
+    return path
+
+
 def load_file(name: str) -> Change:
     def change(graph: Graph, models: Path) -> None:
         nano = graph.node("DiffRestorerNanoLoader")
@@ -49,9 +56,11 @@ def load_file(name: str) -> Change:
     return change
 
 
-def use_output_of(class_type: str, output: int, nano_output: int) -> Change:
+def use_output_of(
+    class_type: str, output: int, nano_output: int, file: str = "other.safetensors"
+) -> Change:
     def change(graph: Graph, models: Path) -> None:
-        inputs = {"path": str(models / "other.safetensors")} if class_type == "E2EToyModels" else {}
+        inputs = {"path": str(models / file)} if class_type == "E2EToyModels" else {}
         loader = graph.add(class_type, **inputs)
         nano = graph.node("DiffRestorerNanoLoader")
         graph.replace_link([nano, nano_output], [loader, output])
@@ -74,7 +83,10 @@ CASES: dict[str, tuple[Change, tuple[str, ...]]] = {
     "file of a newer format": (load_file("newer.safetensors"), ("newer.safetensors", "99")),
     "missing file": (load_file("nowhere.safetensors"), ("nowhere.safetensors", "diff_restorer")),
     "wrong CLIP width": (use_output_of("E2EToyModels", 1, 1), ("clip_vision", "128")),
-    "TAESD": (use_output_of("E2ETaesd", 0, 2), ("TAESD",)),
+    "VAE of another kind": (
+        use_output_of("E2EToyModels", 2, 2, "kl.safetensors"),
+        ("vae", "AutoencoderKL", "TAESD"),
+    ),
     "VAE of 16 channels": (use_output_of("E2EToyModels", 2, 2), ("vae", "16")),
     "SDXL model": (use_output_of("E2ESdxlModel", 0, 0), ("model", "2048", "SDXL")),
     "NaN image": (break_image, ("image", "NaN")),
@@ -86,6 +98,7 @@ def models(runner: Runner, tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_damaged_files(runner.host.base / "models/diff_restorer")
     folder = tmp_path_factory.mktemp("other_models")
     write_other_models(folder / "other.safetensors")
+    write_kl_vae(folder / "kl.safetensors")
     return folder
 
 

@@ -453,11 +453,12 @@ def test_a_second_run_does_only_what_is_missing(run: Config):
 
 
 @pytest.mark.comfy
-def test_another_model_file_makes_every_result_stale(run: Config, photos: Path):
+def test_another_model_file_makes_every_result_stale(run: Config, photos: Path, tmp_path: Path):
     cases = evaluate.open_cases(replace(run, data=PhotoSets(photos))).cases
     batch, _ = evaluate.server_work(run, cases)
     assert batch.pending() == []
-    other, _ = evaluate.server_work(replace(run, file=photos / "coffee.png"), cases)
+    save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors")
+    other, _ = evaluate.server_work(replace(run, file=tmp_path / "other.safetensors"), cases)
     assert len(other.pending()) == len(cases)
 
 

@@ -16,7 +16,6 @@ import comfy.model_patcher
 import comfy.ops
 import comfy.sd
 import comfy.supported_models
-import comfy.taesd.taesd
 import torch
 
 
@@ -81,23 +80,6 @@ class E2ESdxlModel:
         return (comfy.model_patcher.ModelPatcher(model, device, device),)
 
 
-class E2ETaesd:
-    """The tiny autoencoder for Stable Diffusion."""
-
-    @classmethod
-    def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802
-        return {"required": {}}
-
-    RETURN_TYPES = ("VAE",)
-    FUNCTION = "run"
-    CATEGORY = "tests"
-
-    def run(self) -> tuple[Any]:
-        tiny = comfy.taesd.taesd.TAESD()
-        _randomise(tiny)
-        return (comfy.sd.VAE(sd=tiny.state_dict()),)
-
-
 class E2EControlNet:
     """A stock ControlNet that fits a model."""
 
@@ -139,6 +121,5 @@ class E2ENanImage:
 
 
 NODE_CLASS_MAPPINGS = {
-    node.__name__: node
-    for node in (E2EToyModels, E2ESdxlModel, E2ETaesd, E2EControlNet, E2ENanImage)
+    node.__name__: node for node in (E2EToyModels, E2ESdxlModel, E2EControlNet, E2ENanImage)
 }

@@ -96,8 +96,6 @@ class Stage:
     """(step, sheet folder) -> scores, run with EMA weights; draws its sheet."""
     export: Callable[[Path, dict[str, Any]], None]
     """(path, config) -> writes the file that the next stage or the nodes load, EMA weights."""
-    frozen: tuple[nn.Module, ...] = ()
-    """Networks outside `trainable` that the loss uses; moved to the module's device."""
     begin_step: Callable[[int], None] | None = None
     """Told the number of each step before its first batch; may switch `requires_grad` off for a
     time, of parameters that have it when the run starts."""
@@ -195,8 +193,6 @@ class _Run:
         if accelerator.is_main_process:
             self.checkpoints.prepare()
             record.write(program, config.out / "config.toml")
-        for module in stage.frozen:
-            module.to(accelerator.device)
         learned = [p for p in stage.trainable.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(learned, lr=config.lr, weight_decay=config.weight_decay)
         self.module, self.optimizer = accelerator.prepare(_LossModule(stage), optimizer)

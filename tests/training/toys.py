@@ -70,7 +70,7 @@ def stage(stop_at: int | None = None, scale: float = 1.0) -> Stage:
         if not same(load_file(path), model.state_dict()):
             raise ValueError(f"{path}: reads back other than it was written")
 
-    return Stage(model, loss, validate, export, (frozen,), check=check)
+    return Stage(model, loss, validate, export, check=check)
 
 
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:

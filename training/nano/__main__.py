@@ -45,30 +45,28 @@ def main(recipe: Recipe) -> Path:
     photos = {"photos": str(recipe.photos)}
     sampling = {"validation_steps": 2} if tiny else {}
 
-    def stage(program: Any, name: str, *init: Path, **settings: Any) -> Path:
-        """Run one training program with the preset's settings, from the files `init`."""
-        loop: dict[str, Any] = {"out": str(recipe.out / name), "workers": recipe.workers}
-        loop |= settings.pop("loop", {}) | (TINY_LOOP if tiny else {})
+    def run(program: Any, *init: Path, **settings: Any) -> Path:
+        """Run one program with the preset's settings, from the files `init`."""
         model = {"init": [str(path) for path in init]}
-        overrides = {"loop": loop, "data": photos, "model": model, **settings}
+        overrides = {"data": photos, "model": model, **settings}
         return program.main(config.load(program.Config, recipe.preset, overrides))
 
-    base = stage(autoencoder, "autoencoder")
-    eyes = stage(vision, "vision")
-    control = stage(train_control, "control", eyes, base, **sampling)
-    latents = sample_decoder_data.main(
-        config.load(
-            sample_decoder_data.Config,
-            recipe.preset,
-            {
-                "data": photos,
-                "out": str(recipe.out / "latents.safetensors"),
-                "model": {"init": [str(control)]},
-                **({"samples": 4, "steps": 2} if tiny else {}),
-            },
-        )
+    def train(program: Any, name: str, *init: Path, **settings: Any) -> Path:
+        """Run one stage in a run folder of its own."""
+        loop: dict[str, Any] = {"out": str(recipe.out / name), "workers": recipe.workers}
+        loop |= settings.pop("loop", {}) | (TINY_LOOP if tiny else {})
+        return run(program, *init, loop=loop, **settings)
+
+    base = train(autoencoder, "autoencoder")
+    eyes = train(vision, "vision")
+    control = train(train_control, "control", eyes, base, **sampling)
+    latents = run(
+        sample_decoder_data,
+        control,
+        out=str(recipe.out / "latents.safetensors"),
+        **({"samples": 4, "steps": 2} if tiny else {}),
     )
-    start = stage(
+    start = train(
         train_decoder,
         "decoder_start",
         control,
@@ -76,19 +74,13 @@ def main(recipe: Recipe) -> Path:
         sampled_share=0.0,
         **sampling,
     )
-    decoder = stage(train_decoder, "decoder", start, latents=str(latents), **sampling)
-    return export.main(
-        config.load(
-            export.Config,
-            recipe.preset,
-            {
-                "data": photos,
-                "out": str(recipe.out / "diff_restorer_nano.safetensors"),
-                "model": {"init": [str(decoder)]},
-                **({"samples": 64} if tiny else {}),
-                **({"scores": str(recipe.scores)} if recipe.scores else {}),
-            },
-        )
+    decoder = train(train_decoder, "decoder", start, latents=str(latents), **sampling)
+    return run(
+        export,
+        decoder,
+        out=str(recipe.out / "diff_restorer_nano.safetensors"),
+        **({"samples": 64} if tiny else {}),
+        **({"scores": str(recipe.scores)} if recipe.scores else {}),
     )
 
 

@@ -37,8 +37,8 @@ def start_as_box_average(vae: Any) -> None:
 
     Three channels of both halves carry red, green and blue through all levels, which TAESD allows
     because it has no norm and colours in [0, 1] pass its ReLUs. All other weights are random and
-    learn the detail. From the first step this decodes at 19 dB, which a random start reaches after
-    an hour on two CPU cores.
+    learn the detail. Before the first step this decodes at 18 to 20 dB; a random start still showed
+    grey blobs after 200 steps.
 
     Args:
         vae: diffusers' AutoencoderTiny, changed in place.

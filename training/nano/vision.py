@@ -36,9 +36,9 @@ def start_as_spectrum(vision: Any, views: Tensor) -> None:
     """Start the encoder where its first layer measures how strong each spatial frequency is.
 
     Degradations differ in the spectrum of a photo: a linear classifier on the mean magnitude of
-    cosine coefficients names 72 % of nine kinds after 2,000 samples, which this encoder from a
-    random start does not reach with 15,000. So the patch filters start as a whitened cosine basis,
-    and the first MLP as the magnitude of each: gelu(x) + gelu(-x) is nearly |x|.
+    cosine coefficients names 72 % of nine kinds after 2,000 samples, where this encoder, given
+    the coefficients alone, named 43 % after 8,000. So the patch filters start as a whitened cosine
+    basis, and the first MLP as the magnitude of each: gelu(x) + gelu(-x) is nearly |x|.
 
     Args:
         vision: CLIP vision model of transformers with quick_gelu, changed in place.

@@ -114,7 +114,9 @@ class RestorationSamples(Dataset[dict[str, Tensor]]):
             `native_view`: likewise, a window of it that is not resized where it is large enough;
             `kinds`: (N,) float32, 1 for each kind in the sample (`clean` where there is none);
             `label`: int64, the kind of the highest severity;
-            `severity`: float32 in [0, 1], the highest; `UNKNOWN_SEVERITY` for pairs.
+            `severity`: float32 in [0, 1], the highest, of `clean` 0; `UNKNOWN_SEVERITY` for pairs;
+            `tone`: (6,) float32, how much brighter the clean part is than the degraded one in R, G
+            and B, and how much higher its standard deviation is.
         """
         generator = seeded(self.seed, 1, index)
         kind = None
@@ -152,7 +154,8 @@ class RestorationSamples(Dataset[dict[str, Tensor]]):
             if happens(getattr(self.mixing, extra)) and extra not in kinds:
                 kinds.append(extra)
         scale = math.sqrt(len(kinds))
-        return {kind: sample_severity(generator) / scale for kind in kinds}
+        levels = {kind: sample_severity(generator) / scale for kind in kinds}
+        return levels if kind != "clean" else {"clean": 0.0}
 
     def _sample(
         self, part: Tensor, degraded: Tensor, levels: dict[str, float], generator: torch.Generator
@@ -178,6 +181,7 @@ class RestorationSamples(Dataset[dict[str, Tensor]]):
             "kinds": torch.tensor([float(kind in named) for kind in self.kinds]),
             "label": torch.tensor(self.kinds.index(strongest)),
             "severity": torch.tensor(named[strongest]),
+            "tone": _tone(part) - _tone(degraded),
         }
 
     def _pair_part(self, both: Tensor, generator: torch.Generator) -> Tensor:
@@ -222,6 +226,12 @@ class RestorationSamples(Dataset[dict[str, Tensor]]):
     def _resized(self, part: Tensor, factor: float) -> Tensor:
         size = [max(self.crop, round(side * factor)) for side in part.shape[-2:]]
         return to_8_bit(F.interpolate(part, size=size, mode="bicubic", antialias=True))
+
+
+def _tone(image: Tensor) -> Tensor:
+    """Mean and standard deviation of each channel of (1, 3, H, W), (6,)."""
+    pixels = image[0].flatten(1)
+    return torch.cat([pixels.mean(dim=1), pixels.std(dim=1)])
 
 
 def _chance(share: float, generator: torch.Generator) -> bool:

@@ -35,6 +35,23 @@ def band_means(
     }
 
 
+def kind_loss(logits: Tensor, label: Tensor, severity: Tensor, mild: float) -> Tensor:
+    """Cross-entropy of the kinds, (), in which samples count by how visible their kind is.
+
+    Args:
+        logits: (B, N).
+        label: (B,), the kinds.
+        severity: (B,); 0 for clean photos, which count in full, and negative where it is unknown.
+        mild: Below this severity a sample counts in proportion: nobody can tell it from a clean
+            photo, and it would teach to name clean photos anything. 0 counts all alike.
+    """
+    each = F.cross_entropy(logits, label, reduction="none")
+    if mild == 0:
+        return each.mean()
+    weight = torch.where(severity > 0, severity / mild, 1.0).clamp(max=1)
+    return (weight * each).sum() / weight.sum()
+
+
 def spectral_distance(image: Tensor, reference: Tensor, window: int = 16) -> Tensor:
     """Mean L1 between the amplitudes of local spectra: texture where L1 would rather blur.
 

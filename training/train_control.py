@@ -18,7 +18,7 @@ from .common import DataConfig, ModelConfig, checkpoint_info, half, open_data, o
 from .config import parse
 from .diffusion import TIMESTEPS, sample, scheduler
 from .loop import LoopConfig, Stage, maybe_compile, run
-from .losses import band_means
+from .losses import band_means, kind_loss
 from .models import SD15, Models, psnr, to_pixels
 from .sheets import save_sheet
 
@@ -36,6 +36,8 @@ class Config:
     """Weight of the classification loss; 0 is the ablation without it."""
     classification: Literal["ce", "bce"] = "ce"
     """Cross-entropy of one kind per photo, or binary cross-entropy of each kind for mixed ones."""
+    mild: float = 0.0
+    """Severity below which a sample counts less in the cross-entropy; the paper's counts all."""
     semantic_dropout: float = 0.1
     """Share of samples whose P_S is zero, so that CFG stays possible."""
     draws: int = 1
@@ -113,7 +115,7 @@ def make_loss(models: Models, config: Config) -> Loss:
         if config.classification == "bce":
             kinds = F.binary_cross_entropy_with_logits(logits, batch["kinds"])
         else:
-            kinds = F.cross_entropy(logits, batch["label"])
+            kinds = kind_loss(logits, batch["label"], batch["severity"], config.mild)
         terms = {"loss": mse + config.ce_weight * kinds, "mse": mse, config.classification: kinds}
         return terms | band_means(per_sample, timestep, TIMESTEPS)
 

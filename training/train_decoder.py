@@ -138,16 +138,18 @@ class DecoderLoss:
         self.playing = self.discriminator is not None and step >= self.config.gan.start
 
     @torch.no_grad()
-    def read(self, both: Tensor) -> tuple[Tensor, Features]:
-        """Scaled latent of the first half of `both` (pixels), features of the second."""
-        size, channels = len(both) // 2, self.trunk.latent_channels
+    def read(self, clean: Tensor, degraded: Tensor) -> tuple[Tensor, Features]:
+        """Scaled latent of the pixels `clean`, of any number of photos; features of `degraded`."""
+        photos = torch.cat([clean, degraded])
         with own_precision(self.models.vae):
             moments, features = encode_with_features(
-                self.trunk, suited(self.models.vae, both), self.fusion.levels
+                self.trunk, suited(self.models.vae, photos), self.fusion.levels
             )
-        features = features | {PIXELS: both}
-        mean = moments[:size, :channels].float() * self.models.latent_scale
-        return mean, {level: value[size:] for level, value in features.items()}
+        features = features | {PIXELS: photos}
+        rows = slice(len(clean), None)
+        mean = moments[: len(clean), : self.trunk.latent_channels].float()
+        own = {level: value[rows] for level, value in features.items()}
+        return mean * self.models.latent_scale, own
 
     def decode(self, latent: Tensor, features: Features, pooled: Tensor) -> Tensor:
         """Pixels of a scaled latent."""
@@ -157,11 +159,11 @@ class DecoderLoss:
     def __call__(self, batch: dict[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
         config, place = self.config, {"generator": generator, "device": generator.device}
         with torch.no_grad():
-            pooled = self.models.read(batch).pooled
-        clean, features = self._read_fast(to_pixels(torch.cat([batch["gt"], batch["lq"]])))
+            pooled = self.models.read_pooled(batch)
+        latent, fresh = batch["latent"].clone(), ~batch["sampled"]
+        clean, features = self._read_fast(to_pixels(batch["gt"][fresh]), to_pixels(batch["lq"]))
         level = config.latent_noise * torch.rand(len(clean), 1, 1, 1, **place).to(clean.device)
-        encoded = clean + level * torch.randn(clean.shape, **place).to(clean.device)
-        latent = torch.where(batch["sampled"][:, None, None, None], batch["latent"], encoded)
+        latent[fresh] = clean + level * torch.randn(clean.shape, **place).to(clean.device)
         pixels = self._decode_fast(latent, features, pooled).float()
         image = (pixels + 1) / 2
         total = l1 = F.l1_loss(image, batch["gt"])
@@ -214,7 +216,7 @@ def main(config: Config) -> Path:
     def validate(step: int, folder: Path) -> dict[str, float]:
         prompt = models.read(validation)
         hint = models.encode(to_pixels(validation["lq"]))
-        _, features = loss.read(to_pixels(torch.cat([validation["gt"], validation["lq"]])))
+        _, features = loss.read(*(to_pixels(validation[name]) for name in ("gt", "lq")))
         if "control." in found:
             generator = torch.Generator().manual_seed(0)
             steps = config.validation_steps

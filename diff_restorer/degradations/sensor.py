@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from .draw import Draw, geometric, lerp, per_sample
 
@@ -15,11 +16,12 @@ def add_gaussian_noise(image: Tensor, sigma: Tensor, generator: torch.Generator)
 def noise(image: Tensor, severity: Tensor, generator: torch.Generator) -> Tensor:
     """Gaussian noise (colour or grey), Poisson noise, film grain or developed camera noise.
 
-    Sigma runs from 5/255 to 75/255; the benchmark's 50/255 lies at severity 0.64.
+    Sigma runs from 5/255 to 75/255; the benchmark's 50/255 lies at severity 0.64. Developed camera
+    noise has half of it.
     """
     draw = Draw(image, generator)
     sigma = lerp(5 / 255, 75 / 255, severity)
-    mode = draw.choice(0.5, 0.1, 0.15, 0.1, 0.15)
+    mode = draw.choice(0.45, 0.08, 0.12, 0.08, 0.27)
     added = draw.randn(*image.shape) * per_sample(sigma)
     for index, variant in ((1, _grey), (2, _photons), (3, _grain), (4, _developed)):
         chosen = mode == index
@@ -47,15 +49,28 @@ def _grain(added: Tensor, image: Tensor, sigma: Tensor, generator: torch.Generat
 
 
 def _developed(added: Tensor, image: Tensor, sigma: Tensor, generator: torch.Generator) -> Tensor:
-    """Sensor noise after demosaicing: coloured blotches of about two pixels, less in the dark."""
+    """What a camera's denoising and demosaicing leave: mild coloured blotches of many sizes.
+
+    The correlation at a distance of 1, 2, 4 and 8 px is about 0.7, 0.4, 0.15 and 0.05; the pairs of
+    PolyU (arXiv 1804.02603), read as a guide, have 0.65, 0.4, 0.2 and 0.1.
+    """
     across = added + added.roll(1, -1)
-    return (across + across.roll(1, -2)) / 2 * (0.4 + 1.2 * image).clamp(max=1)
+    blotches = 0.3 * (across + across.roll(1, -2))
+    for side, weight in ((2, 0.45), (4, 0.45), (8, 0.25)):
+        coarse = F.avg_pool2d(added, side, ceil_mode=True)
+        coarse = F.interpolate(coarse, size=added.shape[-2:], mode="bilinear")
+        blotches = blotches + side * weight * coarse
+    return blotches / 2 * (0.4 + 1.2 * image).clamp(max=1)
 
 
 def low_light(image: Tensor, severity: Tensor, generator: torch.Generator) -> Tensor:
-    """A short exposure: darkened in linear light, tinted, with shot and read noise, in 8 bits."""
+    """A short exposure: darkened in linear light, tinted, with shot and read noise, in 8 bits.
+
+    The last quarter of the severities reaches down to the darkness of LOL, 7 stops.
+    """
     draw = Draw(image, generator)
-    stops = lerp(1.0, 5.5, severity) + draw.uniform(-0.4, 0.4)
+    stops = lerp(1.0, 5.5, severity) + 6 * (severity - 0.75).clamp_min(0)
+    stops = stops + draw.uniform(-0.4, 0.4)
     exposure = per_sample(2.0**-stops)
     cast = torch.exp(0.15 * lerp(0.3, 1.0, severity)[:, None] * draw.randn(draw.batch, 3))
     linear = image.clamp(0, 1) ** 2.2 * exposure * cast[:, :, None, None]

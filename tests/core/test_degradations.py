@@ -16,6 +16,7 @@ from diff_restorer.degradations import (
     sample_severity,
 )
 from diff_restorer.degradations.filters import convolve, gaussian_blur
+from diff_restorer.degradations.sensor import _developed
 
 DEGRADING = tuple(kind for kind in ALL_KINDS if kind != "clean")
 
@@ -111,7 +112,7 @@ def test_clean_is_the_identity(photo: Tensor) -> None:
 @pytest.mark.parametrize(
     ("kind", "low", "high"),
     [
-        ("noise", 14, 22.5),
+        ("noise", 14, 24),
         ("jpeg", 24, 31),
         ("low_light", 8, 12.5),
         ("haze", 10, 17),
@@ -134,6 +135,22 @@ def test_gaussian_noise_has_the_sigma_asked_for() -> None:
     grey = torch.full((2, 3, 64, 64), 0.5)
     noisy = add_gaussian_noise(grey, torch.tensor([10 / 255, 30 / 255]), seeded())
     assert (noisy - grey).std(dim=(1, 2, 3)).mul(255).tolist() == pytest.approx([10, 30], rel=0.05)
+
+
+def test_developed_camera_noise_is_mild_and_blotchy() -> None:
+    grey = torch.full((1, 3, 256, 256), 0.5)
+    added = torch.randn(grey.shape, generator=seeded()) * 20 / 255
+    noise = _developed(added, grey, torch.tensor([20 / 255]), seeded())
+    assert noise.std().item() * 255 == pytest.approx(10, rel=0.1)
+    correlations = [
+        ((noise[..., :-step] * noise[..., step:]).mean() / noise.var()).item() for step in (1, 2, 4)
+    ]
+    assert correlations == pytest.approx([0.7, 0.4, 0.15], abs=0.1)
+
+
+def test_the_worst_low_light_is_as_dark_as_that_of_lol(photo: Tensor) -> None:
+    levels = [degrade("low_light", photo, 1.0, seeded(seed)).mean().item() for seed in range(8)]
+    assert sum(levels) / 8 * 255 == pytest.approx(12, abs=4)
 
 
 def test_jpeg_is_the_real_codec_with_its_quality(photo: Tensor) -> None:

@@ -154,6 +154,19 @@ def test_a_turned_photo_is_upright_in_its_header_too(folder: Path, tmp_path: Pat
     assert photo_size(tmp_path / "turned.jpg") == (100, 150)
 
 
+def test_the_tone_tells_what_the_degradation_did_to_brightness(folder: Path) -> None:
+    samples = make(folder, kinds=("clean", "low_light", "haze"))
+    for index in range(30):
+        sample = samples[index]
+        tone, kind = sample["tone"], samples.kinds[sample["label"]]
+        if kind == "clean":
+            assert not tone.any()
+        elif kind == "low_light":
+            assert (tone > 0).all()  # the clean photo is brighter and has more contrast
+        else:
+            assert (tone[3:] > 0).all()
+
+
 def test_a_sample_has_the_promised_shapes_and_ranges(folder: Path) -> None:
     samples = make(folder)
     seen = set()
@@ -167,6 +180,7 @@ def test_a_sample_has_the_promised_shapes_and_ranges(folder: Path) -> None:
             assert sample[key].dtype == torch.float32
             assert torch.equal(levels.round().clamp(0, 255) / 255, sample[key])
         assert 0 <= sample["severity"] < 1
+        assert (sample["severity"] == 0) == (KINDS[sample["label"]] == "clean")
         assert sample["kinds"].tolist() == [i == sample["label"] for i in range(len(KINDS))]
         seen.add(int(sample["label"]))
     assert seen == set(range(len(KINDS)))

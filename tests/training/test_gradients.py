@@ -57,7 +57,8 @@ def batch_for(models: Models) -> dict[str, Tensor]:
     kinds = torch.zeros(2, len(models.types))
     kinds[0, 1] = kinds[1, 3] = kinds[1, 0] = 1
     return batch | {
-        "label": torch.tensor([1, 3]), "kinds": kinds, "sampled": torch.tensor([True, False]),
+        "label": torch.tensor([1, 3]), "kinds": kinds, "severity": torch.tensor([0.2, 0.8]),
+        "sampled": torch.tensor([True, False]),
     }  # fmt: skip
 
 
@@ -266,9 +267,27 @@ def test_parts_join_stage_2_at_their_step(models: Models) -> None:
         assert bool(reached(loss.discriminator)) == gan
 
 
+def test_pooled_p_d_alone_is_that_of_the_whole_reading(models: Models) -> None:
+    batch = batch_for(models)
+    assert torch.equal(models.read_pooled(batch), models.read(batch).pooled)
+
+
+def test_stage_2_decodes_sampled_latents_where_there_are_some(models: Models) -> None:
+    loss = stage_2(models, latent_noise=0.0)
+    batch = batch_for(models)
+    seen: list[torch.Tensor] = []
+    decode = loss._decode_fast
+    loss._decode_fast = lambda latent, *rest: (seen.append(latent), decode(latent, *rest))[1]
+    loss(batch, torch.Generator().manual_seed(2))
+    clean = models.encode(to_pixels(batch["gt"]))
+    assert torch.equal(seen[0][0], batch["latent"][0])
+    torch.testing.assert_close(seen[0][1], clean[1])
+
+
 def test_the_decoder_without_p_d_ignores_it(models: Models) -> None:
     loss = stage_2(models, without_degradation=True)
     batch = batch_for(models)
+    assert not models.read_pooled(batch).any()
     assert not models.read(batch).pooled.any()
     assert models.read(batch).logits.any()
     loss.begin_step(0)

@@ -19,6 +19,7 @@ from training.losses import (
     adversarial,
     band_means,
     hinge_discriminator,
+    kind_loss,
     spectral_distance,
 )
 
@@ -32,6 +33,17 @@ def test_bands_are_means_over_their_quarter_and_nan_where_empty() -> None:
     assert (float(found["mse_t0"]), float(found["mse_t3"])) == (2.0, 5.0)
     assert found["mse_t1"].isnan()
     assert found["mse_t2"].isnan()
+
+
+def test_mild_samples_count_less_for_the_kind_and_clean_ones_in_full() -> None:
+    logits = torch.randn(4, 3, generator=torch.Generator().manual_seed(1))
+    label = torch.tensor([0, 1, 2, 0])
+    each = F.cross_entropy(logits, label, reduction="none")
+    severity = torch.tensor([0.0, 0.05, 0.9, -1.0])
+    assert torch.equal(kind_loss(logits, label, severity, 0), each.mean())
+    weight = torch.tensor([1.0, 0.25, 1.0, 1.0])
+    expected = (weight * each).sum() / 3.25
+    torch.testing.assert_close(kind_loss(logits, label, severity, mild=0.2), expected)
 
 
 def test_the_spectral_distance_minds_texture_more_than_its_place() -> None:

@@ -15,19 +15,26 @@ from ..checkpoints import compare_file
 from ..common import DataConfig, ModelConfig, checkpoint_info, open_data, open_models
 from ..config import parse
 from ..loop import LoopConfig, Stage, maybe_compile, run
+from ..losses import kind_loss
 from ..models import clip_tokens
 from ..sheets import save_sheet
 
 
 @dataclass(frozen=True)
 class Config:
-    """Train the vision encoder and the degradation branch to name the degradation."""
+    """Train the vision encoder and the degradation branch to name and measure the degradation."""
 
     loop: LoopConfig
     data: DataConfig
     model: ModelConfig = field(default_factory=ModelConfig)
+    measure_weight: float = 0.5
+    """Weight of the loss that asks pooled P_D for the severity and for what the degradation did to
+    brightness and contrast: the kind alone would not tell the decoder how dark a photo was."""
+    mild: float = 0.2
+    """Severity below which a sample counts less in the cross-entropy."""
 
 
+MEASURES = ("severity", *(f"{what} {c}" for what in ("brightness", "contrast") for c in "RGB"))
 RULERS = 8
 """Channels that hold a constant: against it layer norm lets the next layers see absolute size."""
 
@@ -86,27 +93,41 @@ def start_patch_filters(patch_embedding: nn.Conv2d, views: Tensor) -> None:
         patch_embedding.weight.copy_(filters / spread[:, None, None, None])
 
 
+def measures(batch: dict[str, Tensor]) -> Tensor:
+    """What P_D shall also tell, (B, 7), about 1 in size: `MEASURES`; NaN where it is unknown."""
+    severity = torch.where(batch["severity"] < 0, torch.nan, batch["severity"])
+    return torch.cat([3 * severity[:, None], 5 * batch["tone"]], dim=1)
+
+
 def main(config: Config) -> Path:
     """Train, and write a file with `base.clip_vision.` and `prompt_processor.`."""
     models, found = open_models(config.model)
     train, validation = open_data(config.data, config.model.sizes, config.loop.seed)
     if "base.clip_vision." not in found:
         start_as_spectrum(models.vision, validation["native_view"])
-    trainable = nn.ModuleList([models.vision, models.prompt.degradation, models.prompt.classifier])
+    ruler = nn.Linear(models.prompt.config.context_width, len(MEASURES))  # for training alone
+    trainable = nn.ModuleList(
+        [models.vision, models.prompt.degradation, models.prompt.classifier, ruler]
+    )
 
-    def logits_of(view: Tensor) -> Tensor:
-        return models.prompt(clip_tokens(models.vision, view)).logits.float()
+    def read(view: Tensor) -> tuple[Tensor, Tensor]:
+        prompt = models.prompt(clip_tokens(models.vision, view))
+        return prompt.logits.float(), ruler(prompt.pooled).float()
 
-    step_function = maybe_compile(logits_of, config.loop)
+    step_function = maybe_compile(read, config.loop)
 
     def loss(batch: dict[str, Tensor], _: torch.Generator) -> dict[str, Tensor]:
-        logits = step_function(batch["native_view"])
+        logits, measured = step_function(batch["native_view"])
+        kinds = kind_loss(logits, batch["label"], batch["severity"], config.mild)
+        target = measures(batch)
+        wrong = torch.where(target.isnan(), 0, measured - target.nan_to_num()).square().mean()
         accuracy = (logits.argmax(dim=1) == batch["label"]).float().mean()
-        return {"loss": F.cross_entropy(logits, batch["label"]), "accuracy": accuracy}
+        total = kinds + config.measure_weight * wrong
+        return {"loss": total, "ce": kinds, "measures": wrong, "accuracy": accuracy}
 
     @torch.no_grad()
     def validate(step: int, folder: Path) -> dict[str, float]:
-        logits = logits_of(validation["native_view"])
+        logits, measured = read(validation["native_view"])
         names = [
             f"{models.types[truth]} -> {models.types[found]}"
             for truth, found in zip(validation["label"], logits.argmax(dim=1), strict=True)
@@ -115,6 +136,7 @@ def main(config: Config) -> Path:
         return {
             "cross_entropy": float(F.cross_entropy(logits, validation["label"])),
             "accuracy": float((logits.argmax(dim=1) == validation["label"]).float().mean()),
+            "measures": float((measured - measures(validation)).square().nanmean()),
         }
 
     parts = ("base.clip_vision.", "prompt_processor.")

@@ -10,165 +10,33 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
-from scipy import fft, ndimage, signal
+from scipy import ndimage
 from skimage import color, exposure, restoration
 
-Photo = NDArray[np.floating[Any]]
+from . import smoothing
+from .smoothing import (
+    Photo,
+    bicubic_down_up,
+    bilateral,
+    gaussian,
+    guided,
+    guided_by,
+    local_wiener,
+    luma,
+    median,
+    nl_means,
+    per_channel,
+    sliding_dct,
+    to_8_bit,
+    total_variation,
+)
+
 Baseline = Callable[[Photo], Photo]
-
-_LUMA = np.array([0.299, 0.587, 0.114], np.float32)
-
-
-def _luma(photo: Photo) -> Photo:
-    return photo @ _LUMA
-
-
-def _per_channel(function: Callable[[Any], Any], photo: Photo) -> Photo:
-    return np.stack([function(photo[..., channel]) for channel in range(3)], axis=-1)
-
-
-def _to_8_bit(photo: Photo) -> NDArray[np.uint8]:
-    return (photo * 255).round().clip(0, 255).astype(np.uint8)
-
-
-# Smoothing
-
-
-def noise_sigma(photo: Photo) -> float:
-    """Standard deviation of white noise: median of the diagonal Haar details.
-
-    Source: Donoho and Johnstone, "Ideal spatial adaptation by wavelet shrinkage" (1994).
-    """
-    even = photo[: photo.shape[0] // 2 * 2, : photo.shape[1] // 2 * 2]
-    details = (even[::2, ::2] - even[1::2, ::2] - even[::2, 1::2] + even[1::2, 1::2]) / 2
-    return float(np.median(np.abs(details)) / 0.6745)
-
-
-def bicubic_down_up(photo: Photo, factor: float = 2) -> Photo:
-    """Shrinks and enlarges again by bicubic interpolation."""
-    picture = Image.fromarray(_to_8_bit(photo))
-    small = [max(1, round(side / factor)) for side in picture.size]
-    shrunk = picture.resize((small[0], small[1]), Image.Resampling.BICUBIC)
-    return np.asarray(shrunk.resize(picture.size, Image.Resampling.BICUBIC), np.float32) / 255
-
-
-def gaussian(photo: Photo, sigma: float) -> Photo:
-    """Gaussian filter; sigma in pixels."""
-    return ndimage.gaussian_filter(photo, (sigma, sigma, 0))
-
-
-def median(photo: Photo, height: int, width: int) -> Photo:
-    """Median of each channel over a window of height x width pixels."""
-    return ndimage.median_filter(photo, (height, width, 1))
-
-
-def bilateral(photo: Photo, strength: float = 2.0, least: float = 0.03) -> Photo:
-    """Bilateral filter whose range is `strength` times the noise, at least `least`.
-
-    Source: Tomasi and Manduchi, "Bilateral filtering for gray and color images" (1998).
-    """
-    spread = max(least, strength * noise_sigma(photo))
-    total, weight = np.zeros_like(photo), np.zeros_like(photo[..., :1])
-    radius = 3
-    padded = np.pad(photo, ((radius, radius), (radius, radius), (0, 0)), "reflect")
-    height, width = photo.shape[:2]
-    for y in range(2 * radius + 1):
-        for x in range(2 * radius + 1):
-            shifted = padded[y : y + height, x : x + width]
-            apart = np.square(shifted - photo).mean(-1, keepdims=True) / (2 * spread**2)
-            near = ((y - radius) ** 2 + (x - radius) ** 2) / (2 * 1.7**2)
-            part = np.exp(-apart - near, dtype=np.float32)
-            total += part * shifted
-            weight += part
-    return total / weight
-
-
-def guided(photo: Photo, radius: int = 3, least: float = 1e-3) -> Photo:
-    """Guided filter of the photo by itself, with the noise's variance as its threshold.
-
-    Source: He, Sun and Tang, "Guided image filtering" (2010).
-    """
-    return _guided(_luma(photo), photo, radius, max(least, noise_sigma(photo) ** 2))
-
-
-def _guided(guide: Photo, source: Photo, radius: int, epsilon: float) -> Photo:
-    def box(values: Photo) -> Photo:
-        return ndimage.uniform_filter(values, 2 * radius + 1, axes=(0, 1))
-
-    guide = guide.reshape(*guide.shape[:2], *(1,) * (source.ndim - 2))
-    mean_guide, mean_source = box(guide), box(source)
-    slope = box(guide * source) - mean_guide * mean_source
-    slope = slope / (box(guide * guide) - mean_guide**2 + epsilon)
-    return box(slope) * guide + box(mean_source - slope * mean_guide)
-
-
-def nl_means(photo: Photo, least: float = 0.02) -> Photo:
-    """Non-local means. Source: Buades, Coll and Morel (2005), as in scikit-image (fast mode)."""
-    sigma = max(least, noise_sigma(photo))
-    return restoration.denoise_nl_means(
-        photo, patch_size=5, patch_distance=5, h=0.6 * sigma, sigma=sigma, channel_axis=-1
-    )
-
-
-def total_variation(photo: Photo, strength: float = 1.0, least: float = 0.03) -> Photo:
-    """Total variation. Source: Chambolle (2004), as in scikit-image."""
-    weight = max(least, strength * noise_sigma(photo))
-    return restoration.denoise_tv_chambolle(photo, weight, max_num_iter=60, channel_axis=-1)
-
-
-def local_wiener(photo: Photo) -> Photo:
-    """Wiener's filter on local mean and variance. Source: Lee (1980), as in scipy."""
-    power = max(noise_sigma(photo), 1e-3) ** 2
-    return _per_channel(lambda channel: signal.wiener(channel, (5, 5), noise=power), photo)
-
-
-def sliding_dct(photo: Photo, least: float = 0.01, block: int = 16, stride: int = 4) -> Photo:
-    """Thresholds overlapping blocks in the DCT domain (rows, columns, colours), then Wiener.
-
-    Sources: Yu and Sapiro, "DCT image denoising" (2011); the second, empirical Wiener step with
-    the first result as its oracle is that of Dabov et al., "BM3D" (2007), without its grouping.
-    """
-    sigma = max(least, noise_sigma(photo))
-    edge = ((block, 2 * block), (block, 2 * block), (0, 0))
-    noisy = np.pad(photo, edge, "reflect")
-    estimate = _shrink_blocks(noisy, None, sigma, block, stride)
-    estimate = _shrink_blocks(noisy, estimate, sigma, block, stride)
-    return estimate[block : block + photo.shape[0], block : block + photo.shape[1]]
-
-
-def _shrink_blocks(
-    noisy: Photo, oracle: Photo | None, sigma: float, block: int, stride: int
-) -> Photo:
-    total, weight = np.zeros_like(noisy), np.zeros_like(noisy)
-    rows, columns = ((side - block) // block for side in noisy.shape[:2])
-
-    def blocks(image: Photo, top: int, left: int) -> Photo:
-        window = image[top : top + rows * block, left : left + columns * block]
-        return window.reshape(rows, block, columns, block, 3)
-
-    def transform(image: Photo) -> Photo:
-        return np.asarray(fft.dctn(image, axes=(1, 3, 4), norm="ortho"))
-
-    for top in range(0, block, stride):
-        for left in range(0, block, stride):
-            found = transform(blocks(noisy, top, left))
-            if oracle is None:
-                gain = (np.abs(found) > 2.7 * sigma).astype(np.float32)
-            else:
-                power = transform(blocks(oracle, top, left)) ** 2
-                gain = power / (power + sigma**2)
-            gain[:, :1, :, :1, :1] = 1
-            trust = 1 / np.square(gain).sum((1, 3, 4), keepdims=True)
-            mended = fft.idctn(gain * found, axes=(1, 3, 4), norm="ortho")
-            blocks(total, top, left)[:] += trust * mended
-            blocks(weight, top, left)[:] += trust
-    return total / weight.clip(1e-12)
-
 
 # Sharpening
 
@@ -191,7 +59,7 @@ def _deconvolve(photo: Photo, psf: Photo, function: Callable[[Photo, Photo], Any
     """Applies a deconvolution per channel, with mirrored edges so that the border rings less."""
     pad = min(24, *(side - 1 for side in photo.shape[:2]))
     padded = np.pad(photo, ((pad, pad), (pad, pad), (0, 0)), "reflect")
-    sharp = _per_channel(lambda channel: function(channel, psf), padded)
+    sharp = per_channel(lambda channel: function(channel, psf), padded)
     return sharp[pad:-pad, pad:-pad]
 
 
@@ -232,7 +100,7 @@ def respin_jpeg(photo: Photo, quality: int = 10) -> Photo:
     shifts = [(y, x) for y in range(0, 8, 2) for x in range(0, 8, 2)]
     for y, x in shifts:
         with io.BytesIO() as stream:
-            Image.fromarray(_to_8_bit(padded[y:, x:])).save(stream, "JPEG", quality=quality)
+            Image.fromarray(to_8_bit(padded[y:, x:])).save(stream, "JPEG", quality=quality)
             again = np.asarray(Image.open(stream), np.float32) / 255
         total += again[8 - y : 8 - y + height, 8 - x : 8 - x + width]
     return total / len(shifts)
@@ -243,7 +111,7 @@ def respin_jpeg(photo: Photo, quality: int = 10) -> Photo:
 
 def auto_gamma(photo: Photo, mean: float = 0.42) -> Photo:
     """The gamma curve that brings the mean luma near `mean`."""
-    found = float(_luma(photo).mean().clip(1e-3, 1 - 1e-3))
+    found = float(luma(photo).mean().clip(1e-3, 1 - 1e-3))
     return photo ** np.float32(np.log(mean) / np.log(found))
 
 
@@ -290,7 +158,7 @@ def lime(photo: Photo) -> Photo:
     Source: Guo, Li and Ling, "LIME" (2017), with a guided filter as its solver.
     """
     brightest = photo.max(-1)
-    light = _guided(brightest, brightest, 12, 1e-3).clip(0.01, 1) ** np.float32(0.8)
+    light = guided_by(brightest, brightest, 12, 1e-3).clip(0.01, 1) ** np.float32(0.8)
     return photo / light[..., None]
 
 
@@ -310,7 +178,7 @@ def dark_channel(photo: Photo, omega: float = 0.95, window: int = 11) -> Photo:
     haziest = dark >= np.quantile(dark, 0.999)
     air = photo[haziest].mean(0).clip(0.1, 1)
     veil = ndimage.minimum_filter((photo / air).min(-1), window)
-    transmission = _guided(_luma(photo), 1 - omega * veil, 20, 1e-3).clip(0.1, 1)[..., None]
+    transmission = guided_by(luma(photo), 1 - omega * veil, 20, 1e-3).clip(0.1, 1)[..., None]
     return (photo - air) / transmission + air
 
 
@@ -319,7 +187,7 @@ def color_attenuation(photo: Photo) -> Photo:
     hsv = color.rgb2hsv(photo).astype(np.float32)
     depth = 0.121779 + 0.959710 * hsv[..., 2] - 0.780245 * hsv[..., 1]
     depth = ndimage.minimum_filter(depth, 11)
-    depth = _guided(_luma(photo), depth, 20, 1e-3)
+    depth = guided_by(luma(photo), depth, 20, 1e-3)
     air = photo[depth >= np.quantile(depth, 0.999)].mean(0)
     return (photo - air) / np.exp(-depth).clip(0.1, 0.9)[..., None] + air
 
@@ -342,8 +210,8 @@ def inpaint_bright(photo: Photo, window: int, threshold: float = 0.2) -> Photo:
 
     Source: normalised convolution, Knutsson and Westin (1993).
     """
-    luma = _luma(photo)
-    spots = luma - ndimage.grey_opening(luma, (window, window)) > threshold
+    bright = luma(photo)
+    spots = bright - ndimage.grey_opening(bright, (window, window)) > threshold
     known = 1 - ndimage.binary_dilation(spots).astype(np.float32)[..., None]
     filled = gaussian(photo * known, window / 2) / gaussian(known, window / 2).clip(1e-3)
     return known * photo + (1 - known) * filled
@@ -427,6 +295,11 @@ COMPETITORS: Mapping[str, tuple[str, ...]] = {
     "low_res": (*_DEBLUR, "sliding DCT"),
 }  # fmt: skip
 """Kind -> the baselines that compete for it; `clean` has none: who is told it leaves it alone."""
+
+
+def sources() -> tuple[Path, Path]:
+    """The files that hold all baselines: their scores are kept as long as these are the same."""
+    return Path(__file__), Path(smoothing.__file__)
 
 
 def restore(name: str, photo: Photo) -> Photo:

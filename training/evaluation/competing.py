@@ -54,7 +54,7 @@ def run_baselines(
     """
     scores: dict[str, dict[str, dict[str, float]]] = {}
     failed: dict[str, str] = {}
-    code = file_digest(Path(baselines.__file__))
+    code = file_digest(*baselines.sources())
     todo: list[tuple[Case, str]] = []
     for case in cases:
         key = digest(code, case.kind or "", pixel_digest(case.lq), pixel_digest(case.gt))

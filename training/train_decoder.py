@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import load_file
@@ -27,6 +27,7 @@ from .losses import (
     adaptive_weight,
     adversarial,
     hinge_discriminator,
+    psnr_loss,
 )
 from .models import Models, own_precision, psnr, suited, to_pixels
 from .sheets import save_sheet
@@ -46,7 +47,7 @@ class GanConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """L1 and a perceptual distance on latents of clean photos and of stage 1's samples."""
+    """Pixel and perceptual distance on latents of clean photos and of stage 1's samples."""
 
     loop: LoopConfig
     data: DataConfig
@@ -59,8 +60,10 @@ class Config:
     """Largest standard deviation of the noise on encoded latents (scaled latents have 1)."""
     fusion_first: int = 0
     """Steps in which the fusion blocks alone train, before the decoder joins them."""
+    pixel_loss: Literal["l1", "psnr"] = "l1"
+    """L1 as in the paper, or minus the PSNR of each photo, which minds small damage more."""
     lpips_weight: float = 0.0
-    """Weight of the perceptual term beside L1; the paper's recipe has 1."""
+    """Weight of the perceptual term beside the pixel loss; the paper's recipe has 1."""
     lpips_weights: Path | None = None
     """torchvision's VGG16 for LPIPS; else the torch hub cache's. Where there is none, the distance
     of local spectra takes its place, and the log says so."""
@@ -166,8 +169,9 @@ class DecoderLoss:
         latent[fresh] = clean + level * torch.randn(clean.shape, **place).to(clean.device)
         pixels = self._decode_fast(latent, features, pooled).float()
         image = (pixels + 1) / 2
-        total = l1 = F.l1_loss(image, batch["gt"])
+        l1 = F.l1_loss(image, batch["gt"])
         terms = {"l1": l1}
+        total = l1 if config.pixel_loss == "l1" else psnr_loss(image, batch["gt"])
         if self.perceptual is not None:
             terms["perceptual"] = self.perceptual(image, batch["gt"])
             total = total + config.lpips_weight * terms["perceptual"]

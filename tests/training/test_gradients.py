@@ -246,6 +246,15 @@ def test_each_term_of_stage_2_alone_reaches_the_last_conv(models: Models, term: 
     assert not reached(loss.discriminator)
 
 
+def test_minus_the_psnr_alone_reaches_all_of_the_decoder(models: Models) -> None:
+    loss = stage_2(models, pixel_loss="psnr")
+    loss.begin_step(0)
+    terms = loss(batch_for(models), torch.Generator().manual_seed(2))
+    terms["loss"].backward()
+    assert reached(models.decoder) == names(models.decoder)
+    assert not torch.equal(terms["loss"], terms["l1"])
+
+
 def test_the_discriminator_s_term_leaves_the_decoder_alone(models: Models) -> None:
     loss = stage_2(models, gan=GanConfig(0.025, start=0, width=8))
     loss.begin_step(0)

@@ -20,6 +20,7 @@ from training.losses import (
     band_means,
     hinge_discriminator,
     kind_loss,
+    psnr_loss,
     spectral_distance,
 )
 
@@ -44,6 +45,19 @@ def test_mild_samples_count_less_for_the_kind_and_clean_ones_in_full() -> None:
     weight = torch.tensor([1.0, 0.25, 1.0, 1.0])
     expected = (weight * each).sum() / 3.25
     torch.testing.assert_close(kind_loss(logits, label, severity, mild=0.2), expected)
+
+
+def test_the_psnr_loss_is_minus_the_psnr_and_minds_each_photo_alike() -> None:
+    clean = picture(1) / 2 + 0.25
+    noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(2))
+    image = (clean + noise * torch.tensor([0.1, 0.02])[:, None, None, None]).requires_grad_()
+    loss = psnr_loss(image, clean)
+    assert float(loss.detach()) == pytest.approx(-(20 + 34) / 2 / 100, abs=0.01)
+    loss.backward()
+    assert image.grad is not None
+    worse, better = image.grad.flatten(1).norm(dim=1)
+    assert better > 2 * worse
+    assert torch.isfinite(psnr_loss(clean, clean))
 
 
 def test_the_spectral_distance_minds_texture_more_than_its_place() -> None:

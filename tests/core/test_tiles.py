@@ -1,0 +1,163 @@
+"""The decode in tiles equals that of the whole picture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from skimage import data
+from torch import Tensor, nn
+
+from diff_restorer import FusionBlocks, FusionConfig, VaeTrunk, aware_decode, encoder_features
+from diff_restorer.tiled_vae import plan_decode, plan_features
+from diff_restorer.tiles import Cut, Map, Plan, Stage, Window
+from training.networks import Sizes, build_vae
+
+KINDS = {"kl": Sizes(vae_channels=(32, 32, 64, 64), vae_layers=2), "tiny": Sizes(vae_channels=())}
+
+
+def photo_of(height: int, width: int) -> Tensor:
+    """(1, 3, height, width) in [-1, 1]: the cat, mirrored where it is too small."""
+    cat = torch.from_numpy(data.chelsea().copy()).permute(2, 0, 1)[None].float() / 127.5 - 1
+    while cat.shape[-2] < height or cat.shape[-1] < width:
+        cat = torch.cat([cat, cat.flip(-1)], dim=-1)
+        cat = torch.cat([cat, cat.flip(-2)], dim=-2)
+    return cat[..., :height, :width].contiguous()
+
+
+def levels(error: Tensor, image: Tensor) -> Tensor:
+    """Errors in levels of 255, as if the image of random weights had a photo's contrast."""
+    return 60 * error.abs() / image.std()
+
+
+class Decoder:
+    """A small aware decoder with random weights, and a photo."""
+
+    def __init__(self, kind: str, height: int, width: int) -> None:
+        torch.manual_seed(0)
+        vae = build_vae(KINDS[kind]).eval().requires_grad_(False)
+        self.trunk = VaeTrunk.of(vae)
+        pairs = tuple((level, self.trunk.channels[level]) for level in (1, 2, 3))
+        pixels = (self.trunk.channels[0], 8)
+        self.fusion = FusionBlocks(FusionConfig(pairs, 4, 2, 16, pixels)).requires_grad_(False)
+        for parameter in self.fusion.parameters():
+            nn.init.normal_(parameter, std=0.05)
+        self.photo, self.pooled = photo_of(height, width), torch.randn(1, 16)
+        channels = self.trunk.latent_channels
+        self.latent = torch.randn(1, channels, height // 8, width // 8)
+
+    def whole(self, fidelity: float) -> Tensor:
+        features = encoder_features(self.trunk, self.photo, self.fusion.levels)
+        return aware_decode(self.trunk, self.fusion, self.latent, features, self.pooled, fidelity)
+
+    def tiled(self, cut: Cut, fidelity: float) -> Tensor:
+        features = dict(enumerate(plan_features(self.trunk, self.photo, (1, 2, 3), cut).run()))
+        plan = plan_decode(
+            self.trunk, self.fusion, self.trunk.decoder_stem(self.latent), self.photo, features,
+            self.pooled, fidelity, cut,
+        )  # fmt: skip
+        *_, image = plan.run()
+        return image.whole().float()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("fidelity", [1.0, 0.4, 0.0])
+@pytest.mark.parametrize(
+    ("height", "width", "tile"),
+    [(128, 192, 8), (136, 200, 7), (8, 400, 16), (264, 16, 5), (64, 64, 64), (72, 72, 1)],
+)
+def test_tiles_equal_the_whole(
+    kind: str, fidelity: float, height: int, width: int, tile: int
+) -> None:
+    decoder = Decoder(kind, height, width)
+    found = decoder.tiled(Cut(tile, decoder.photo), fidelity)
+    expected = decoder.whole(fidelity)
+    assert found.shape == expected.shape
+    error = levels(found - expected, expected)
+    assert error.mean() < 0.5
+    assert error.max() < 4
+
+
+@torch.no_grad()
+def test_norms_that_see_their_tile_alone_would_be_told_apart() -> None:
+    decoder = Decoder("kl", 128, 192)
+    expected = decoder.whole(0.0)
+    alone = decoder.trunk.decoder_stem(decoder.latent)
+    for index in (3, 2, 1, 0):
+        level = decoder.trunk.decoder_levels[index]
+        for block in level.blocks:
+            alone = torch.cat([block(half) for half in alone.chunk(2, dim=-1)], dim=-1)
+        alone = level.resample(alone) if level.resample else alone
+    assert levels(decoder.trunk.decoder_head(alone) - expected, expected).max() > 4
+
+
+@torch.no_grad()
+def test_maps_in_a_file_hold_the_same(tmp_path: Path) -> None:
+    decoder = Decoder("kl", 64, 96)
+    in_file = decoder.tiled(Cut(5, decoder.photo, tmp_path), 1.0)
+    assert torch.equal(in_file, decoder.tiled(Cut(5, decoder.photo), 1.0))
+    assert not list(tmp_path.iterdir())
+
+
+@torch.no_grad()
+def test_the_number_of_visits_is_known_before() -> None:
+    decoder, seen = Decoder("kl", 64, 96), [0]
+
+    def count() -> None:
+        seen[0] += 1
+
+    plan = plan_features(decoder.trunk, decoder.photo, (0, 2), Cut(3, decoder.photo, None, count))
+    assert len(list(plan.run())) == 3
+    # Three tiles by four; each of the three levels has two blocks with two norms.
+    assert plan.visits == seen[0] == 12 * 3 * 2 * 3
+
+
+@torch.no_grad()
+def test_an_exception_from_the_caller_stops_the_plan() -> None:
+    decoder = Decoder("tiny", 64, 64)
+
+    def stop() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        list(
+            plan_features(
+                decoder.trunk, decoder.photo, (1,), Cut(4, decoder.photo, None, stop)
+            ).run()
+        )
+
+
+@torch.no_grad()
+def test_no_norm_uses_memory_of_tiles_alone() -> None:
+    """No tensor of a stage is larger than a tile with its margin."""
+    largest = [0]
+    conv = nn.Conv2d(4, 4, 3, padding=1)
+
+    def stage(value: Tensor) -> Tensor:
+        largest[0] = max(largest[0], value.numel())
+        return conv(value)
+
+    value = Map(torch.randn(1, 4, 64, 512), 8)
+    plan = Plan([[Stage(stage), Stage(stage)]], value, Cut(4, value.whole()))
+    (found,) = plan.run()
+    torch.testing.assert_close(
+        found.whole().float(), conv(conv(value.whole())), atol=2e-3, rtol=2e-3
+    )
+    assert largest[0] <= 4 * (8 * (4 + 2)) ** 2
+
+
+def test_windows_cover_the_picture_once() -> None:
+    for height, width, tile in ((7, 9, 4), (1, 50, 8), (3, 3, 10)):
+        seen = torch.zeros(height, width)
+        for window in Cut(tile, seen).windows((height, width)):
+            assert max(window.height, window.width) <= tile
+            window.of(seen, 1).add_(1)
+        assert bool((seen == 1).all())
+
+
+def test_a_window_grows_within_the_picture() -> None:
+    window = Window(0, 4, 3, 3).grown(2, 10, 8)
+    assert window == Window(0, 2, 5, 6)
+    assert Window(0, 4, 3, 3).inside(window) == Window(0, 2, 3, 3)

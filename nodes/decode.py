@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .conditioning import check_degradation
 from .host_models import DiffRestorer
-from .host_vae import SCALE, AwareDecoder
+from .host_vae import AUTO_TILE, EXACT, FAST, SCALE, AwareDecoder
 from .images import common_batch, pad_to_multiple, split_alpha, to_batch
 from .sockets import CATEGORY, Degradation, DegradationSocket, DiffRestorerSocket
 
@@ -66,8 +66,19 @@ class DiffRestorerAwareVAEDecode(io.ComfyNode):
                     max=1024,
                     step=8,
                     tooltip=(
-                        "Overlap of the tiles in pixels, at most half a tile. More hides their "
-                        "borders better and takes longer."
+                        "Overlap of fast tiles in pixels, at most half a tile. More hides their "
+                        "borders better and takes longer. Exact tiles have no borders to hide."
+                    ),
+                ),
+                io.Combo.Input(
+                    "tiling",
+                    options=[EXACT, FAST],
+                    default=EXACT,
+                    optional=True,
+                    tooltip=(
+                        "exact: tiles give the same picture as decoding it whole. fast: tiles are "
+                        "decoded on their own and blended, which takes less time for very large "
+                        "pictures, but colours may drift from tile to tile."
                     ),
                 ),
             ],
@@ -89,13 +100,20 @@ class DiffRestorerAwareVAEDecode(io.ComfyNode):
         fidelity: float,
         tile_size: int,
         overlap: int,
+        tiling: str = EXACT,
     ) -> io.NodeOutput:
         if not 0 <= fidelity <= 1:
             raise ValueError(f"fidelity: {fidelity}, expected 0 to 1.")
-        if tile_size and (tile_size < 64 or 2 * overlap > tile_size):
+        if tiling not in (EXACT, FAST):
+            raise ValueError(f"tiling: {tiling!r}, expected {EXACT} or {FAST}.")
+        if tile_size and (tile_size < 64 or tile_size % SCALE):
             raise ValueError(
-                f"tile_size: {tile_size} px with overlap {overlap} px. Use 0, or at least 64 px "
-                "and an overlap of at most half a tile."
+                f"tile_size: {tile_size} px. Use 0, or a multiple of {SCALE} from 64 px on."
+            )
+        if tiling == FAST and 2 * overlap > (tile_size or AUTO_TILE):
+            raise ValueError(
+                f"overlap: {overlap} px with tiles of {tile_size or AUTO_TILE} px. Use at most "
+                "half a tile."
             )
         check_degradation(degradation, diff_restorer)
         rgb, alpha = split_alpha(image)
@@ -109,6 +127,7 @@ class DiffRestorerAwareVAEDecode(io.ComfyNode):
             to_batch(degradation.pooled, batch),
             tile_size,
             overlap,
+            tiling,
         )
         height, width = rgb.shape[1:3]
         restored = restored[:, :height, :width]

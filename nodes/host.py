@@ -106,6 +106,17 @@ def for_cpu(module: nn.Module, dtype: torch.dtype | None) -> None:
         cast(Any, module).to(memory_format=torch.channels_last)
 
 
+def map_folder(size: int) -> Path | None:
+    """Where large intermediate results of `size` bytes go: memory (None), or the host's temporary
+    folder where they would take more than a quarter of the free memory."""
+    free = cast(int, comfy.model_management.get_free_memory(torch.device("cpu")))
+    if size <= free // 4:
+        return None
+    folder = Path(folder_paths.get_temp_directory())
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
 def check_interrupt() -> None:
     """Raise the host's exception if the user has cancelled the run."""
     comfy.model_management.throw_exception_if_processing_interrupted()

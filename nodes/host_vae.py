@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -13,15 +14,20 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..diff_restorer import VaeTrunk, aware_decode, encoder_features
-from .host import check_interrupt
+from ..diff_restorer.tiled_vae import plan_decode, plan_features
+from ..diff_restorer.tiles import Cut, Plan
+from .host import check_interrupt, map_folder
 from .host_build import with_tuned_decoder
 from .host_models import DiffRestorer
 from .images import pad_to_multiple
 
 SCALE = 8
 """Pixels per latent pixel of a Stable Diffusion 1.5 VAE."""
-AUTO_TILE = 512
-"""Side of a tile in pixels, where tiles are needed and the user has not said which."""
+AUTO_TILE, LEAST_TILE = 512, 128
+"""Side of a tile in pixels, where tiles are needed and the user has not said which, and the side
+below which a lack of memory is not answered by smaller tiles."""
+EXACT, FAST = "exact", "fast"
+"""Ways of tiling: as if the picture were whole, or tiles on their own and blended."""
 
 
 def encode_photo(vae: Any, rgb: Tensor, latent_channels: int) -> tuple[Tensor, Tensor]:
@@ -74,7 +80,7 @@ class AwareDecoder:
         return self.restorer.fusion is not None and self.fidelity > 0
 
     def decode(
-        self, latent: Tensor, photo: Tensor, pooled: Tensor, tile: int, overlap: int
+        self, latent: Tensor, photo: Tensor, pooled: Tensor, tile: int, overlap: int, tiling: str
     ) -> Tensor:
         """Decode a batch, whole pictures where they fit into memory.
 
@@ -83,7 +89,8 @@ class AwareDecoder:
             photo: Padded LQ photos, (B, 8h, 8w, 3) in [0, 1].
             pooled: Pooled P_D, (B, width).
             tile: Side of the tiles in pixels; 0 decodes whole pictures if that is possible.
-            overlap: Of the tiles, in pixels.
+            overlap: Of the tiles, in pixels; exact ones need none.
+            tiling: EXACT or FAST.
 
         Returns:
             Images (B, 8h, 8w, 3) in [0, 1].
@@ -91,17 +98,28 @@ class AwareDecoder:
         trunk = self._trunk()
         needed = self._load(latent)
         free = cast(int, comfy.model_management.get_free_memory(self.vae.device))
-        images = None
-        if tile == 0 and needed <= free:
+        images, side = None, tile or AUTO_TILE
+        if tile == 0 and needed > free:
+            logging.info("Aware VAE Decode: the picture is too large at once, using tiles.")
+        elif tile == 0:
             try:
                 images = self._whole(trunk, latent, photo, pooled, int(free // needed))
             except comfy.model_management.OOM_EXCEPTION:
                 # Handled below: the exception keeps tensors alive as long as it is handled.
                 logging.warning("Aware VAE Decode: out of memory, trying again in tiles.")
-        elif tile == 0:
-            logging.info("Aware VAE Decode: the picture is too large at once, using tiles.")
-        if images is None:
-            images = self._tiled(trunk, latent, photo, pooled, tile or AUTO_TILE, overlap)
+        while images is None:
+            try:
+                if tiling == EXACT:
+                    images = self._exact(trunk, latent, photo, pooled, side)
+                else:
+                    images = self._blended(trunk, latent, photo, pooled, side, overlap)
+                logging.info("Aware VAE Decode: decoded in %s tiles of %d px.", tiling, side)
+            except comfy.model_management.OOM_EXCEPTION:
+                side //= 2
+                if side < LEAST_TILE:
+                    raise
+                overlap = min(overlap, side // 2)
+                logging.warning("Aware VAE Decode: out of memory, trying tiles of %d px.", side)
         return images.to(self.vae.output_device).movedim(1, -1)
 
     def _trunk(self) -> VaeTrunk:
@@ -172,7 +190,43 @@ class AwareDecoder:
             progress.update(len(pixels))
         return torch.cat(done)
 
-    def _tiled(
+    def _exact(
+        self, trunk: VaeTrunk, latent: Tensor, photo: Tensor, pooled: Tensor, tile: int
+    ) -> Tensor:
+        """Tiles that give the same as the whole picture."""
+        vae = self.vae
+        like = torch.empty(0, device=vae.device, dtype=vae.vae_dtype)
+        pixels = vae.process_input(photo.movedim(-1, 1))
+        folder = map_folder(2 * 2 * trunk.channels[0] * pixels[0, 0].numel())
+        progress = comfy.utils.ProgressBar(len(latent))
+        done = []
+        for index in range(len(latent)):
+            here = slice(index, index + 1)
+
+            def part(share: float, index: int = index) -> None:
+                check_interrupt()
+                progress.update_absolute(index + share, len(latent))
+
+            report = _Report(part)
+            cut = Cut(max(1, tile // SCALE), like, folder, report.tile)
+            features, fusion = {}, None
+            if self._fuses:
+                fusion = self.restorer.fusion.model
+                plan = plan_features(trunk, pixels[here], fusion.levels, cut)
+                report.start(plan, 0.0, 0.3)
+                features = dict(enumerate(plan.run()))
+            stem = trunk.decoder_stem(latent[here].to(like))
+            plan = plan_decode(
+                trunk, fusion, stem, pixels[here], features, pooled[here].to(like),
+                self.fidelity, cut,
+            )  # fmt: skip
+            report.start(plan, 0.3, 1.0)
+            *_, image = plan.run()
+            done.append(image.whole().float())
+        progress.update_absolute(len(latent), len(latent))
+        return vae.process_output(torch.cat(done))
+
+    def _blended(
         self,
         trunk: VaeTrunk,
         latent: Tensor,
@@ -214,3 +268,18 @@ class AwareDecoder:
                 )
             )
         return self.vae.process_output(torch.cat(done))
+
+
+class _Report:
+    """Turns the visits of tiles into the share of a picture that is done."""
+
+    def __init__(self, tell: Callable[[float], None]) -> None:
+        self._tell = tell
+        self._share, self._step = 0.0, 0.0
+
+    def start(self, plan: Plan, begin: float, end: float) -> None:
+        self._share, self._step = begin, (end - begin) / plan.visits
+
+    def tile(self) -> None:
+        self._tell(self._share)
+        self._share += self._step

@@ -134,16 +134,28 @@ def test_channels(decode, photo, channels: int) -> None:
 @pytest.mark.parametrize("fidelity", [0.0, 1.0])
 def test_one_tile_is_the_whole_picture(decode, photo, fidelity: float) -> None:
     whole = decode(photo(), fidelity=fidelity)
-    tiled = decode(photo(), fidelity=fidelity, tile_size=128, overlap=32)
-    torch.testing.assert_close(tiled, whole, rtol=0, atol=1e-4)
+    fast = decode(photo(), fidelity=fidelity, tile_size=128, overlap=32, tiling="fast")
+    torch.testing.assert_close(fast, whole, rtol=0, atol=1e-4)
+    exact = decode(photo(), fidelity=fidelity, tile_size=128)
+    torch.testing.assert_close(exact, whole, rtol=0, atol=4 / 255)  # its maps are fp16
 
 
-def test_tiles_see_their_own_part_of_each_photo(decode, prepare, photo) -> None:
+@pytest.mark.parametrize("fidelity", [0.0, 1.0])
+@pytest.mark.parametrize("size", [(150, 200), (64, 70), (9, 300), (300, 1)])
+def test_exact_tiles_are_the_whole_picture(decode, photo, fidelity: float, size: Any) -> None:
+    image = photo(*size, batch=2)
+    whole = decode(image, fidelity=fidelity)
+    error = (decode(image, fidelity=fidelity, tile_size=64) - whole).abs() * 255
+    assert error.mean() < 0.5
+    assert error.max() < 4
+
+
+def test_fast_tiles_see_their_own_part_of_each_photo(decode, prepare, photo) -> None:
     """Without overlap the tiles are the decodes of the parts of latent and photo."""
     image = photo(64, 128, batch=2)
     restoration = prepare(image)
     latent, degradation = restoration.latent["samples"], restoration.degradation
-    tiled = decode(image, tile_size=64, overlap=0)
+    tiled = decode(image, tile_size=64, overlap=0, tiling="fast")
     for index in range(2):
         columns, cells = slice(64 * index, 64 * index + 64), slice(8 * index, 8 * index + 8)
         alone = decode(
@@ -211,7 +223,29 @@ def test_out_of_memory_falls_back_to_tiles_once(toy, decode, calls, caplog, phot
     finally:
         handle.remove()
     assert "out of memory, trying again in tiles" in caplog.text
-    torch.testing.assert_close(found, decode(photo(64, 72)), rtol=0, atol=1e-4)
+    torch.testing.assert_close(found, decode(photo(64, 72)), rtol=0, atol=4 / 255)
+
+
+@pytest.mark.parametrize("tiling", ["exact", "fast"])
+def test_out_of_memory_in_tiles_takes_smaller_ones(toy, decode, caplog, photo, tiling: str) -> None:
+    import comfy.model_management
+
+    decoder, failures = toy.vae.first_stage_model.decoder.conv_out, []
+
+    def fail_once(*_: Any) -> None:
+        if not failures:
+            failures.append(1)
+            raise comfy.model_management.OOM_EXCEPTION("toy")
+
+    expected = decode(photo(64, 300), tile_size=128, tiling=tiling)
+    handle = decoder.register_forward_pre_hook(fail_once)
+    try:
+        with caplog.at_level(logging.WARNING):
+            found = decode(photo(64, 300), tile_size=256, tiling=tiling)
+    finally:
+        handle.remove()
+    assert caplog.text.count("out of memory, trying tiles of 128 px") == 1
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
 
 
 def test_out_of_memory_in_tiles_goes_to_the_host(toy, decode) -> None:
@@ -228,21 +262,31 @@ def test_out_of_memory_in_tiles_goes_to_the_host(toy, decode) -> None:
         handle.remove()
 
 
-def test_too_large_for_memory_uses_tiles_at_once(toy, decode, photo, monkeypatch) -> None:
+def test_too_large_for_memory_uses_tiles_at_once(decode, photo, monkeypatch, caplog) -> None:
     import comfy.model_management
-    import comfy.utils
 
-    tiles = []
-    original = comfy.utils.tiled_scale
-    monkeypatch.setattr(
-        comfy.utils, "tiled_scale", lambda *a, **k: tiles.append(k) or original(*a, **k)
-    )
     monkeypatch.setattr(comfy.model_management, "get_free_memory", lambda *_, **__: 2**22)
-    decode(photo(64, 64))
-    assert [entry["tile_x"] for entry in tiles] == [64]
+    with caplog.at_level(logging.INFO):
+        decode(photo(64, 64))
+    assert "decoded in exact tiles of 512 px" in caplog.text
 
 
-def test_interrupt(decode, photo) -> None:
+def test_maps_that_are_too_large_for_memory_go_to_the_temporary_folder(
+    toy, decode, photo, monkeypatch
+) -> None:
+    import comfy.model_management
+    import folder_paths
+
+    expected, folders = decode(photo(64, 64), tile_size=64), []
+    find = folder_paths.get_temp_directory
+    monkeypatch.setattr(folder_paths, "get_temp_directory", lambda: folders.append(1) or find())
+    monkeypatch.setattr(comfy.model_management, "get_free_memory", lambda *_, **__: 2**20)
+    assert torch.equal(decode(photo(64, 64), tile_size=64), expected)
+    assert folders
+
+
+@pytest.mark.parametrize("tiling", ["exact", "fast"])
+def test_interrupt(decode, photo, tiling: str) -> None:
     """Cancelled after the first of several tiles: the second one is not decoded."""
     import comfy.model_management
     import comfy.utils
@@ -257,7 +301,7 @@ def test_interrupt(decode, photo) -> None:
     comfy.utils.set_progress_bar_global_hook(cancel)
     try:
         with pytest.raises(comfy.model_management.InterruptProcessingException):
-            decode(image, tile_size=64, overlap=16)
+            decode(image, tile_size=64, overlap=16, tiling=tiling)
     finally:
         comfy.utils.set_progress_bar_global_hook(None)
         comfy.model_management.interrupt_current_processing(False)
@@ -268,8 +312,13 @@ def test_interrupt(decode, photo) -> None:
     ("inputs", "message"),
     [
         ({"fidelity": 1.5}, "fidelity: 1.5, expected 0 to 1"),
-        ({"tile_size": 64, "overlap": 40}, "tile_size: 64 px with overlap 40 px"),
-        ({"tile_size": 32, "overlap": 8}, "tile_size: 32 px"),
+        (
+            {"tile_size": 64, "overlap": 40, "tiling": "fast"},
+            "overlap: 40 px with tiles of 64 px",
+        ),
+        ({"tile_size": 32}, "tile_size: 32 px"),
+        ({"tile_size": 100}, "tile_size: 100 px"),
+        ({"tiling": "other"}, "tiling: 'other', expected exact or fast"),
         (
             {"samples": {"samples": torch.zeros(1, 4, 9, 8)}},
             "a latent of 64 x 72 px, .* 64 x 64 px",

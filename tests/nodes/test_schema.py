@@ -63,6 +63,7 @@ NODES = {
             "fidelity": ("FLOAT", 1.0, 0.0, 1.0),
             "tile_size": ("INT", 0, 0, 4096),
             "overlap": ("INT", 64, 0, 1024),
+            "tiling": "COMBO",
         },
         {"image": "IMAGE"},
     ),
@@ -77,7 +78,10 @@ NODES = {
         },
     ),
 }
-OPTIONAL = {("DiffRestorerPromptProcessor", "text")}
+OPTIONAL = {
+    ("DiffRestorerPromptProcessor", "text"),
+    ("DiffRestorerAwareVAEDecode", "tiling"),
+}
 
 
 @pytest.fixture(scope="module")

@@ -65,9 +65,10 @@ class VaeTrunk:
         if hasattr(decoder, "up_blocks") and hasattr(module, "quant_conv"):
             return _diffusers_trunk(module)
         if hasattr(module, "taesd_decoder"):
-            return _tiny_trunk(module.taesd_encoder, module.taesd_decoder)
+            scale, shift = module.vae_scale, module.vae_shift
+            return _tiny_trunk(module.taesd_encoder, module.taesd_decoder, scale, shift)
         if hasattr(decoder, "layers"):
-            return _tiny_trunk(module.encoder.layers, module.decoder.layers)
+            return _tiny_trunk(module.encoder.layers, module.decoder.layers, 1, 0)
         raise UnsupportedVaeError(
             f"vae: found a {type(vae).__name__}, expected an AutoencoderKL with encoder and "
             "decoder levels (SD 1.5) or Nano's. Video VAEs have no such levels: connect the VAE "
@@ -142,8 +143,10 @@ def _diffusers_trunk(vae: Any) -> VaeTrunk:
     )
 
 
-def _tiny_trunk(encoder: Any, decoder: Any) -> VaeTrunk:
+def _tiny_trunk(encoder: Any, decoder: Any, scale: Any, shift: Any) -> VaeTrunk:
     """TAESD (https://github.com/madebyollin/taesd): plain convs and blocks, in sequences.
+
+    The host's latent, divided by `scale` and shifted, is that of a larger VAE.
 
     Encoder: conv, block, then per level a conv of stride 2 and blocks, conv. Decoder: (clamp,)
     conv, ReLU, then per level blocks, upsampling and a conv, and a last conv. Images in it are in
@@ -166,8 +169,8 @@ def _tiny_trunk(encoder: Any, decoder: Any) -> VaeTrunk:
     return VaeTrunk(
         encoder_stem=lambda pixels: down[0]((pixels + 1) / 2),
         encoder_levels=encoder_levels,
-        encoder_head=down[-1],
-        decoder_stem=lambda latent: up[1](up[0](torch.tanh(latent / 3) * 3)),
+        encoder_head=lambda h: down[-1](h) / scale + shift,
+        decoder_stem=lambda latent: up[1](up[0](torch.tanh((latent - shift) * scale / 3) * 3)),
         decoder_levels=decoder_levels[::-1],
         decoder_head=lambda h: up[-1](h) * 2 - 1,
         latent_channels=up[0].weight.shape[1],

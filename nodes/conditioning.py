@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .host_control import DegradationControlNet
 from .host_models import DiffRestorer
-from .host_vae import encode_photo
+from .host_vae import PhotoFeatures, encode_photo
 from .images import common_batch, split_alpha, to_batch
 from .sockets import CATEGORY, Degradation, DegradationSocket, DiffRestorerSocket
 
@@ -233,9 +233,10 @@ class DiffRestorerDegradationControl(io.ComfyNode):
         check_degradation(degradation, diff_restorer)
         rgb, _ = split_alpha(image)
         batch = common_batch(image=len(rgb), degradation=degradation.batch)
-        channels = diff_restorer.control.network.latent_channels
-        padded, encoded = encode_photo(vae, rgb, channels)
-        latent = {"samples": to_batch(encoded, batch).contiguous()}
+        padded, encoded, features = encode_photo(vae, rgb, diff_restorer)
+        latent: dict[str, Any] = {"samples": to_batch(encoded, batch).contiguous()}
+        if features is not None:
+            latent[PhotoFeatures.KEY] = features
         if strength == 0:
             return io.NodeOutput(positive, negative, latent)
         control = diff_restorer.control.attach(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .conditioning import check_degradation
 from .host_models import DiffRestorer
-from .host_vae import AUTO_TILE, EXACT, FAST, SCALE, AwareDecoder
+from .host_vae import AUTO_TILE, EXACT, FAST, SCALE, AwareDecoder, PhotoFeatures
 from .images import common_batch, pad_to_multiple, split_alpha, to_batch
 from .sockets import CATEGORY, Degradation, DegradationSocket, DiffRestorerSocket
 
@@ -120,11 +120,11 @@ class DiffRestorerAwareVAEDecode(io.ComfyNode):
         latent, photo = samples["samples"], pad_to_multiple(rgb, SCALE)
         check_size(latent, photo)
         batch = common_batch(samples=len(latent), image=len(photo), degradation=degradation.batch)
-        decoder = AwareDecoder(vae, diff_restorer, fidelity)
+        decoder = AwareDecoder(vae, diff_restorer, fidelity, samples.get(PhotoFeatures.KEY))
         restored = decoder.decode(
             to_batch(latent, batch),
-            to_batch(photo, batch),
-            to_batch(degradation.pooled, batch),
+            photo,
+            degradation.pooled,
             tile_size,
             overlap,
             tiling,

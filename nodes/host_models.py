@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import weakref
 from pathlib import Path
@@ -17,6 +16,7 @@ from ..diff_restorer import PromptProcessor, PromptProcessorConfig
 from ..diff_restorer.checkpoint import Checkpoint, read_checkpoint
 from ..diff_restorer.views import NATIVE, WHOLE, native_view
 from .host_build import build_control, build_fusion, build_prompt_processor, build_tuned_decoder
+from .images import digest
 from .sockets import Degradation
 
 
@@ -81,21 +81,19 @@ class DiffRestorer:
         They are the same unless the file asks for a native view: then P_D comes from a second
         look at a piece of the photo that is not resized.
 
-        The photo is recognised by its bytes, not by its identity: nodes before may have changed
-        it in place, and hashing costs a thousandth of the vision model.
+        The photo is recognised by its bytes, which costs a thousandth of the vision model.
         """
-        digest = hashlib.blake2b(rgb.float().cpu().contiguous().numpy().data).digest()
-        digest += str(tuple(rgb.shape)).encode()
+        photo = digest(rgb)
         if self._last_tokens is not None:
             encoder, known, tokens = self._last_tokens
-            if encoder() is clip_vision and known == digest:
+            if encoder() is clip_vision and known == photo:
                 return tokens
         whole = close = self._encode(clip_vision, rgb)
         if self.info.clip.get("degradation_view", WHOLE) == NATIVE:
             view = native_view(rgb, clip_vision.image_size)
             close = whole if view.shape == rgb.shape else self._encode(clip_vision, view)
         tokens = whole, close
-        self._last_tokens = (weakref.ref(clip_vision), digest, tokens)
+        self._last_tokens = (weakref.ref(clip_vision), photo, tokens)
         return tokens
 
     def _encode(self, clip_vision: Any, view: Tensor) -> Tensor:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -13,41 +14,112 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..diff_restorer import VaeTrunk, aware_decode, encoder_features
+from ..diff_restorer import (
+    UnsupportedVaeError,
+    VaeTrunk,
+    aware_decode,
+    encode_with_features,
+    encoder_features,
+)
+from ..diff_restorer.decoder import PIXELS, Features
 from ..diff_restorer.tiled_vae import plan_decode, plan_features
-from ..diff_restorer.tiles import Cut, Plan
+from ..diff_restorer.tiles import Cut, Map, Plan
 from .host import check_interrupt, map_folder
 from .host_build import with_tuned_decoder
 from .host_models import DiffRestorer
-from .images import pad_to_multiple
+from .images import digest, pad_to_multiple, to_batch
 
 SCALE = 8
 """Pixels per latent pixel of a Stable Diffusion 1.5 VAE."""
 AUTO_TILE, LEAST_TILE = 512, 128
 """Side of a tile in pixels, where tiles are needed and the user has not said which, and the side
 below which a lack of memory is not answered by smaller tiles."""
+MOST_FEATURES = 2**30
+"""Bytes of encoder features that a LATENT may carry; more are made again by the decode."""
 EXACT, FAST = "exact", "fast"
 """Ways of tiling: as if the picture were whole, or tiles on their own and blended."""
 
 
-def encode_photo(vae: Any, rgb: Tensor, latent_channels: int) -> tuple[Tensor, Tensor]:
-    """Pad photos and encode them.
+@dataclass(frozen=True)
+class PhotoFeatures:
+    """What the VAE's encoder saw in photos; travels with their latent to the decode."""
+
+    KEY = "diff_restorer_features"
+    """Of a LATENT, which samplers hand on with all its entries."""
+
+    vae: weakref.ref[Any]
+    photos: bytes
+    """Digest of the padded photos."""
+    by_level: Features
+
+    def fits(self, vae: Any, padded: Tensor, levels: Collection[int]) -> bool:
+        """Whether they are those of this VAE and these photos, at all these levels."""
+        has_all = set(levels) <= set(self.by_level)
+        return self.vae() is vae and has_all and self.photos == digest(padded)
+
+
+def encode_photo(
+    vae: Any, rgb: Tensor, restorer: DiffRestorer
+) -> tuple[Tensor, Tensor, PhotoFeatures | None]:
+    """Pad photos and encode them, once for control and decode.
 
     Args:
         vae: The host's VAE.
         rgb: (B, H, W, 3) in [0, 1].
-        latent_channels: What the control module takes.
+        restorer: Whose control module and fusion blocks will read what is encoded.
 
     Returns:
-        The padded photos (B, H', W', 3) and their unscaled latent (B, C, H'/8, W'/8), the mean of
-        the VAE's distribution.
+        The padded photos (B, H', W', 3); their unscaled latent (B, C, H'/8, W'/8), the mean of the
+        VAE's distribution; and the encoder's features for Aware VAE Decode, None where they are
+        not needed or would take too much memory.
 
     Raises:
         ValueError: The VAE is of another kind.
     """
-    check_vae(vae, latent_channels)
+    check_vae(vae, restorer.control.network.latent_channels)
     padded = pad_to_multiple(rgb, SCALE)
-    return padded, vae.encode(padded)
+    levels = restorer.fusion.model.levels if restorer.fusion is not None else ()
+    try:
+        trunk = VaeTrunk.of(vae.first_stage_model)
+    except UnsupportedVaeError:  # the decode will say so, where one is asked for
+        levels = ()
+    if levels and _features_bytes(trunk, levels, padded, vae.vae_dtype) <= MOST_FEATURES:
+        try:
+            latent, features = _encode(vae, trunk, padded, levels)
+            return padded, latent, PhotoFeatures(weakref.ref(vae), digest(padded), features)
+        except comfy.model_management.OOM_EXCEPTION:
+            pass  # the host's own encode then takes tiles
+    return padded, vae.encode(padded), None
+
+
+def _features_bytes(
+    trunk: VaeTrunk, levels: Collection[int], padded: Tensor, dtype: torch.dtype
+) -> int:
+    numbers = sum(trunk.channels[level] / 4**level for level in levels)
+    return int(numbers * padded[..., 0].numel() * dtype.itemsize)
+
+
+def _encode(
+    vae: Any, trunk: VaeTrunk, padded: Tensor, levels: Collection[int]
+) -> tuple[Tensor, Features]:
+    """The host's own encode, step by step, with the features on the way."""
+    dtype, device, home = vae.vae_dtype, vae.device, vae.output_device
+    pixels = padded.movedim(-1, 1)
+    needed = vae.memory_used_encode(pixels.shape, dtype)
+    comfy.model_management.load_models_gpu(
+        [vae.patcher], memory_required=needed, force_full_load=vae.disable_offload
+    )
+    free = cast(int, comfy.model_management.get_free_memory(device))
+    latents, parts = [], []
+    for some in pixels.split(max(1, int(free // needed))):
+        check_interrupt()
+        moments, features = encode_with_features(
+            trunk, vae.process_input(some).to(dtype).to(device), levels
+        )
+        latents.append(moments[:, : trunk.latent_channels].to(home).float())
+        parts.append({level: features[level].to(home) for level in levels})
+    by_level = {level: torch.cat([part[level] for part in parts]) for level in levels}
+    return torch.cat(latents), by_level
 
 
 def check_vae(vae: Any, latent_channels: int) -> None:
@@ -74,6 +146,8 @@ class AwareDecoder:
     restorer: DiffRestorer
     fidelity: float
     """How much of the LQ photo's detail is injected, in [0, 1]."""
+    known: PhotoFeatures | None = None
+    """From the encode, where the LATENT still carries them."""
 
     @property
     def _fuses(self) -> bool:
@@ -86,8 +160,8 @@ class AwareDecoder:
 
         Args:
             latent: Unscaled, (B, C, h, w).
-            photo: Padded LQ photos, (B, 8h, 8w, 3) in [0, 1].
-            pooled: Pooled P_D, (B, width).
+            photo: Padded LQ photos, (B or 1, 8h, 8w, 3) in [0, 1].
+            pooled: Pooled P_D, (B or 1, width).
             tile: Side of the tiles in pixels; 0 decodes whole pictures if that is possible.
             overlap: Of the tiles, in pixels; exact ones need none.
             tiling: EXACT or FAST.
@@ -96,21 +170,25 @@ class AwareDecoder:
             Images (B, 8h, 8w, 3) in [0, 1].
         """
         trunk = self._trunk()
-        needed = self._load(latent)
+        known = self._known(photo)
+        needed = self._load(latent, known)
+        photo, pooled = to_batch(photo, len(latent)), to_batch(pooled, len(latent))
+        known = {level: to_batch(value, len(latent)) for level, value in known.items()}
         free = cast(int, comfy.model_management.get_free_memory(self.vae.device))
         images, side = None, tile or AUTO_TILE
         if tile == 0 and needed > free:
             logging.info("Aware VAE Decode: the picture is too large at once, using tiles.")
         elif tile == 0:
             try:
-                images = self._whole(trunk, latent, photo, pooled, int(free // needed))
+                at_once = int(free // needed)
+                images = self._whole(trunk, latent, photo, pooled, known, at_once)
             except comfy.model_management.OOM_EXCEPTION:
                 # Handled below: the exception keeps tensors alive as long as it is handled.
                 logging.warning("Aware VAE Decode: out of memory, trying again in tiles.")
         while images is None:
             try:
                 if tiling == EXACT:
-                    images = self._exact(trunk, latent, photo, pooled, side)
+                    images = self._exact(trunk, latent, photo, pooled, known, side)
                 else:
                     images = self._blended(trunk, latent, photo, pooled, side, overlap)
                 logging.info("Aware VAE Decode: decoded in %s tiles of %d px.", tiling, side)
@@ -143,15 +221,24 @@ class AwareDecoder:
                     f"trained with {channels}. Connect the VAE that the file was trained for."
                 )
 
-    def _load(self, latent: Tensor) -> float:
+    def _known(self, photo: Tensor) -> Features:
+        """The carried features, if they are right; else none."""
+        if not self._fuses or self.known is None:
+            return {}
+        levels = self.restorer.fusion.model.levels
+        fits = self.known.fits(self.vae, photo, levels)
+        return {level: self.known.by_level[level] for level in levels} if fits else {}
+
+    def _load(self, latent: Tensor, known: Features) -> float:
         """Bring all parts to the device; bytes that one picture needs there."""
         vae, dtype = self.vae, self.vae.vae_dtype
         batch, _, height, width = latent.shape
         needed = vae.memory_used_decode(latent.shape, dtype)
         models = [vae.patcher]
         if self._fuses:
-            pixels = (batch, 3, SCALE * height, SCALE * width)
-            needed += vae.memory_used_encode(pixels, dtype)
+            if not known:
+                pixels = (batch, 3, SCALE * height, SCALE * width)
+                needed += vae.memory_used_encode(pixels, dtype)
             models.append(self.restorer.fusion)
         if self.restorer.tuned_decoder is not None:
             models.append(self.restorer.tuned_decoder)
@@ -160,7 +247,9 @@ class AwareDecoder:
         )
         return needed
 
-    def _pixels(self, trunk: VaeTrunk, latent: Tensor, photo: Tensor, pooled: Tensor) -> Tensor:
+    def _pixels(
+        self, trunk: VaeTrunk, latent: Tensor, photo: Tensor, pooled: Tensor, known: Features
+    ) -> Tensor:
         """One evaluation on the device; (B, 3, 8h, 8w) around [-1, 1]."""
         check_interrupt()
         vae, dtype, device = self.vae, self.vae.vae_dtype, self.vae.device
@@ -168,7 +257,11 @@ class AwareDecoder:
         if self._fuses:
             fusion = self.restorer.fusion.model
             pixels = vae.process_input(photo).to(dtype).to(device)
-            features = encoder_features(trunk, pixels, fusion.levels)
+            if known:
+                features = {level: value.to(device) for level, value in known.items()}
+                features[PIXELS] = pixels
+            else:
+                features = encoder_features(trunk, pixels, fusion.levels)
         return aware_decode(
             trunk,
             fusion,
@@ -179,19 +272,33 @@ class AwareDecoder:
         )
 
     def _whole(
-        self, trunk: VaeTrunk, latent: Tensor, photo: Tensor, pooled: Tensor, at_once: int
+        self,
+        trunk: VaeTrunk,
+        latent: Tensor,
+        photo: Tensor,
+        pooled: Tensor,
+        known: Features,
+        at_once: int,
     ) -> Tensor:
         progress = comfy.utils.ProgressBar(latent.shape[0])
         done = []
-        chunks = (part.split(at_once) for part in (latent, photo.movedim(-1, 1), pooled))
-        for chunk in zip(*chunks, strict=True):
-            pixels = self._pixels(trunk, *chunk).to(self.vae.output_device).float()
+        for start in range(0, len(latent), at_once):
+            rows = slice(start, start + at_once)
+            parts = latent[rows], photo.movedim(-1, 1)[rows], pooled[rows]
+            some = {level: value[rows] for level, value in known.items()}
+            pixels = self._pixels(trunk, *parts, some).to(self.vae.output_device).float()
             done.append(self.vae.process_output(pixels))
             progress.update(len(pixels))
         return torch.cat(done)
 
     def _exact(
-        self, trunk: VaeTrunk, latent: Tensor, photo: Tensor, pooled: Tensor, tile: int
+        self,
+        trunk: VaeTrunk,
+        latent: Tensor,
+        photo: Tensor,
+        pooled: Tensor,
+        known: Features,
+        tile: int,
     ) -> Tensor:
         """Tiles that give the same as the whole picture."""
         vae = self.vae
@@ -209,9 +316,9 @@ class AwareDecoder:
 
             report = _Report(part)
             cut = Cut(max(1, tile // SCALE), like, folder, report.tile)
-            features, fusion = {}, None
-            if self._fuses:
-                fusion = self.restorer.fusion.model
+            fusion = self.restorer.fusion.model if self._fuses else None
+            features = {level: Map(v[here], SCALE >> level) for level, v in known.items()}
+            if fusion is not None and not features:
                 plan = plan_features(trunk, pixels[here], fusion.levels, cut)
                 report.start(plan, 0.0, 0.3)
                 features = dict(enumerate(plan.run()))
@@ -252,7 +359,7 @@ class AwareDecoder:
             def decode(part: Tensor, index: int = index) -> Tensor:
                 pixels = F.pixel_shuffle(part[:, channels:], SCALE)
                 here = pooled[index : index + 1]
-                return self._pixels(trunk, part[:, :channels], pixels, here).float()
+                return self._pixels(trunk, part[:, :channels], pixels, here, {}).float()
 
             done.append(
                 comfy.utils.tiled_scale(

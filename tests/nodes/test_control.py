@@ -140,7 +140,7 @@ def test_shared_between_positive_and_negative(prepare, photo) -> None:
 @pytest.mark.parametrize("cfg", [1.0, 7.5])
 def test_costs_of_a_restoration(toy, prepare, photo, sample, calls, cfg: float) -> None:
     """One VAE encode in all, and per step one evaluation of the control, with CFG and without."""
-    encodes = calls(toy.vae, "encode")
+    encodes = calls(toy.vae.first_stage_model.encoder.conv_in, "forward")
     restoration = prepare(photo())
     assert len(encodes) == 1
     forwards = calls(restoration.control.network, "forward")
@@ -193,7 +193,7 @@ def test_other_tools_may_crop_the_hint(toy, prepare, photo, calls) -> None:
     """As UltimateSDUpscale does: a copy with another hint is encoded anew, the first one is not."""
     image = photo(64, 64)
     restoration = prepare(image)
-    encodes = calls(toy.vae, "encode")
+    encodes = calls(toy.vae.first_stage_model.encoder.conv_in, "forward")
     tile = restoration.control.copy()
     tile.cond_hint_original = tile.cond_hint_original[:, :, :32, 32:]
     context = restoration.degradation.tokens

@@ -46,15 +46,59 @@ def test_fidelity_zero_is_the_stock_decode(toy, decode, prepare, photo, batch: i
     assert not torch.allclose(decode(image), expected, atol=1e-2)
 
 
-def test_the_photo_is_encoded_only_where_it_is_used(toy, decode, prepare, photo, calls) -> None:
-    """The node before has encoded it once; fidelity 0 costs what the stock decode costs."""
-    restoration = prepare(photo())
-    entries = {"samples": restoration.latent, "degradation": restoration.degradation}
+def test_the_photo_is_encoded_once_for_the_whole_graph(
+    toy, decode, prepare, photo, calls, run
+) -> None:
+    """Features travel with the latent through the sampler; a lost or wrong one is made again."""
+    import nodes
+
     passes = calls(toy.vae.first_stage_model.encoder.conv_in, "forward")
-    decode(fidelity=0.0, **entries)
+    restoration = prepare(photo())
+    (out,) = nodes.common_ksampler(  # type: ignore
+        toy.model, 1, 2, 1.0, "euler", "normal",
+        restoration.positive, restoration.negative, restoration.latent,
+    )  # fmt: skip
+    entries = {"degradation": restoration.degradation, "image": photo()}
+    inputs = {"vae": toy.vae, "diff_restorer": toy.restorer} | entries
+    found = run("DiffRestorerAwareVAEDecode", samples=out, **inputs)[0]
+    assert len(passes) == 1
+    lost = {"samples": out["samples"]}
+    assert torch.equal(run("DiffRestorerAwareVAEDecode", samples=lost, **inputs)[0], found)
+    assert len(passes) == 2
+    run("DiffRestorerAwareVAEDecode", samples=lost, fidelity=0.0, **inputs)
+    assert len(passes) == 2
+    changed = inputs | {"image": 1 - photo()}
+    expected = run("DiffRestorerAwareVAEDecode", samples=lost, **changed)[0]
+    assert torch.equal(run("DiffRestorerAwareVAEDecode", samples=out, **changed)[0], expected)
+    assert len(passes) == 4
+
+
+@pytest.mark.parametrize("size", [(64, 64), (61, 75)])
+def test_the_encode_is_the_host_s_own(toy, pack, prepare, photo, size: tuple[int, int]) -> None:
+    image = photo(*size, batch=2)
+    expected = toy.vae.encode(pack.nodes.images.pad_to_multiple(image, 8))
+    assert torch.equal(prepare(image).latent["samples"], expected)
+
+
+def test_features_that_are_too_large_stay_behind(pack, decode, prepare, photo, monkeypatch) -> None:
+    expected = decode(photo())
+    monkeypatch.setattr(pack.nodes.host_vae, "MOST_FEATURES", 1000)
+    latent = prepare(photo()).latent
+    assert set(latent) == {"samples"}
+    assert torch.equal(decode(photo(), samples=latent), expected)
+
+
+def test_exact_tiles_read_carried_features(toy, decode, prepare, photo, calls) -> None:
+    image = photo(100, 150, batch=2)
+    restoration = prepare(image)
+    passes = calls(toy.vae.first_stage_model.encoder.conv_in, "forward")
+    found = decode(
+        image, samples=restoration.latent, degradation=restoration.degradation, tile_size=64
+    )
     assert len(passes) == 1  # of the fixture's own Degradation Control
-    decode(fidelity=1.0, **entries)
-    assert len(passes) == 3
+    error = (found - decode(image)).abs() * 255
+    assert error.mean() < 0.5
+    assert error.max() < 4
 
 
 def test_an_untrained_fusion_is_the_stock_decode(toy, decode, prepare, photo) -> None:

@@ -6,6 +6,7 @@ from comfy_api.latest import ComfyExtension, io
 
 from . import host
 from .classifier import DiffRestorerDegradationClassifier
+from .color import DiffRestorerColorFix
 from .conditioning import DiffRestorerDegradationControl, DiffRestorerPromptProcessor
 from .decode import DiffRestorerAwareVAEDecode
 from .loaders import DiffRestorerLoader, DiffRestorerNanoLoader
@@ -23,4 +24,5 @@ class DiffRestorerExtension(ComfyExtension):
             DiffRestorerDegradationControl,
             DiffRestorerAwareVAEDecode,
             DiffRestorerDegradationClassifier,
+            DiffRestorerColorFix,
         ]

@@ -77,6 +77,16 @@ NODES = {
             "degradation": "DEGRADATION",
         },
     ),
+    "DiffRestorerColorFix": (
+        "Match Colors",
+        {
+            "image": "IMAGE",
+            "reference": "IMAGE",
+            "method": "COMBO",
+            "strength": ("FLOAT", 1.0, 0.0, 1.0),
+        },
+        {"image": "IMAGE"},
+    ),
 }
 OPTIONAL = {
     ("DiffRestorerPromptProcessor", "text"),

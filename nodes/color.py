@@ -1,0 +1,92 @@
+"""The node that gives a picture the colours of another."""
+
+from __future__ import annotations
+
+import torch
+from comfy_api.latest import io
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..diff_restorer.color import METHODS, match_colors
+from .host import check_interrupt
+from .images import common_batch, split_alpha, to_batch
+from .sockets import CATEGORY
+
+
+class DiffRestorerColorFix(io.ComfyNode):
+    """Match Colors: takes tints back that the restoration has brought."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="DiffRestorerColorFix",
+            display_name="Match Colors",
+            category=CATEGORY,
+            description=(
+                "Gives a restored photo the colours of the degraded one, where diffusion has "
+                "shifted them. Leave it out for haze and low light: there the colours of the "
+                "degraded photo are what is wrong."
+            ),
+            inputs=[
+                io.Image.Input("image", tooltip="The restored photos."),
+                io.Image.Input(
+                    "reference",
+                    tooltip=(
+                        "The photos with the right colours, usually the degraded ones. They are "
+                        "scaled to the size of the image."
+                    ),
+                ),
+                io.Combo.Input(
+                    "method",
+                    options=list(METHODS),
+                    default="wavelet",
+                    tooltip=(
+                        "wavelet: colours of areas, place by place. adain: mean and contrast of "
+                        "each channel, for the whole picture. lab: the tint alone, brightness "
+                        "stays."
+                    ),
+                ),
+                io.Float.Input(
+                    "strength",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="0 leaves the image as it is, 1 takes all colours of the reference.",
+                ),
+            ],
+            outputs=[
+                io.Image.Output(
+                    display_name="image",
+                    tooltip="The image with the colours of the reference; transparency stays.",
+                ),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls, image: Tensor, reference: Tensor, method: str, strength: float
+    ) -> io.NodeOutput:
+        if method not in METHODS:
+            raise ValueError(f"method: {method!r}, expected one of {', '.join(METHODS)}.")
+        if not 0 <= strength <= 1:
+            raise ValueError(f"strength: {strength}, expected 0 to 1.")
+        rgb, alpha = split_alpha(image)
+        wanted, _ = split_alpha(reference, "reference")
+        batch = common_batch(image=len(rgb), reference=len(wanted))
+        done = []
+        for index in range(batch):
+            check_interrupt()
+            ours, theirs = (
+                each[index if len(each) > 1 else 0].movedim(-1, 0)[None].float()
+                for each in (rgb, wanted)
+            )
+            if theirs.shape != ours.shape:
+                theirs = F.interpolate(
+                    theirs, size=ours.shape[-2:], mode="bicubic", antialias=True
+                ).clamp(0, 1)
+            done.append(match_colors(ours, theirs, method, strength))
+        found = torch.cat(done).movedim(1, -1)
+        if alpha is not None:
+            found = torch.cat([found, to_batch(alpha, batch).to(found)], dim=-1)
+        return io.NodeOutput(found)

@@ -10,6 +10,7 @@ from .color import DiffRestorerColorFix
 from .conditioning import DiffRestorerDegradationControl, DiffRestorerPromptProcessor
 from .decode import DiffRestorerAwareVAEDecode
 from .loaders import DiffRestorerLoader, DiffRestorerNanoLoader
+from .tiled import DiffRestorerTiledDiffusion
 
 
 class DiffRestorerExtension(ComfyExtension):
@@ -25,4 +26,5 @@ class DiffRestorerExtension(ComfyExtension):
             DiffRestorerAwareVAEDecode,
             DiffRestorerDegradationClassifier,
             DiffRestorerColorFix,
+            DiffRestorerTiledDiffusion,
         ]

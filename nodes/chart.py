@@ -1,8 +1,8 @@
-"""Bar chart of degradation probabilities."""
+"""Pictures of degradation probabilities: a bar chart, and a map over a photo."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -36,4 +36,46 @@ def bar_chart(probabilities: Mapping[str, float]) -> Tensor:
             draw.rectangle((left, bar[0], left + length, bar[1]), _BAR if index else _BEST)
         number = f"{100 * probability:.1f} %"
         draw.text((_WIDTH - _MARGIN, middle), number, _TEXT, font, anchor="rm")
+    return torch.from_numpy(np.asarray(picture, dtype=np.float32) / 255)
+
+
+_HUES = (
+    "#e6194b", "#4363d8", "#f58231", "#911eb4", "#46f0f0", "#3cb44b", "#f0f0f0", "#ffe119",
+    "#808080", "#f032e6", "#9a6324", "#008080",
+)  # fmt: skip
+
+
+def degradation_map(
+    photo: Tensor,
+    parts: Sequence[tuple[int, int, int, int]],
+    found: Sequence[tuple[int, str, float]],
+) -> Tensor:
+    """A photo with what each part of it suffers from.
+
+    Args:
+        photo: (H, W, 3) in [0, 1].
+        parts: (top, left, height, width) of each part in pixels; they may overlap.
+        found: For each part the number of its type, its name and its probability.
+
+    Returns:
+        Picture (h, w, 3) in [0, 1], its long side at most 1024 pixels.
+    """
+    pixels = (photo.cpu().clamp(0, 1) * 255).round().byte().numpy()
+    picture = Image.fromarray(pixels)
+    scale = min(1.0, 1024 / max(picture.size))
+    picture = picture.resize([max(1, round(side * scale)) for side in picture.size])
+    shades = Image.new("RGB", picture.size)
+    draw, marks = ImageDraw.Draw(shades), []
+    for (top, left, height, width), (number, name, probability) in zip(parts, found, strict=True):
+        box = [round(edge * scale) for edge in (left, top, left + width, top + height)]
+        draw.rectangle(box, _HUES[number % len(_HUES)])
+        marks.append(((box[0] + box[2]) / 2, (box[1] + box[3]) / 2, box[2] - box[0], name,
+                      probability))  # fmt: skip
+    picture = Image.blend(picture, shades, 0.35)
+    draw = ImageDraw.Draw(picture)
+    for x, y, width, name, probability in marks:
+        font = ImageFont.load_default(max(9, min(22, width // 8)))
+        text = f"{name.replace('_', ' ')}\n{100 * probability:.0f} %"
+        draw.multiline_text((x, y), text, "white", font, anchor="mm", align="center",
+                            stroke_width=1, stroke_fill="black")  # fmt: skip
     return torch.from_numpy(np.asarray(picture, dtype=np.float32) / 255)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .host_control import DegradationControlNet
 from .host_models import DiffRestorer
+from .host_tiled import SEMANTIC_KEY
 from .host_vae import PhotoFeatures, encode_photo
 from .images import common_batch, split_alpha, to_batch
 from .sockets import CATEGORY, Degradation, DegradationSocket, DiffRestorerSocket
@@ -137,6 +138,8 @@ class DiffRestorerPromptProcessor(io.ComfyNode):
             positive = join_text(text, semantic)
         else:
             positive = [[semantic, {"pooled_output": semantic.mean(dim=1)}]]
+        for _, extra in positive:  # Tiled Diffusion gives each tile its own P_S
+            extra[SEMANTIC_KEY] = semantic_strength
         # P_S was replaced by zeros in a part of the training, as CFG needs it.
         empty = torch.zeros_like(positive[0][0])
         negative = [[empty, {"pooled_output": torch.zeros_like(semantic.mean(dim=1))}]]

@@ -79,6 +79,11 @@ class EncodedPhoto:
         self._vae = vae
         self._known = [(pixels, latent)]
 
+    @property
+    def latent(self) -> Tensor:
+        """Raw latent of the photo."""
+        return self._known[0][1]
+
     def encode(self, pixels: Tensor) -> Tensor:
         """Raw latent of (B, H, W, 3); only pixels not seen lately are given to the VAE."""
         for known, latent in self._known:

@@ -87,6 +87,19 @@ NODES = {
         },
         {"image": "IMAGE"},
     ),
+    "DiffRestorerTiledDiffusion": (
+        "Tiled Diffusion",
+        {
+            "model": "MODEL",
+            "diff_restorer": "DIFF_RESTORER",
+            "clip_vision": "CLIP_VISION",
+            "image": "IMAGE",
+            "tile_size": ("INT", 512, 64, 4096),
+            "overlap": ("INT", 64, 0, 2048),
+            "locality": ("FLOAT", 1.0, 0.0, 1.0),
+        },
+        {"model": "MODEL", "map": "IMAGE"},
+    ),
 }
 OPTIONAL = {
     ("DiffRestorerPromptProcessor", "text"),

@@ -1,0 +1,143 @@
+"""The node for photos that are larger than the model's home size."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from comfy_api.latest import io, ui
+from torch import Tensor
+
+from .chart import degradation_map
+from .host import check_interrupt
+from .host_models import DiffRestorer
+from .host_tiled import Grid, LocalView, TiledDiffusion
+from .host_vae import SCALE
+from .images import pad_to_multiple, split_alpha
+from .sockets import CATEGORY, DiffRestorerSocket
+
+_AT_ONCE = 16
+"""Tiles that the vision model sees at once."""
+
+
+class DiffRestorerTiledDiffusion(io.ComfyNode):
+    """Tiled Diffusion: large photos in tiles, each with its own P_S and P_D."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="DiffRestorerTiledDiffusion",
+            display_name="Tiled Diffusion",
+            category=CATEGORY,
+            description=(
+                "Lets the sampler work on large photos in overlapping tiles, at the size that the "
+                "model is at home with. Each tile is restored by what is seen in it and by how "
+                "it is degraded: one corner may be noisy and another hazy. Works with any "
+                "sampler, with CFG, LoRAs, areas and other ControlNets."
+            ),
+            inputs=[
+                io.Model.Input("model", tooltip="The diffusion model."),
+                DiffRestorerSocket.Input("diff_restorer", tooltip="From Load Diff-Restorer."),
+                io.ClipVision.Input(
+                    "clip_vision", tooltip="The vision model that the file was trained with."
+                ),
+                io.Image.Input(
+                    "image", tooltip="The degraded photos, the same as for Degradation Control."
+                ),
+                io.Int.Input(
+                    "tile_size",
+                    default=512,
+                    min=64,
+                    max=4096,
+                    step=64,
+                    tooltip=(
+                        "Side of the tiles in pixels. Stable Diffusion 1.5 is at home at 512 to "
+                        "768. A photo that fits into one tile is sampled as without this node."
+                    ),
+                ),
+                io.Int.Input(
+                    "overlap",
+                    default=64,
+                    min=0,
+                    max=2048,
+                    step=8,
+                    tooltip=(
+                        "Overlap of the tiles in pixels, at most half a tile. More hides their "
+                        "borders better and takes longer."
+                    ),
+                ),
+                io.Float.Input(
+                    "locality",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip=(
+                        "How much each tile goes by its own content and degradation. 0 takes those "
+                        "of the whole photo for all tiles."
+                    ),
+                ),
+            ],
+            outputs=[
+                io.Model.Output(
+                    display_name="model", tooltip="The diffusion model, for the sampler."
+                ),
+                io.Image.Output(
+                    display_name="map", tooltip="What each tile of the photo suffers from."
+                ),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model: Any,
+        diff_restorer: DiffRestorer,
+        clip_vision: Any,
+        image: Tensor,
+        tile_size: int,
+        overlap: int,
+        locality: float,
+    ) -> io.NodeOutput:
+        if tile_size < 64 or tile_size % SCALE or overlap % SCALE:
+            raise ValueError(
+                f"tile_size: {tile_size} px with overlap {overlap} px. Both must be multiples of "
+                f"{SCALE}, and the tile at least 64 px."
+            )
+        if not 0 <= 2 * overlap <= tile_size:
+            raise ValueError(
+                f"overlap: {overlap} px with tiles of {tile_size} px. Use at most half a tile."
+            )
+        if not 0 <= locality <= 1:
+            raise ValueError(f"locality: {locality}, expected 0 to 1.")
+        rgb, _ = split_alpha(image)
+        padded = pad_to_multiple(rgb, SCALE)
+        height, width = (side // SCALE for side in padded.shape[1:3])
+        grid = Grid((height, width), tile_size // SCALE, overlap // SCALE)
+        parts = [
+            tuple(SCALE * edge for edge in (w.top, w.left, w.height, w.width)) for w in grid.windows
+        ]
+        crops = torch.cat([
+            padded[:, top : top + high, left : left + wide] for top, left, high, wide in parts
+        ])  # fmt: skip
+        semantic, degradation, probabilities = [], [], []
+        for some in crops.split(_AT_ONCE):
+            check_interrupt()
+            p_s, read = diff_restorer.read(clip_vision, some)
+            semantic.append(p_s)
+            degradation.append(read.tokens)
+            probabilities.append(read.probabilities)
+        view = LocalView(*(
+            torch.cat(rows).unflatten(0, (len(parts), len(padded)))
+            for rows in (semantic, degradation)
+        ))  # fmt: skip
+        seen = torch.cat(probabilities).unflatten(0, (len(parts), len(padded)))
+        types = diff_restorer.info.types
+        maps = []
+        for index, photo in enumerate(padded):
+            best = [row.max(dim=0) for row in seen[:, index]]
+            found = [(int(i), types[int(i)], float(value)) for value, i in best]
+            maps.append(degradation_map(photo, parts, found))
+        pictures = torch.stack(maps)
+        patched = TiledDiffusion(grid, view, locality).patched(model)
+        return io.NodeOutput(patched, pictures, ui=ui.PreviewImage(pictures, cls=cls))

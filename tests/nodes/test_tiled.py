@@ -1,0 +1,253 @@
+"""Tiled Diffusion inside the host's sampling."""
+
+from __future__ import annotations
+
+import importlib
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from tests.nodes.test_control import stock_control
+
+pytestmark = pytest.mark.comfy
+
+
+@pytest.fixture
+def tiled(toy, run, pack) -> Any:
+    """The patched MODEL for photos, and the map."""
+
+    def execute(image: torch.Tensor, **inputs: Any) -> SimpleNamespace:
+        entries = {"tile_size": 64, "overlap": 16, "locality": 1.0} | inputs
+        model, pictures = run(
+            "DiffRestorerTiledDiffusion",
+            model=toy.model, diff_restorer=toy.restorer, clip_vision=toy.clip_vision, image=image,
+            **entries,
+        )  # fmt: skip
+        return SimpleNamespace(model=model, map=pictures)
+
+    return execute
+
+
+@pytest.fixture
+def sample_on() -> Any:
+    host_nodes = importlib.import_module("nodes")
+
+    def run_sampler(
+        model: Any, restoration: Any, steps: int = 2, cfg: float = 1.0, sampler: str = "euler"
+    ) -> torch.Tensor:
+        return host_nodes.common_ksampler(
+            model, 1, steps, cfg, sampler, "normal",
+            restoration.positive, restoration.negative, restoration.latent,
+        )[0]["samples"]  # fmt: skip
+
+    return run_sampler
+
+
+@pytest.mark.parametrize("locality", [0.0, 1.0])
+@pytest.mark.parametrize("cfg", [1.0, 4.0])
+def test_one_tile_is_the_untiled_graph(
+    toy, tiled, prepare, photo, sample_on, locality: float, cfg: float
+) -> None:
+    image = photo(61, 64)
+    restoration = prepare(image)
+    expected = sample_on(toy.model, restoration, cfg=cfg)
+    patched = tiled(image, locality=locality).model
+    assert torch.equal(sample_on(patched, restoration, cfg=cfg), expected)
+
+
+def test_tiles_are_restorations_of_their_part(toy, tiled, prepare, photo, run, sample_on) -> None:
+    """Without overlap a tile is the graph of the part alone, at the same noise and hint."""
+    import comfy.sample
+
+    image = torch.cat([photo(64, 64), 1 - photo(64, 64, seed=3)], dim=2)
+    restoration = prepare(image)
+    found = sample_on(tiled(image, overlap=0).model, restoration, cfg=3.0)
+    noise = comfy.sample.prepare_noise(restoration.latent["samples"], 1)
+    for left in (0, 8):
+        cells, columns = slice(left, left + 8), slice(8 * left, 8 * left + 64)
+        part, latent = image[:, :, columns].contiguous(), restoration.latent["samples"][..., cells]
+        own = prepare(part)
+        control = toy.restorer.control.attach(
+            part, latent, own.degradation.tokens, toy.vae, 1.0, (0.0, 1.0)
+        )
+        positive, negative = (
+            [[tokens, extra | {"control": control}] for tokens, extra in prompt]
+            for prompt in (own.positive, own.negative)
+        )
+        alone = comfy.sample.sample(
+            toy.model, noise[..., cells], 2, 3.0, "euler", "normal", positive, negative,
+            latent.contiguous(),
+        )  # fmt: skip
+        torch.testing.assert_close(found[..., cells], alone, rtol=1e-3, atol=1e-3)
+
+
+def test_locality_goes_from_the_photo_to_the_tile(tiled, prepare, photo, sample_on) -> None:
+    image = torch.cat([photo(64, 64), 1 - photo(64, 64, seed=3)], dim=2)
+    restoration = prepare(image)
+    zero, half, one = (
+        sample_on(tiled(image, locality=value).model, restoration) for value in (0.0, 0.5, 1.0)
+    )
+    assert (half - zero).abs().mean() < (one - zero).abs().mean()
+
+
+def test_locality_zero_does_not_look_at_tiles(toy, tiled, prepare, photo, sample_on, pack) -> None:
+    """Its prompts and P_D are the photo's own, whatever the tiles show."""
+    image = photo(64, 128)
+    restoration = prepare(image)
+    patched = tiled(image, locality=0.0).model
+    grid = pack.nodes.host_tiled.Grid((8, 16), 8, 2)
+    blind = pack.nodes.host_tiled.TiledDiffusion(grid, None, 0.0).patched(toy.model)
+    assert torch.equal(sample_on(patched, restoration), sample_on(blind, restoration))
+
+
+@pytest.mark.parametrize("sampler", ["euler", "uni_pc", "dpmpp_2m", "heun", "lcm"])
+def test_samplers_batches_and_cfg(tiled, prepare, photo, sample_on, sampler: str) -> None:
+    image = photo(75, 130, batch=2)
+    restoration = prepare(image)
+    patched = tiled(image).model
+    both = sample_on(patched, restoration, cfg=2.0, sampler=sampler)
+    assert both.shape == (2, 4, 10, 17)
+    assert torch.isfinite(both).all()
+
+
+def test_tiles_of_a_batch_see_their_own_photo(tiled, prepare, photo, sample_on) -> None:
+    import comfy.sample
+
+    image = photo(64, 128, batch=2)
+    both = sample_on(tiled(image).model, prepare(image))
+    noise = comfy.sample.prepare_noise(prepare(image).latent["samples"], 1)
+    for index in range(2):
+        own = image[index : index + 1]
+        restoration = prepare(own)
+        alone = comfy.sample.sample(
+            tiled(own).model, noise[index : index + 1], 2, 1.0, "euler", "normal",
+            restoration.positive, restoration.negative, restoration.latent["samples"],
+        )  # fmt: skip
+        torch.testing.assert_close(both[index : index + 1], alone, rtol=1e-3, atol=1e-3)
+
+
+def test_as_many_tiles_at_once_as_fit(
+    toy, tiled, prepare, photo, sample_on, calls, monkeypatch
+) -> None:
+    image = photo(64, 240)
+    restoration = prepare(image)
+    forwards = calls(restoration.control.network, "forward")
+    together = sample_on(tiled(image).model, restoration, steps=1)
+    assert [len(inputs["x"]) for _, inputs in forwards] == [5]
+    monkeypatch.setattr(toy.model.model, "memory_required", lambda *_, **__: 2**60)
+    one_by_one = sample_on(tiled(image).model, restoration, steps=1)
+    assert [len(inputs["x"]) for _, inputs in forwards[1:]] == [1] * 5
+    torch.testing.assert_close(one_by_one, together, rtol=1e-3, atol=1e-3)
+
+
+def test_other_controlnets_see_their_part(toy, tiled, prepare, photo, sample_on) -> None:
+    """A hint that is white on the right changes the right tiles alone."""
+    image = photo(64, 128)
+    restoration = prepare(image)
+    black, white = torch.zeros(1, 3, 64, 128), torch.zeros(1, 3, 64, 128)
+    white[..., 64:] = 1
+    found = []
+    for hint in (black, white):
+        control = stock_control(toy).set_cond_hint(hint, 1.0, (0.0, 1.0))
+        chained = restoration.control.copy().set_previous_controlnet(control)
+        positive = [[t, extra | {"control": chained}] for t, extra in restoration.positive]
+        inputs = SimpleNamespace(
+            positive=positive, negative=restoration.negative, latent=restoration.latent
+        )
+        found.append(sample_on(tiled(image, overlap=0).model, inputs, steps=1))
+    difference = (found[1] - found[0]).abs()
+    assert difference[..., :8].max() == 0
+    assert difference[..., 8:].mean() > 0
+
+
+def test_areas_and_masks(toy, tiled, prepare, photo, sample_on) -> None:
+    """A second prompt on the right half, as an area and as a mask, leaves the left tile alone."""
+    image = photo(64, 128)
+    restoration = prepare(image)
+    patched = tiled(image, overlap=0, locality=0.0).model
+    plain = sample_on(patched, restoration, steps=1)
+    mask = torch.zeros(1, 64, 128)
+    mask[..., 64:] = 1
+    for where in ({"area": (8, 8, 0, 8)}, {"mask": mask, "set_area_to_bounds": False}):
+        second = [[3 * t, extra | where] for t, extra in restoration.positive]
+        inputs = SimpleNamespace(
+            positive=restoration.positive + second,
+            negative=restoration.negative,
+            latent=restoration.latent,
+        )
+        difference = (sample_on(patched, inputs, steps=1) - plain).abs()
+        assert difference[..., :8].max() < 1e-3
+        assert difference[..., 8:].mean() > 1e-3
+
+
+def test_the_map_names_each_tile(tiled, photo) -> None:
+    pictures = tiled(photo(64, 200, batch=2)).map
+    assert pictures.shape == (2, 64, 200, 3)
+    assert pictures.min() >= 0
+    assert pictures.max() <= 1
+
+
+def test_a_latent_of_another_size(tiled, prepare, photo, sample_on) -> None:
+    patched = tiled(photo(64, 200)).model
+    with pytest.raises(ValueError, match="latent_image: 64 x 64 px, but Tiled Diffusion was given"):
+        sample_on(patched, prepare(photo(64, 64)))
+
+
+def test_interrupt_leaves_nothing_behind(toy, tiled, prepare, photo, sample_on) -> None:
+    import comfy.model_management
+
+    image = photo(64, 200)
+    restoration = prepare(image)
+    patched = tiled(image).model
+    expected = sample_on(patched, restoration)
+
+    def cancel(*_: Any) -> None:
+        comfy.model_management.interrupt_current_processing()
+
+    handle = restoration.control.network.register_forward_pre_hook(cancel)
+    try:
+        with pytest.raises(comfy.model_management.InterruptProcessingException):
+            sample_on(patched, restoration)
+    finally:
+        handle.remove()
+        comfy.model_management.interrupt_current_processing(False)
+    (wrapper,) = patched.get_wrappers("calc_cond_batch", "diff_restorer_tiles")
+    assert not wrapper.__self__._controls
+    assert torch.equal(sample_on(patched, restoration), expected)
+
+
+def test_the_model_itself_stays(toy, tiled, prepare, photo, sample_on) -> None:
+    image = photo(64, 128)
+    before = sample_on(toy.model, prepare(image))
+    tiled(image)
+    assert torch.equal(sample_on(toy.model, prepare(image)), before)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ({"tile_size": 32}, "tile_size: 32 px with overlap 16 px"),
+        ({"tile_size": 100}, "tile_size: 100 px"),
+        ({"overlap": 12}, "overlap 12 px"),
+        ({"overlap": 40}, "overlap: 40 px with tiles of 64 px"),
+        ({"locality": 2.0}, "locality: 2.0, expected 0 to 1"),
+    ],
+)
+def test_wrong_values(tiled, photo, inputs: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        tiled(photo(), **inputs)
+
+
+def test_weights_are_smooth_and_cover_the_picture(pack) -> None:
+    grid_of = pack.nodes.host_tiled.Grid
+    for size, tile, overlap in (((20, 33), 8, 2), ((1, 9), 8, 4), ((64, 8), 8, 0)):
+        grid = grid_of(size, tile, overlap)
+        total = torch.zeros(size)
+        for window in grid.windows:
+            assert max(window.height, window.width) <= tile
+            window.of(total, 1).add_(grid.weight(window))
+        assert bool((total > 0).all())
+    weight = grid_of((64, 64), 16, 8).weight(grid_of((64, 64), 16, 8).windows[0])
+    assert (weight[1:] - weight[:-1]).abs().max() < 0.3

@@ -20,11 +20,12 @@ def plan_features(trunk: VaeTrunk, photo: Tensor, levels: Collection[int], cut: 
         levels: VAE levels that are needed; the encoder runs no further.
         cut: The tiles.
     """
-    stages, first = [], trunk.encoder_stem
+    found: list[list[Stage]] = []
+    first: Step | None = trunk.encoder_stem
     for level in trunk.encoder_levels[: 1 + max(levels)]:
-        stages.append(_blocks(first, level))
+        found.append(_blocks(first, level))
         first = level.resample
-    return Plan(stages, Map(photo, UNIT), cut)
+    return Plan(found, Map(photo, UNIT), cut)
 
 
 def plan_decode(
@@ -50,7 +51,8 @@ def plan_decode(
         cut: The tiles.
     """
     fused = fusion if fidelity > 0 else None
-    levels, first = [], None
+    levels: list[list[Stage]] = []
+    first: Step | None = None
     for index in reversed(range(len(trunk.decoder_levels))):
         level = trunk.decoder_levels[index]
         stages = _blocks(first, level)

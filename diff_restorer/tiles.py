@@ -227,7 +227,7 @@ class Plan:
 
 
 def _look(stages: Sequence[Stage], blank: Tensor) -> list[_Planned]:
-    planned = []
+    planned: list[_Planned] = []
     for stage in stages:
         with _Counting() as seen:
             blank = stage.function(blank, *(other.blank(blank) for other in stage.others))

@@ -144,7 +144,7 @@ class TiledDiffusion:
         count = 1
         if not any(key in entry for entry in entries for key in ("area", "mask", "gligen")):
             crop = windows[0].of(x, 1).shape
-            free = comfy.model_management.get_free_memory(x.device)
+            free = cast(int, comfy.model_management.get_free_memory(x.device))
             lists = max(1, sum(cond is not None for cond in conds))
             needed = model.memory_required([lists * crop[0], *crop[1:]])
             count = max(1, min(len(windows), int(free / (1.5 * max(1, needed)))))
@@ -188,7 +188,7 @@ class TiledDiffusion:
         windows: Sequence[Window],
         batch: int,
     ) -> Any:
-        tensor = getattr(value, "cond", None)
+        tensor: Any = getattr(value, "cond", None)
         if isinstance(value, comfy.conds.CONDNoiseShape):
             whole = comfy.utils.repeat_to_batch_size(tensor, batch)
             return type(value)(torch.cat([window.of(whole, 1) for window in windows]))

@@ -115,7 +115,7 @@ class DiffRestorerTiledDiffusion(io.ComfyNode):
         height, width = (side // SCALE for side in padded.shape[1:3])
         grid = Grid((height, width), tile_size // SCALE, overlap // SCALE)
         parts = [
-            tuple(SCALE * edge for edge in (w.top, w.left, w.height, w.width)) for w in grid.windows
+            (SCALE * w.top, SCALE * w.left, SCALE * w.height, SCALE * w.width) for w in grid.windows
         ]
         crops = torch.cat([
             padded[:, top : top + high, left : left + wide] for top, left, high, wide in parts

@@ -286,7 +286,12 @@ def test_stage_2_decodes_sampled_latents_where_there_are_some(models: Models) ->
     batch = batch_for(models)
     seen: list[torch.Tensor] = []
     decode = loss._decode_fast
-    loss._decode_fast = lambda latent, *rest: (seen.append(latent), decode(latent, *rest))[1]
+
+    def decoded(latent: Tensor, features: Any, pooled: Tensor) -> Tensor:
+        seen.append(latent)
+        return decode(latent, features, pooled)
+
+    loss._decode_fast = decoded
     loss(batch, torch.Generator().manual_seed(2))
     clean = models.encode(to_pixels(batch["gt"]))
     assert torch.equal(seen[0][0], batch["latent"][0])

@@ -229,6 +229,8 @@ def aware_decode(
     """
     fused = fusion.levels if fusion is not None and fidelity > 0 else ()
     h = trunk.decoder_stem(raw_latent)
+    for step in trunk.decoder_mid:
+        h = step(h)
     for index in reversed(range(len(trunk.decoder_levels))):
         level = trunk.decoder_levels[index]
         for block in level.blocks:

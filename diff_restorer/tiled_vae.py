@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 
+import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from .decoder import FusionBlocks
 from .tiles import UNIT, Cut, Function, Map, Plan, Stage
-from .vae_trunk import Level, Step, VaeTrunk
+from .vae_trunk import Attention, Level, Step, VaeTrunk
 
 
 def plan_features(trunk: VaeTrunk, photo: Tensor, levels: Collection[int], cut: Cut) -> Plan:
@@ -31,7 +33,7 @@ def plan_features(trunk: VaeTrunk, photo: Tensor, levels: Collection[int], cut: 
 def plan_decode(
     trunk: VaeTrunk,
     fusion: FusionBlocks | None,
-    stem: Tensor,
+    latent: Tensor,
     photo: Tensor,
     features: Mapping[int, Map],
     pooled: Tensor,
@@ -43,7 +45,7 @@ def plan_decode(
     Args:
         trunk: The VAE whose decoder is used (stock or finetuned).
         fusion: Fusion blocks; None decodes plainly.
-        stem: The trunk's `decoder_stem` of the latent, (1, C, H/8, W/8): attention joins all of it.
+        latent: Unscaled, (1, latent_channels, H/8, W/8).
         photo: LQ photo, (1, 3, H, W) in [-1, 1]; in any memory.
         features: The maps of `plan_features` at the fusion blocks' levels.
         pooled: Pooled P_D, (1, context_width).
@@ -56,13 +58,34 @@ def plan_decode(
     for index in reversed(range(len(trunk.decoder_levels))):
         level = trunk.decoder_levels[index]
         stages = _blocks(first, level)
+        if first is None:
+            stages = [Stage(trunk.decoder_stem), *map(_mid, trunk.decoder_mid), *stages]
         if fused is not None and index in fused.levels:
             stages.append(Stage(_fuse(fused, index, pooled, fidelity), (features[index],)))
         if index == 0:
             stages.append(_head(trunk, fused, photo, pooled, fidelity))
         levels.append(stages)
         first = level.resample
-    return Plan(levels, Map(stem, 1), cut)
+    return Plan(levels, Map(latent, 1), cut)
+
+
+def _mid(step: Step | Attention) -> Stage:
+    """A block; or attention, where the pixels of a tile attend to all others."""
+    if not isinstance(step, Attention):
+        return Stage(step)
+
+    def keys_and_values(value: Tensor) -> Tensor:
+        normed = step.norm(value)
+        return torch.cat([step.key(normed), step.value(normed)], dim=1)
+
+    def attend(value: Tensor, others: Tensor) -> Tensor:
+        rows = (step.query(step.norm(value)), *others.chunk(2, dim=1))
+        found = F.scaled_dot_product_attention(
+            *(each.flatten(2).transpose(1, 2)[:, None] for each in rows)
+        )
+        return value + step.out(found[:, 0].transpose(1, 2).reshape(value.shape))
+
+    return Stage(attend, summary=keys_and_values)
 
 
 def _blocks(first: Step | None, level: Level) -> list[Stage]:

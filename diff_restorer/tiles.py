@@ -175,6 +175,8 @@ class Stage:
 
     function: Function
     others: tuple[Map, ...] = ()
+    summary: Function | None = None
+    """Runs first on the map before; all of its output is the last argument of `function`."""
 
 
 @dataclass(frozen=True)
@@ -187,6 +189,12 @@ class _Planned:
     """How many units its convolutions look around."""
     norms: int
     """Number of group norms: it visits each tile once, and once more for each of them."""
+    summary: _Planned | None = None
+
+    @property
+    def turns(self) -> int:
+        """How often it visits each tile, its summary included."""
+        return 1 + self.norms + (self.summary.turns if self.summary else 0)
 
 
 class Plan:
@@ -214,7 +222,7 @@ class Plan:
     @property
     def visits(self) -> int:
         """How often `cut.on_tile` will be called."""
-        turns = sum(1 + each.norms for planned in self._levels for each in planned)
+        turns = sum(each.turns for planned in self._levels for each in planned)
         return turns * len(self._cut.windows(self._value.size))
 
     def run(self) -> Iterator[Map]:
@@ -229,9 +237,13 @@ class Plan:
 def _look(stages: Sequence[Stage], blank: Tensor) -> list[_Planned]:
     planned: list[_Planned] = []
     for stage in stages:
+        inputs, summary = [blank, *(other.blank(blank) for other in stage.others)], None
+        if stage.summary is not None:
+            (summary,) = _look([Stage(stage.summary)], blank)
+            inputs.append(summary.output)
         with _Counting() as seen:
-            blank = stage.function(blank, *(other.blank(blank) for other in stage.others))
-        planned.append(_Planned(stage, blank, math.ceil(seen.reach), seen.norms))
+            blank = stage.function(*inputs)
+        planned.append(_Planned(stage, blank, math.ceil(seen.reach), seen.norms, summary))
     return planned
 
 
@@ -248,6 +260,9 @@ def _joined(stages: Sequence[Stage]) -> Stage:
 def _run(planned: _Planned, value: Map, cut: Cut) -> Map:
     inputs, size = (value, *planned.stage.others), value.size
     channels, scale = planned.output.shape[1], planned.output.shape[-1]
+    summary: list[Tensor] = []
+    if planned.summary is not None:
+        summary.append(_run(planned.summary, value, cut).whole().to(cut.like))
     out = Map.empty(channels, scale, size, cut.dtype, cut.folder)
     known: list[tuple[Tensor, Tensor]] = []
     while True:
@@ -258,7 +273,7 @@ def _run(planned: _Planned, value: Map, cut: Cut) -> Map:
             crops = [each.read(around, cut.like) for each in inputs]
             with _WholeNorms(known, window.inside(around), around) as norms:
                 try:
-                    found = planned.stage.function(*crops)
+                    found = planned.stage.function(*crops, *summary)
                 except _NormReachedError:
                     sums.append(norms.sums)
                     continue

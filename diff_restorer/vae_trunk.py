@@ -27,6 +27,26 @@ class Level:
 
 
 @dataclass(frozen=True)
+class Attention:
+    """Self-attention of all pixels to all, with one head, and its residual.
+
+    Called, it is the library's own; its parts, each of which works on pixels alone, serve to do
+    the same in pieces: x + out(attend(query(n), key(n), value(n))) with n = norm(x).
+    """
+
+    whole: Step
+    norm: Step
+    query: Step
+    key: Step
+    value: Step
+    out: Step
+
+    def __call__(self, h: Tensor) -> Tensor:
+        """(B, C, H, W) to the same."""
+        return self.whole(h)
+
+
+@dataclass(frozen=True)
 class VaeTrunk:
     """Layer-by-layer view of an AutoencoderKL or TAESD; calls modules, owns and copies nothing.
 
@@ -39,7 +59,9 @@ class VaeTrunk:
     encoder_head: Step
     """To the moments (B, 2*latent_channels, H/8, W/8), quant_conv included; TAESD: the latent."""
     decoder_stem: Step
-    """From the unscaled latent, post_quant_conv and mid block included."""
+    """From the unscaled latent, post_quant_conv included."""
+    decoder_mid: tuple[Step | Attention, ...]
+    """Blocks and attention before the levels; TAESD has none."""
     decoder_levels: tuple[Level, ...]
     decoder_head: Step
     latent_channels: int
@@ -95,8 +117,11 @@ def _block(module: Any) -> Step:
 def _ldm_trunk(vae: Any) -> VaeTrunk:
     encoder, decoder = vae.encoder, vae.decoder
 
-    def mid(module: Any) -> Step:
-        return _chain(_block(module.block_1), module.attn_1, _block(module.block_2))
+    def attention(module: Any) -> Attention:
+        return Attention(module, module.norm, module.q, module.k, module.v, module.proj_out)
+
+    def mid(module: Any) -> tuple[Step, ...]:
+        return _block(module.block_1), attention(module.attn_1), _block(module.block_2)
 
     def head(module: Any) -> Step:
         return _chain(module.norm_out, F.silu, module.conv_out)
@@ -107,10 +132,9 @@ def _ldm_trunk(vae: Any) -> VaeTrunk:
             Level(tuple(map(_block, level.block)), getattr(level, "downsample", None))
             for level in encoder.down
         ),
-        encoder_head=_chain(mid(encoder.mid), head(encoder), getattr(vae, "quant_conv", None)),
-        decoder_stem=_chain(
-            getattr(vae, "post_quant_conv", None), decoder.conv_in, mid(decoder.mid)
-        ),
+        encoder_head=_chain(*mid(encoder.mid), head(encoder), getattr(vae, "quant_conv", None)),
+        decoder_stem=_chain(getattr(vae, "post_quant_conv", None), decoder.conv_in),
+        decoder_mid=mid(decoder.mid),
         decoder_levels=tuple(
             Level(tuple(map(_block, level.block)), getattr(level, "upsample", None))
             for level in decoder.up
@@ -128,14 +152,26 @@ def _diffusers_trunk(vae: Any) -> VaeTrunk:
         found = getattr(block, resamplers)
         return Level(tuple(map(_block, block.resnets)), None if found is None else found[0])
 
+    def on_pixels(linear: Any) -> Step:
+        return lambda h: linear(h.movedim(1, -1)).movedim(-1, 1)
+
+    def attention(module: Any) -> Attention:
+        parts = map(on_pixels, (module.to_q, module.to_k, module.to_v, module.to_out[0]))
+        return Attention(module, module.group_norm, *parts)
+
+    def mid(module: Any) -> tuple[Step, ...]:
+        first, second = map(_block, module.resnets)
+        return first, attention(module.attentions[0]), second
+
     def head(module: Any) -> Step:
         return _chain(module.conv_norm_out, module.conv_act, module.conv_out)
 
     return VaeTrunk(
         encoder_stem=encoder.conv_in,
         encoder_levels=tuple(level(block, "downsamplers") for block in encoder.down_blocks),
-        encoder_head=_chain(encoder.mid_block, head(encoder), vae.quant_conv),
-        decoder_stem=_chain(vae.post_quant_conv, decoder.conv_in, decoder.mid_block),
+        encoder_head=_chain(*mid(encoder.mid_block), head(encoder), vae.quant_conv),
+        decoder_stem=_chain(vae.post_quant_conv, decoder.conv_in),
+        decoder_mid=mid(decoder.mid_block),
         decoder_levels=tuple(level(block, "upsamplers") for block in reversed(decoder.up_blocks)),
         decoder_head=head(decoder),
         latent_channels=decoder.conv_in.weight.shape[1],
@@ -171,6 +207,7 @@ def _tiny_trunk(encoder: Any, decoder: Any, scale: Any, shift: Any) -> VaeTrunk:
         encoder_levels=encoder_levels,
         encoder_head=lambda h: down[-1](h) / scale + shift,
         decoder_stem=lambda latent: up[1](up[0](torch.tanh((latent - shift) * scale / 3) * 3)),
+        decoder_mid=(),
         decoder_levels=decoder_levels[::-1],
         decoder_head=lambda h: up[-1](h) * 2 - 1,
         latent_channels=up[0].weight.shape[1],

@@ -322,9 +322,8 @@ class AwareDecoder:
                 plan = plan_features(trunk, pixels[here], fusion.levels, cut)
                 report.start(plan, 0.0, 0.3)
                 features = dict(enumerate(plan.run()))
-            stem = trunk.decoder_stem(latent[here].to(like))
             plan = plan_decode(
-                trunk, fusion, stem, pixels[here], features, pooled[here].to(like),
+                trunk, fusion, latent[here], pixels[here], features, pooled[here].to(like),
                 self.fidelity, cut,
             )  # fmt: skip
             report.start(plan, 0.3, 1.0)

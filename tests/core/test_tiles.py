@@ -54,8 +54,7 @@ class Decoder:
     def tiled(self, cut: Cut, fidelity: float) -> Tensor:
         features = dict(enumerate(plan_features(self.trunk, self.photo, (1, 2, 3), cut).run()))
         plan = plan_decode(
-            self.trunk, self.fusion, self.trunk.decoder_stem(self.latent), self.photo, features,
-            self.pooled, fidelity, cut,
+            self.trunk, self.fusion, self.latent, self.photo, features, self.pooled, fidelity, cut,
         )  # fmt: skip
         *_, image = plan.run()
         return image.whole().float()
@@ -85,6 +84,8 @@ def test_norms_that_see_their_tile_alone_would_be_told_apart() -> None:
     decoder = Decoder("kl", 128, 192)
     expected = decoder.whole(0.0)
     alone = decoder.trunk.decoder_stem(decoder.latent)
+    for step in decoder.trunk.decoder_mid:
+        alone = step(alone)
     for index in (3, 2, 1, 0):
         level = decoder.trunk.decoder_levels[index]
         for block in level.blocks:

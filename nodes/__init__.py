@@ -9,6 +9,11 @@ from .classifier import DiffRestorerDegradationClassifier
 from .color import DiffRestorerColorFix
 from .conditioning import DiffRestorerDegradationControl, DiffRestorerPromptProcessor
 from .decode import DiffRestorerAwareVAEDecode
+from .degradations import (
+    DiffRestorerEditDegradation,
+    DiffRestorerMeasure,
+    DiffRestorerSimulateDegradation,
+)
 from .loaders import DiffRestorerLoader, DiffRestorerNanoLoader
 from .tiled import DiffRestorerTiledDiffusion
 
@@ -25,6 +30,9 @@ class DiffRestorerExtension(ComfyExtension):
             DiffRestorerDegradationControl,
             DiffRestorerAwareVAEDecode,
             DiffRestorerDegradationClassifier,
+            DiffRestorerEditDegradation,
             DiffRestorerColorFix,
+            DiffRestorerSimulateDegradation,
+            DiffRestorerMeasure,
             DiffRestorerTiledDiffusion,
         ]

@@ -77,6 +77,16 @@ NODES = {
             "degradation": "DEGRADATION",
         },
     ),
+    "DiffRestorerEditDegradation": (
+        "Edit Degradation",
+        {
+            "degradation": "DEGRADATION",
+            "type": "STRING",
+            "mode": "COMBO",
+            "weight": ("FLOAT", 0.5, -2.0, 2.0),
+        },
+        {"degradation": "DEGRADATION"},
+    ),
     "DiffRestorerColorFix": (
         "Match Colors",
         {
@@ -86,6 +96,27 @@ NODES = {
             "strength": ("FLOAT", 1.0, 0.0, 1.0),
         },
         {"image": "IMAGE"},
+    ),
+    "DiffRestorerSimulateDegradation": (
+        "Simulate Degradation",
+        {
+            "image": "IMAGE",
+            "type": "COMBO",
+            "severity": ("FLOAT", 0.5, 0.0, 1.0),
+            "seed": ("INT", 0, 0, 2**64 - 1),
+        },
+        {"image": "IMAGE"},
+    ),
+    "DiffRestorerMeasure": (
+        "Measure Restoration",
+        {"image": "IMAGE", "reference": "IMAGE", "lq": "IMAGE", "view": "COMBO"},
+        {
+            "psnr": "FLOAT",
+            "ssim": "FLOAT",
+            "lpips": "FLOAT",
+            "report": "STRING",
+            "picture": "IMAGE",
+        },
     ),
     "DiffRestorerTiledDiffusion": (
         "Tiled Diffusion",
@@ -101,9 +132,11 @@ NODES = {
         {"model": "MODEL", "map": "IMAGE"},
     ),
 }
+SHOWING = ("DiffRestorerDegradationClassifier", "DiffRestorerMeasure")
 OPTIONAL = {
     ("DiffRestorerPromptProcessor", "text"),
     ("DiffRestorerAwareVAEDecode", "tiling"),
+    ("DiffRestorerMeasure", "lq"),
 }
 
 
@@ -150,7 +183,7 @@ def test_the_host_registered_them(pack: ModuleType) -> None:
     for node_id, (name, _, _) in NODES.items():
         assert nodes.NODE_DISPLAY_NAME_MAPPINGS[node_id] == name  # type: ignore
         info = nodes.NODE_CLASS_MAPPINGS[node_id].GET_NODE_INFO_V1()  # type: ignore
-        assert info["output_node"] == (node_id == "DiffRestorerDegradationClassifier")
+        assert info["output_node"] == (node_id in SHOWING)
         assert all(info["output_tooltips"])
 
 

@@ -1,0 +1,266 @@
+"""Nodes that make, change and measure degradations."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import torch
+from comfy_api.latest import io, ui
+from torch import Tensor
+
+from ..diff_restorer.degradations import ALL_KINDS, degrade
+from .host import check_interrupt
+from .images import common_batch, split_alpha, to_batch
+from .measures import MISSING, difference_picture, lpips, psnr, side_by_side, ssim
+from .sockets import CATEGORY, Degradation, DegradationSocket
+
+KINDS = tuple(kind for kind in ALL_KINDS if kind != "clean")
+MIX, ADD, SCALE = "mix", "add", "scale"
+SIDE_BY_SIDE, DIFFERENCE = "side by side", "difference"
+
+
+class DiffRestorerEditDegradation(io.ComfyNode):
+    """Edit Degradation: tells the restoration what is wrong, beside or instead of what it sees."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="DiffRestorerEditDegradation",
+            display_name="Edit Degradation",
+            category=CATEGORY,
+            description=(
+                "Changes the degradation that the Prompt Processor has found: towards a kind that "
+                "it overlooked, away from one that it imagines, or stronger and weaker as a "
+                "whole. Several of these nodes can follow each other."
+            ),
+            inputs=[
+                DegradationSocket.Input("degradation", tooltip="From the Prompt Processor."),
+                io.String.Input(
+                    "type",
+                    default="noise",
+                    tooltip=(
+                        "Name of a kind, as the Classifier shows it: noise, blur, jpeg, low_light, "
+                        "haze, rain, snow, raindrop, clean. Not used for scale. The Classifier's "
+                        "label can be connected."
+                    ),
+                ),
+                io.Combo.Input(
+                    "mode",
+                    options=[MIX, ADD, SCALE],
+                    default=MIX,
+                    tooltip=(
+                        "mix: weight 1 replaces what was found by the typical photo of this kind. "
+                        "add: puts weight times the kind's direction on top; negative weights take "
+                        "it away. scale: weight times the whole deviation from the average photo."
+                    ),
+                ),
+                io.Float.Input(
+                    "weight",
+                    default=0.5,
+                    min=-2.0,
+                    max=2.0,
+                    step=0.05,
+                    tooltip="mix takes 0 to 1; 0 changes nothing, for scale 1 does.",
+                ),
+            ],
+            outputs=[
+                DegradationSocket.Output(
+                    display_name="degradation",
+                    tooltip="The changed degradation, for Degradation Control and the decode.",
+                ),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls, degradation: Degradation, type: str, mode: str, weight: float
+    ) -> io.NodeOutput:
+        if mode not in (MIX, ADD, SCALE):
+            raise ValueError(f"mode: {mode!r}, expected {MIX}, {ADD} or {SCALE}.")
+        if mode == MIX and not 0 <= weight <= 1:
+            raise ValueError(f"weight: {weight}, mix takes 0 to 1.")
+        if mode != SCALE and type not in degradation.types:
+            raise ValueError(
+                f"type: {type!r} is not known to this Diff-Restorer file. It knows "
+                f"{', '.join(degradation.types)}."
+            )
+        if not degradation.prototypes.any():
+            raise ValueError(
+                "degradation: this Diff-Restorer file holds no class prototypes. Write it again "
+                "with `python -m training.export`, which adds them."
+            )
+        average = degradation.prototypes.mean(dim=0)
+        if mode == SCALE:
+            return io.NodeOutput(_moved(degradation, (weight - 1), degradation.pooled - average))
+        place = degradation.types.index(type)
+        prototype, sure = degradation.prototypes[place], torch.zeros(len(degradation.types))
+        sure[place] = 1
+        if mode == ADD:
+            return io.NodeOutput(_moved(degradation, weight, (prototype - average)[None]))
+        moved = _moved(degradation, weight, prototype - degradation.pooled)
+        probabilities = torch.lerp(moved.probabilities, sure.to(moved.probabilities), weight)
+        return io.NodeOutput(replace(moved, probabilities=probabilities))
+
+
+def _moved(degradation: Degradation, weight: float, direction: Tensor) -> Degradation:
+    """All tokens of P_D, and so their mean, moved by weight * direction, (B or 1, C)."""
+    step = weight * direction
+    return replace(
+        degradation, tokens=degradation.tokens + step[:, None], pooled=degradation.pooled + step
+    )
+
+
+class DiffRestorerSimulateDegradation(io.ComfyNode):
+    """Simulate Degradation: damages clean photos as the training does."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="DiffRestorerSimulateDegradation",
+            display_name="Simulate Degradation",
+            category=CATEGORY,
+            description=(
+                "Degrades clean photos with the very functions that the models are trained on, to "
+                "try restorations and to measure them. Several of these nodes can follow each "
+                "other."
+            ),
+            inputs=[
+                io.Image.Input("image", tooltip="Clean photos; transparency stays."),
+                io.Combo.Input(
+                    "type", options=list(KINDS), default="noise", tooltip="The degradation."
+                ),
+                io.Float.Input(
+                    "severity",
+                    default=0.5,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="0 is hardly visible; 0.25 to 0.75 is like the published test sets.",
+                ),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=2**64 - 1,
+                    control_after_generate=True,
+                    tooltip="The same seed gives the same degradation.",
+                ),
+            ],
+            outputs=[
+                io.Image.Output(display_name="image", tooltip="The degraded photos."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, image: Tensor, type: str, severity: float, seed: int) -> io.NodeOutput:
+        if type not in KINDS:
+            raise ValueError(f"type: {type!r}, expected one of {', '.join(KINDS)}.")
+        if not 0 <= severity <= 1:
+            raise ValueError(f"severity: {severity}, expected 0 to 1.")
+        rgb, alpha = split_alpha(image)
+        generator = torch.Generator().manual_seed(seed % 2**63)
+        done = []
+        for photo in rgb.movedim(-1, 1):
+            check_interrupt()
+            done.append(degrade(type, photo[None].float().cpu(), severity, generator))
+        degraded = torch.cat(done).movedim(1, -1).to(rgb.device)
+        if alpha is not None:
+            degraded = torch.cat([degraded, alpha.to(degraded)], dim=-1)
+        return io.NodeOutput(degraded)
+
+
+class DiffRestorerMeasure(io.ComfyNode):
+    """Measure Restoration: how near a picture is to the clean one."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="DiffRestorerMeasure",
+            display_name="Measure Restoration",
+            category=CATEGORY,
+            description=(
+                "Compares restored photos with clean ones: PSNR, SSIM and, where its weights are "
+                "on this machine, LPIPS. Shows them side by side, or their difference."
+            ),
+            inputs=[
+                io.Image.Input("image", tooltip="The restored photos."),
+                io.Image.Input("reference", tooltip="The clean photos, of the same size."),
+                io.Image.Input(
+                    "lq",
+                    optional=True,
+                    tooltip="The degraded photos; then the gain over them is shown, too.",
+                ),
+                io.Combo.Input(
+                    "view",
+                    options=[SIDE_BY_SIDE, DIFFERENCE],
+                    default=SIDE_BY_SIDE,
+                    tooltip="What the picture shows; differences are amplified four times.",
+                ),
+            ],
+            outputs=[
+                io.Float.Output(
+                    display_name="psnr", tooltip="In dB, the mean over the photos; 100 if equal."
+                ),
+                io.Float.Output(display_name="ssim", tooltip="Up to 1, the mean over the photos."),
+                io.Float.Output(
+                    display_name="lpips",
+                    tooltip="Down to 0, the mean over the photos; -1 without its weights.",
+                ),
+                io.String.Output(
+                    display_name="report", tooltip="All figures of each photo as JSON."
+                ),
+                io.Image.Output(display_name="picture", tooltip="What is shown in the node."),
+            ],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(
+        cls, image: Tensor, reference: Tensor, view: str, lq: Tensor | None = None
+    ) -> io.NodeOutput:
+        if view not in (SIDE_BY_SIDE, DIFFERENCE):
+            raise ValueError(f"view: {view!r}, expected {SIDE_BY_SIDE} or {DIFFERENCE}.")
+        photos = {
+            "image": split_alpha(image)[0],
+            "reference": split_alpha(reference, "reference")[0],
+        }
+        if lq is not None:
+            photos["lq"] = split_alpha(lq, "lq")[0]
+        for name, value in photos.items():
+            if value.shape[1:3] != photos["image"].shape[1:3]:
+                found, needed = (
+                    f"{v.shape[2]} x {v.shape[1]} px" for v in (value, photos["image"])
+                )
+                raise ValueError(f"{name}: {found}, but the image is {needed}. Scale one of them.")
+        batch = common_batch(**{name: len(value) for name, value in photos.items()})
+        rows: list[dict[str, Any]] = []
+        pictures: list[Tensor] = []
+        for index in range(batch):
+            check_interrupt()
+            some = {
+                name: to_batch(value, batch)[index : index + 1].movedim(-1, 1).float().cpu()
+                for name, value in photos.items()
+            }
+            clean, found = some["reference"], some["image"]
+            row: dict[str, Any] = {"psnr": psnr(found, clean), "ssim": ssim(found, clean)}
+            row["lpips"] = lpips(found, clean)
+            if "lq" in some:
+                row["psnr_lq"] = psnr(some["lq"], clean)
+                row["gain"] = row["psnr"] - row["psnr_lq"]
+            rows.append({key: _rounded(value) for key, value in row.items()})
+            draw = side_by_side if view == SIDE_BY_SIDE else difference_picture
+            pictures.append(draw(some, rows[-1]))
+        picture = torch.stack(pictures)
+        report = json.dumps(rows[0] if batch == 1 else rows)
+        means = (
+            sum(row[name] if row[name] is not None else MISSING for row in rows) / batch
+            for name in ("psnr", "ssim", "lpips")
+        )
+        shown = ui.PreviewImage(picture, cls=cls).as_dict() | ui.PreviewText(report).as_dict()
+        return io.NodeOutput(*means, report, picture, ui=shown)
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 4)

@@ -1,0 +1,90 @@
+"""Distances between pictures, and pictures of them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from kornia.metrics import ssim as ssim_map
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+from torch.nn import functional as F
+
+MISSING = -1.0
+"""In place of an LPIPS that cannot be computed here."""
+_VGG_FILE = "vgg16-397923af.pth"
+_AMPLIFICATION = 4
+_LABELS = {"lq": "degraded", "image": "restored", "reference": "clean"}
+_HEIGHT = 512
+
+
+def psnr(image: Tensor, reference: Tensor) -> float:
+    """Peak signal-to-noise ratio in dB of (1, 3, H, W) in [0, 1], at most 100."""
+    error = float(F.mse_loss(image.clamp(0, 1), reference.clamp(0, 1)))
+    return 100.0 if error < 1e-10 else float(-10 * np.log10(error))
+
+
+def ssim(image: Tensor, reference: Tensor) -> float:
+    """Structural similarity with a Gaussian window of 11 px (Wang et al. 2004), mean of the map."""
+    return float(ssim_map(image.clamp(0, 1), reference.clamp(0, 1), 11).mean())
+
+
+def lpips(image: Tensor, reference: Tensor) -> float | None:
+    """LPIPS on VGG16 (arXiv 1801.03924); None without the package `lpips` or VGG16's weights.
+
+    Nothing is downloaded: the weights are those of torchvision in the torch hub's cache.
+    """
+    network = _lpips()
+    if network is None or min(image.shape[-2:]) < 32:
+        return None
+    with torch.inference_mode():
+        return float(network(image * 2 - 1, reference * 2 - 1))
+
+
+@cache
+def _lpips() -> Any:
+    weights = Path(torch.hub.get_dir()) / "checkpoints" / _VGG_FILE
+    if not weights.is_file():
+        logging.info("Measure Restoration: no LPIPS, %s is missing.", weights)
+        return None
+    try:
+        import lpips as package
+    except ImportError:
+        logging.info("Measure Restoration: no LPIPS, the package lpips is not installed.")
+        return None
+    return package.LPIPS(net="vgg", verbose=False).eval()
+
+
+def side_by_side(photos: Mapping[str, Tensor], figures: Mapping[str, Any]) -> Tensor:
+    """Degraded (if there is one), restored and clean, (H, W, 3) in [0, 1], with their PSNR."""
+    cells = []
+    for name in ("lq", "image", "reference"):
+        if name in photos:
+            key = {"lq": "psnr_lq", "image": "psnr"}.get(name, "")
+            value = figures.get(key)
+            cells.append(_cell(photos[name], _LABELS[name], value))
+    return torch.cat(cells, dim=1)
+
+
+def difference_picture(photos: Mapping[str, Tensor], figures: Mapping[str, Any]) -> Tensor:
+    """The absolute difference of restored and clean, amplified, (H, W, 3) in [0, 1]."""
+    difference = (photos["image"] - photos["reference"]).abs() * _AMPLIFICATION
+    return _cell(difference, f"difference x {_AMPLIFICATION}", figures.get("psnr"))
+
+
+def _cell(photo: Tensor, label: str, value: float | None) -> Tensor:
+    pixels = (photo[0].clamp(0, 1) * 255).round().byte().movedim(0, -1).numpy()
+    picture = Image.fromarray(pixels)
+    scale = _HEIGHT / picture.height
+    if scale < 1:
+        picture = picture.resize((max(1, round(picture.width * scale)), _HEIGHT))
+    text = label if value is None else f"{label}  {value:.2f} dB"
+    size = max(9, min(18, picture.width // 14))
+    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(size)
+    draw.text((4, 3), text, "white", font, stroke_width=1, stroke_fill="black")
+    return torch.from_numpy(np.asarray(picture, dtype=np.float32) / 255)

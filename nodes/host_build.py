@@ -212,7 +212,10 @@ def with_tuned_decoder(vae_module: Any, tuned: Any) -> Any:
         )
     if tiny:
         return SimpleNamespace(
-            taesd_encoder=vae_module.taesd_encoder, taesd_decoder=tuned.taesd_decoder
+            taesd_encoder=vae_module.taesd_encoder,
+            taesd_decoder=tuned.taesd_decoder,
+            vae_scale=vae_module.vae_scale,
+            vae_shift=vae_module.vae_shift,
         )
     return SimpleNamespace(
         encoder=vae_module.encoder,

@@ -13,7 +13,7 @@ from PIL import Image
 pytestmark = pytest.mark.comfy
 
 FOLDER = Path(__file__).parents[2] / "workflows"
-NAMES = ("restore_nano", "restore_sd15")
+NAMES = ("restore_large", "restore_nano", "restore_sd15", "restore_upscale_x2")
 NOTES = ("Note", "MarkdownNote")
 # What the front end stores beside the widgets of the schema.
 AFTER_SEED, UPLOAD = "fixed", {"upload": "image"}

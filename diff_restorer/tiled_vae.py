@@ -79,10 +79,12 @@ def _mid(step: Step | Attention) -> Stage:
         return torch.cat([step.key(normed), step.value(normed)], dim=1)
 
     def attend(value: Tensor, others: Tensor) -> Tensor:
-        rows = (step.query(step.norm(value)), *others.chunk(2, dim=1))
-        found = F.scaled_dot_product_attention(
-            *(each.flatten(2).transpose(1, 2)[:, None] for each in rows)
+        keys, values = others.chunk(2, dim=1)
+        query, key, value_rows = (
+            each.flatten(2).transpose(1, 2)[:, None]
+            for each in (step.query(step.norm(value)), keys, values)
         )
+        found = F.scaled_dot_product_attention(query, key, value_rows)
         return value + step.out(found[:, 0].transpose(1, 2).reshape(value.shape))
 
     return Stage(attend, summary=keys_and_values)

@@ -26,7 +26,7 @@ class Level:
     """Downsampling (encoder) or upsampling (decoder); None at the end of the pyramid."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # torch.compile hashes it before its fields are there
 class Attention:
     """Self-attention of all pixels to all, with one head, and its residual.
 

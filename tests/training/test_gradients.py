@@ -276,6 +276,13 @@ def test_parts_join_stage_2_at_their_step(models: Models) -> None:
         assert bool(reached(loss.discriminator)) == gan
 
 
+def test_the_encoder_can_be_compiled(models: Models) -> None:
+    """By torch's tracer at least: code generation takes minutes."""
+    pixels = to_pixels(batch_for(models)["gt"])
+    compiled = torch.compile(models.encode, backend="eager")
+    torch.testing.assert_close(compiled(pixels), models.encode(pixels))
+
+
 def test_pooled_p_d_alone_is_that_of_the_whole_reading(models: Models) -> None:
     batch = batch_for(models)
     assert torch.equal(models.read_pooled(batch), models.read(batch).pooled)

@@ -77,8 +77,7 @@ class DiffRestorerAwareVAEDecode(io.ComfyNode):
                     optional=True,
                     tooltip=(
                         "exact: tiles give the same picture as decoding it whole. fast: tiles are "
-                        "decoded on their own and blended, which takes less time for very large "
-                        "pictures, but colours may drift from tile to tile."
+                        "decoded on their own and blended; colours may drift from tile to tile."
                     ),
                 ),
             ],

@@ -218,6 +218,22 @@ def test_interrupt_leaves_nothing_behind(toy, tiled, prepare, photo, sample_on) 
     assert torch.equal(sample_on(patched, restoration), expected)
 
 
+def test_patched_weights_reach_the_tiles(toy, pack, prepare, photo, sample_on) -> None:
+    """As a LoRA patches them."""
+    restoration = prepare(photo(64, 128))
+    tiled_of = pack.nodes.host_tiled.TiledDiffusion
+    several, one = (pack.nodes.host_tiled.Grid((8, 16), tile, 0) for tile in (8, 16))
+    key = "diffusion_model.out.2.weight"
+    model = toy.model.clone()
+    weight = model.model_state_dict()[key]
+    assert key in model.add_patches({key: ("diff", (torch.ones_like(weight) * 0.1,))}, 1.0)
+    plain = sample_on(tiled_of(several, None, 0.0).patched(toy.model), restoration)
+    changed = sample_on(tiled_of(several, None, 0.0).patched(model), restoration)
+    assert (changed - plain).abs().mean() > 1e-3
+    whole = sample_on(model, restoration)
+    assert torch.equal(sample_on(tiled_of(one, None, 0.0).patched(model), restoration), whole)
+
+
 def test_the_model_itself_stays(toy, tiled, prepare, photo, sample_on) -> None:
     image = photo(64, 128)
     before = sample_on(toy.model, prepare(image))

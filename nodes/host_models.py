@@ -53,13 +53,17 @@ class DiffRestorer:
         """Widths and number of types, as read from the file."""
         return self.prompt_processor.model.config
 
-    def read(self, clip_vision: Any, rgb: Tensor) -> tuple[Tensor, Degradation]:
+    def read(
+        self, clip_vision: Any, rgb: Tensor, remember: bool = True
+    ) -> tuple[Tensor, Degradation]:
         """P_S (B, T, C) and the degradation of photos (B, H, W, 3) in [0, 1].
+
+        What CLIP sees is remembered for the graph's next node, unless told otherwise.
 
         Raises:
             ValueError: `clip_vision` is not the model that the file was trained with.
         """
-        whole, close = self._clip_tokens(clip_vision, rgb)
+        whole, close = self._clip_tokens(clip_vision, rgb, remember)
         comfy.model_management.load_models_gpu([self.prompt_processor])
         model: PromptProcessor = self.prompt_processor.model
         device = self.prompt_processor.load_device
@@ -75,7 +79,7 @@ class DiffRestorer:
         )
         return semantic.to(home), degradation
 
-    def _clip_tokens(self, clip_vision: Any, rgb: Tensor) -> tuple[Tensor, Tensor]:
+    def _clip_tokens(self, clip_vision: Any, rgb: Tensor, remember: bool) -> tuple[Tensor, Tensor]:
         """P_CLIP for P_S and for P_D, (B, T, clip_width) each; kept for the graph's next node.
 
         They are the same unless the file asks for a native view: then P_D comes from a second
@@ -93,7 +97,8 @@ class DiffRestorer:
             view = native_view(rgb, clip_vision.image_size)
             close = whole if view.shape == rgb.shape else self._encode(clip_vision, view)
         tokens = whole, close
-        self._last_tokens = (weakref.ref(clip_vision), photo, tokens)
+        if remember:
+            self._last_tokens = (weakref.ref(clip_vision), photo, tokens)
         return tokens
 
     def _encode(self, clip_vision: Any, view: Tensor) -> Tensor:

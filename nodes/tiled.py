@@ -123,7 +123,7 @@ class DiffRestorerTiledDiffusion(io.ComfyNode):
         semantic, degradation, probabilities = [], [], []
         for some in crops.split(_AT_ONCE):
             check_interrupt()
-            p_s, read = diff_restorer.read(clip_vision, some)
+            p_s, read = diff_restorer.read(clip_vision, some, remember=False)
             semantic.append(p_s)
             degradation.append(read.tokens)
             probabilities.append(read.probabilities)

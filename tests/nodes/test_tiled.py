@@ -234,6 +234,21 @@ def test_patched_weights_reach_the_tiles(toy, pack, prepare, photo, sample_on) -
     assert torch.equal(sample_on(tiled_of(one, None, 0.0).patched(model), restoration), whole)
 
 
+def test_its_look_at_tiles_does_not_replace_that_at_the_photo(
+    toy, tiled, prepare, photo, run, calls
+) -> None:
+    image = photo(64, 128)
+    prepare(image)
+    looks = calls(toy.clip_vision, "encode_image")
+    tiled(image)
+    at_tiles = len(looks)
+    run(
+        "DiffRestorerDegradationClassifier",
+        diff_restorer=toy.restorer, clip_vision=toy.clip_vision, image=image,
+    )  # fmt: skip
+    assert len(looks) == at_tiles > 0
+
+
 def test_the_model_itself_stays(toy, tiled, prepare, photo, sample_on) -> None:
     image = photo(64, 128)
     before = sample_on(toy.model, prepare(image))

@@ -102,14 +102,17 @@ class FusionBlock(nn.Module):
 
         Args:
             inputs: Features of the LQ image and of the decoder, (B, channels_in, h, w).
-            pooled: Pooled P_D, (B, context_width).
+            pooled: Pooled P_D, (B, context_width); or of each place, (B, context_width, h', w'),
+                where h and w are multiples of h' and w'.
         """
         h = F.leaky_relu(self.merge(inputs), 0.2)
         grown = [h]
         for conv in self.dense:
             grown.append(F.leaky_relu(conv(torch.cat(grown, dim=1)), 0.2))
         h = h + self.squeeze(torch.cat(grown, dim=1))
-        gamma, beta = self.film(pooled)[:, :, None, None].chunk(2, dim=1)
+        film = self.film(pooled.movedim(1, -1)).movedim(-1, 1)
+        film = film[:, :, None, None] if film.ndim == 2 else F.interpolate(film, h.shape[-2:])
+        gamma, beta = film.chunk(2, dim=1)
         return self.out(F.leaky_relu((1 + gamma) * h + beta, 0.2))
 
 
@@ -160,7 +163,7 @@ class FusionBlocks(nn.ModuleDict):
             photo: LQ photo, (B, 3, H, W) in [-1, 1].
             image: Decoded image, likewise.
             decoded: The decoder's last features, (B, C, H, W).
-            pooled: Pooled P_D, (B, context_width).
+            pooled: Pooled P_D, as in `FusionBlock.forward`.
         """
         inputs = torch.cat([photo, image, decoded], dim=1)
         gate, residual = cast(Tensor, self["pixels"](inputs, pooled)).float().chunk(2, dim=1)
@@ -219,7 +222,8 @@ def aware_decode(
         fusion: Fusion blocks; None decodes plainly.
         raw_latent: Unscaled latent, (B, latent_channels, H/8, W/8).
         features: From `encoder_features` on the LQ image, at the fusion blocks' levels.
-        pooled: Pooled P_D, (B, context_width).
+        pooled: Pooled P_D of the photos, (B, context_width), or of each place of them, (B,
+            context_width, H/8, W/8).
         fidelity: w in [0, 1]; 0 is the plain decode, bit for bit.
 
     Returns:

@@ -48,11 +48,14 @@ def plan_decode(
         latent: Unscaled, (1, latent_channels, H/8, W/8).
         photo: LQ photo, (1, 3, H, W) in [-1, 1]; in any memory.
         features: The maps of `plan_features` at the fusion blocks' levels.
-        pooled: Pooled P_D, (1, context_width).
+        pooled: Pooled P_D, (1, context_width); or of each place, (1, context_width, H/8, W/8), in
+            any memory.
         fidelity: w in [0, 1], as in `aware_decode`.
         cut: The tiles.
     """
     fused = fusion if fidelity > 0 else None
+    local = (Map(pooled, 1),) if pooled.ndim == 4 else ()
+    pooled = pooled.to(cut.like) if pooled.ndim == 2 else pooled
     levels: list[list[Stage]] = []
     first: Step | None = None
     for index in reversed(range(len(trunk.decoder_levels))):
@@ -61,9 +64,9 @@ def plan_decode(
         if first is None:
             stages = [Stage(trunk.decoder_stem), *map(_mid, trunk.decoder_mid), *stages]
         if fused is not None and index in fused.levels:
-            stages.append(Stage(_fuse(fused, index, pooled, fidelity), (features[index],)))
+            stages.append(Stage(_fuse(fused, index, pooled, fidelity), (features[index], *local)))
         if index == 0:
-            stages.append(_head(trunk, fused, photo, pooled, fidelity))
+            stages.append(_head(trunk, fused, photo, pooled, fidelity, local))
         levels.append(stages)
         first = level.resample
     return Plan(levels, Map(latent, 1), cut)
@@ -100,20 +103,25 @@ def _blocks(first: Step | None, level: Level) -> list[Stage]:
 
 
 def _fuse(fusion: FusionBlocks, level: int, pooled: Tensor, fidelity: float) -> Function:
-    def fuse(value: Tensor, encoded: Tensor) -> Tensor:
-        return value + fidelity * fusion.fuse(level, encoded, value, pooled)
+    def fuse(value: Tensor, encoded: Tensor, here: Tensor = pooled) -> Tensor:
+        return value + fidelity * fusion.fuse(level, encoded, value, here)
 
     return fuse
 
 
 def _head(
-    trunk: VaeTrunk, fusion: FusionBlocks | None, photo: Tensor, pooled: Tensor, fidelity: float
+    trunk: VaeTrunk,
+    fusion: FusionBlocks | None,
+    photo: Tensor,
+    pooled: Tensor,
+    fidelity: float,
+    local: tuple[Map, ...],
 ) -> Stage:
     if fusion is None or fusion.config.pixels is None:
         return Stage(trunk.decoder_head)
 
-    def head(value: Tensor, pixels: Tensor) -> Tensor:
+    def head(value: Tensor, pixels: Tensor, here: Tensor = pooled) -> Tensor:
         image = trunk.decoder_head(value)
-        return image + fidelity * fusion.fuse_pixels(pixels, image, value, pooled)
+        return image + fidelity * fusion.fuse_pixels(pixels, image, value, here)
 
-    return Stage(head, (Map(photo, UNIT),))
+    return Stage(head, (Map(photo, UNIT), *local))

@@ -123,7 +123,7 @@ class DiffRestorerAwareVAEDecode(io.ComfyNode):
         restored = decoder.decode(
             to_batch(latent, batch),
             photo,
-            degradation.pooled,
+            local_degradation(degradation, latent),
             tile_size,
             overlap,
             tiling,
@@ -133,6 +133,26 @@ class DiffRestorerAwareVAEDecode(io.ComfyNode):
         if alpha is not None:
             restored = torch.cat([restored, to_batch(alpha, batch).to(restored)], dim=-1)
         return io.NodeOutput(restored)
+
+
+def local_degradation(degradation: Degradation, latent: Tensor) -> Tensor:
+    """Pooled P_D, (B, C), or of each place, (B, C, h, w), where Tiled Diffusion has looked there.
+
+    Raises:
+        ValueError: It has looked at a photo of another size.
+    """
+    local = degradation.local
+    if local is None:
+        return degradation.pooled
+    if local.shape[-2:] != latent.shape[-2:]:
+        found, needed = (
+            f"{SCALE * each.shape[-1]} x {SCALE * each.shape[-2]} px" for each in (local, latent)
+        )
+        raise ValueError(
+            f"degradation: Tiled Diffusion has read it from a photo of {found}, but samples are a "
+            f"latent of {needed}. Give Tiled Diffusion the same photo as Degradation Control."
+        )
+    return local
 
 
 def check_size(latent: Tensor, photo: Tensor) -> None:

@@ -106,9 +106,12 @@ class DiffRestorerEditDegradation(io.ComfyNode):
 
 def _moved(degradation: Degradation, weight: float, direction: Tensor) -> Degradation:
     """All tokens of P_D, and so their mean, moved by weight * direction, (B or 1, C)."""
-    step = weight * direction
+    step, local = weight * direction, degradation.local
     return replace(
-        degradation, tokens=degradation.tokens + step[:, None], pooled=degradation.pooled + step
+        degradation,
+        tokens=degradation.tokens + step[:, None],
+        pooled=degradation.pooled + step,
+        local=None if local is None else local + step[:, :, None, None],
     )
 
 

@@ -53,6 +53,16 @@ class Grid:
         rows, columns = (_ramps(length, self.overlap) for length in (window.height, window.width))
         return rows[:, None] * columns
 
+    def blended(self, values: Tensor) -> Tensor:
+        """One value per tile, (tiles, B, C), spread over their places, (B, C, height, width)."""
+        total = values.new_zeros(*values.shape[1:], *self.size)
+        weights = values.new_zeros(self.size)
+        for window, value in zip(self.windows, values, strict=True):
+            weight = self.weight(window).to(values)
+            window.of(total, 1).add_(value[..., None, None] * weight)
+            window.of(weights, 1).add_(weight)
+        return total / weights
+
 
 def _ramps(length: int, overlap: int) -> Tensor:
     distance = torch.minimum(torch.arange(length), torch.arange(length).flip(0)) + 1

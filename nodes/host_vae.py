@@ -161,7 +161,7 @@ class AwareDecoder:
         Args:
             latent: Unscaled, (B, C, h, w).
             photo: Padded LQ photos, (B or 1, 8h, 8w, 3) in [0, 1].
-            pooled: Pooled P_D, (B or 1, width).
+            pooled: Pooled P_D, (B or 1, width), or of each place, (B or 1, width, h, w).
             tile: Side of the tiles in pixels; 0 decodes whole pictures if that is possible.
             overlap: Of the tiles, in pixels; exact ones need none.
             tiling: EXACT or FAST.
@@ -323,7 +323,7 @@ class AwareDecoder:
                 report.start(plan, 0.0, 0.3)
                 features = dict(enumerate(plan.run()))
             plan = plan_decode(
-                trunk, fusion, latent[here], pixels[here], features, pooled[here].to(like),
+                trunk, fusion, latent[here], pixels[here], features, pooled[here],
                 self.fidelity, cut,
             )  # fmt: skip
             report.start(plan, 0.3, 1.0)
@@ -343,26 +343,31 @@ class AwareDecoder:
     ) -> Tensor:
         """Overlapping tiles, blended by the host.
 
-        The host passes tiles without their position, so the photo rides along as channels of the
-        latent. Each tile has its own GroupNorm statistics and attention: tiles differ a little
+        The host passes tiles without their position, so the photo and what is known of each place
+        ride along as channels of the latent. Each tile has its own GroupNorm statistics and attention: tiles differ a little
         from the whole picture, which the overlap hides.
         """
         side, margin = tile // SCALE, overlap // SCALE
-        channels, height, width = latent.shape[1:]
+        height, width = latent.shape[2:]
+        parts = [latent, F.pixel_unshuffle(photo.movedim(-1, 1), SCALE)]
+        if pooled.ndim == 4:
+            parts.append(pooled)
+        sizes = [part.shape[1] for part in parts]
         steps = comfy.utils.get_tiled_scale_steps(width, height, side, side, margin)
         progress = comfy.utils.ProgressBar(latent.shape[0] * steps)
-        both = torch.cat([latent, F.pixel_unshuffle(photo.movedim(-1, 1), SCALE)], dim=1)
+        stacked = torch.cat([part.to(latent) for part in parts], dim=1)
         done = []
         for index in range(len(latent)):
 
             def decode(part: Tensor, index: int = index) -> Tensor:
-                pixels = F.pixel_shuffle(part[:, channels:], SCALE)
-                here = pooled[index : index + 1]
-                return self._pixels(trunk, part[:, :channels], pixels, here, {}).float()
+                piece, photo_piece, *local = part.split(sizes, dim=1)
+                pixels = F.pixel_shuffle(photo_piece, SCALE)
+                here = local[0] if local else pooled[index : index + 1]
+                return self._pixels(trunk, piece, pixels, here, {}).float()
 
             done.append(
                 comfy.utils.tiled_scale(
-                    both[index : index + 1],
+                    stacked[index : index + 1],
                     decode,
                     tile_x=side,
                     tile_y=side,

@@ -30,6 +30,8 @@ class Degradation:
     """Names of the N types."""
     prototypes: Tensor
     """(N, C): pooled P_D of each type, averaged over the training photos."""
+    local: Tensor | None = None
+    """(B, C, H/8, W/8): pooled P_D of each place, where Tiled Diffusion has looked at parts."""
 
     @property
     def batch(self) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,12 +11,13 @@ from comfy_api.latest import io, ui
 from torch import Tensor
 
 from .chart import degradation_map
+from .conditioning import check_degradation
 from .host import check_interrupt
 from .host_models import DiffRestorer
 from .host_tiled import Grid, LocalView, TiledDiffusion
 from .host_vae import SCALE
-from .images import pad_to_multiple, split_alpha
-from .sockets import CATEGORY, DiffRestorerSocket
+from .images import common_batch, pad_to_multiple, split_alpha
+from .sockets import CATEGORY, Degradation, DegradationSocket, DiffRestorerSocket
 
 _AT_ONCE = 16
 """Tiles that the vision model sees at once."""
@@ -77,6 +80,13 @@ class DiffRestorerTiledDiffusion(io.ComfyNode):
                         "of the whole photo for all tiles."
                     ),
                 ),
+                DegradationSocket.Input(
+                    "degradation",
+                    optional=True,
+                    tooltip=(
+                        "Only where Edit Degradation has changed it: tiles are then changed alike."
+                    ),
+                ),
             ],
             outputs=[
                 io.Model.Output(
@@ -84,6 +94,10 @@ class DiffRestorerTiledDiffusion(io.ComfyNode):
                 ),
                 io.Image.Output(
                     display_name="map", tooltip="What each tile of the photo suffers from."
+                ),
+                DegradationSocket.Output(
+                    display_name="degradation",
+                    tooltip="With what each part suffers from, for Aware VAE Decode.",
                 ),
             ],
         )
@@ -98,6 +112,7 @@ class DiffRestorerTiledDiffusion(io.ComfyNode):
         tile_size: int,
         overlap: int,
         locality: float,
+        degradation: Degradation | None = None,
     ) -> io.NodeOutput:
         if tile_size < 64 or tile_size % SCALE or overlap % SCALE:
             raise ValueError(
@@ -120,18 +135,28 @@ class DiffRestorerTiledDiffusion(io.ComfyNode):
         crops = torch.cat([
             padded[:, top : top + high, left : left + wide] for top, left, high, wide in parts
         ])  # fmt: skip
-        semantic, degradation, probabilities = [], [], []
+        whole = diff_restorer.read(clip_vision, rgb)[1]
+        edited = degradation or whole
+        check_degradation(edited, diff_restorer)
+        common_batch(image=len(rgb), degradation=edited.batch)
+        change = edited.pooled - whole.pooled
+        semantic, read = [], []
         for some in crops.split(_AT_ONCE):
             check_interrupt()
-            p_s, read = diff_restorer.read(clip_vision, some, remember=False)
+            p_s, found = diff_restorer.read(clip_vision, some, remember=False)
             semantic.append(p_s)
-            degradation.append(read.tokens)
-            probabilities.append(read.probabilities)
-        view = LocalView(*(
-            torch.cat(rows).unflatten(0, (len(parts), len(padded)))
-            for rows in (semantic, degradation)
-        ))  # fmt: skip
-        seen = torch.cat(probabilities).unflatten(0, (len(parts), len(padded)))
+            read.append(found)
+
+        def by_tile(rows: Sequence[Tensor]) -> Tensor:
+            return torch.cat(list(rows)).unflatten(0, (len(parts), len(padded)))
+
+        tokens = by_tile([each.tokens for each in read]) + change[:, None]
+        view = LocalView(by_tile(semantic), tokens)
+        seen = by_tile([each.probabilities for each in read])
+        if len(parts) > 1 and locality > 0:
+            pooled = by_tile([each.pooled for each in read]) + change
+            local = grid.blended(torch.lerp(edited.pooled.expand_as(pooled), pooled, locality))
+            edited = replace(edited, local=local)
         types = diff_restorer.info.types
         maps = []
         for index, photo in enumerate(padded):
@@ -140,4 +165,4 @@ class DiffRestorerTiledDiffusion(io.ComfyNode):
             maps.append(degradation_map(photo, parts, found))
         pictures = torch.stack(maps)
         patched = TiledDiffusion(grid, view, locality).patched(model)
-        return io.NodeOutput(patched, pictures, ui=ui.PreviewImage(pictures, cls=cls))
+        return io.NodeOutput(patched, pictures, edited, ui=ui.PreviewImage(pictures, cls=cls))

@@ -80,6 +80,20 @@ def test_tiles_equal_the_whole(
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("kind", KINDS)
+def test_tiles_know_the_degradation_of_their_place(kind: str) -> None:
+    """With P_D of each place, tiles equal the whole; and with the same everywhere, that of one."""
+    decoder = Decoder(kind, 128, 192)
+    one = decoder.whole(1.0)
+    decoder.pooled = decoder.pooled[..., None, None].expand(-1, -1, 16, 24).contiguous()
+    torch.testing.assert_close(decoder.whole(1.0), one, rtol=1e-4, atol=1e-4)
+    decoder.pooled[..., 12:] *= -1
+    expected = decoder.whole(1.0)
+    assert levels(expected - one, one)[..., 150:].mean() > 4
+    assert levels(decoder.tiled(Cut(7, decoder.photo), 1.0) - expected, expected).max() < 4
+
+
+@torch.no_grad()
 def test_norms_that_see_their_tile_alone_would_be_told_apart() -> None:
     decoder = Decoder("kl", 128, 192)
     expected = decoder.whole(0.0)

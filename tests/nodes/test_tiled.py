@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,16 +17,16 @@ pytestmark = pytest.mark.comfy
 
 @pytest.fixture
 def tiled(toy, run, pack) -> Any:
-    """The patched MODEL for photos, and the map."""
+    """The patched MODEL for photos, the map and the degradation."""
 
     def execute(image: torch.Tensor, **inputs: Any) -> SimpleNamespace:
         entries = {"tile_size": 64, "overlap": 16, "locality": 1.0} | inputs
-        model, pictures = run(
+        model, pictures, degradation = run(
             "DiffRestorerTiledDiffusion",
             model=toy.model, diff_restorer=toy.restorer, clip_vision=toy.clip_vision, image=image,
             **entries,
         )  # fmt: skip
-        return SimpleNamespace(model=model, map=pictures)
+        return SimpleNamespace(model=model, map=pictures, degradation=degradation)
 
     return execute
 
@@ -90,6 +91,63 @@ def test_locality_goes_from_the_photo_to_the_tile(tiled, prepare, photo, sample_
         sample_on(tiled(image, locality=value).model, restoration) for value in (0.0, 0.5, 1.0)
     )
     assert (half - zero).abs().mean() < (one - zero).abs().mean()
+
+
+def test_the_degradation_of_each_place_is_that_of_its_tile(toy, tiled, prepare, photo) -> None:
+    """Away from overlaps it is what the Prompt Processor reads from the tile."""
+    image = torch.cat([photo(64, 96), 1 - photo(64, 96, seed=3)], dim=2)
+    whole = prepare(image).degradation
+    found = tiled(image, overlap=16).degradation
+    assert torch.equal(found.pooled, whole.pooled)
+    assert found.local.shape == (1, whole.pooled.shape[1], 8, 24)
+    for left in (0, 128):
+        own = prepare(image[:, :, left : left + 64].contiguous()).degradation.pooled[0]
+        torch.testing.assert_close(found.local[0, :, 4, left // 8 + (4 if left else 2)], own)
+    half = tiled(image, overlap=16, locality=0.5).degradation.local
+    torch.testing.assert_close(half, (found.local + whole.pooled[..., None, None]) / 2)
+    assert tiled(image, locality=0.0).degradation.local is None
+    assert tiled(image[:, :, :64]).degradation.local is None
+
+
+def test_the_decode_goes_by_the_degradation_of_each_place(toy, tiled, prepare, photo, run) -> None:
+    image = torch.cat([photo(64, 96), 1 - photo(64, 96, seed=3)], dim=2)
+    restoration = prepare(image)
+    local = tiled(image, overlap=16).degradation
+
+    def decode(degradation: Any, **settings: Any) -> torch.Tensor:
+        return run(
+            "DiffRestorerAwareVAEDecode", samples=restoration.latent, vae=toy.vae,
+            diff_restorer=toy.restorer, degradation=degradation, image=image, **settings,
+        )[0]  # fmt: skip
+
+    by_place = decode(local)
+    assert (by_place - decode(restoration.degradation)).abs().mean() > 1e-3
+    exact = decode(local, tile_size=64)
+    assert (exact - by_place).abs().mean() < 0.5 / 255
+    fast = decode(local, tile_size=64, tiling="fast", overlap=16)
+    assert (fast - by_place).abs().mean() < (fast - decode(restoration.degradation)).abs().mean()
+    with pytest.raises(ValueError, match="read it from a photo of 192 x 64 px"):
+        run(
+            "DiffRestorerAwareVAEDecode", samples={"samples": torch.zeros(1, 4, 8, 8)},
+            vae=toy.vae, diff_restorer=toy.restorer, degradation=local, image=photo(64, 64),
+        )  # fmt: skip
+
+
+def test_tiles_change_as_edit_degradation_says(tiled, prepare, photo, sample_on, run) -> None:
+    image = torch.cat([photo(64, 96), 1 - photo(64, 96, seed=3)], dim=2)
+    plain = tiled(image).degradation
+    degradation = prepare(image).degradation
+    unedited = tiled(image, degradation=degradation).degradation
+    assert torch.equal(unedited.local, plain.local)
+    step = torch.linspace(-1, 1, degradation.pooled.shape[1])
+    edited = replace(
+        degradation, tokens=degradation.tokens + step, pooled=degradation.pooled + step
+    )
+    found = tiled(image, degradation=edited)
+    torch.testing.assert_close(found.degradation.local, plain.local + step[:, None, None])
+    restoration = prepare(image)
+    samples = [sample_on(each, restoration) for each in (found.model, tiled(image).model)]
+    assert not torch.allclose(*samples)
 
 
 def test_locality_zero_does_not_look_at_tiles(toy, tiled, prepare, photo, sample_on, pack) -> None:

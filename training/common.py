@@ -44,6 +44,9 @@ class DataConfig:
     folder does not say it."""
     pair_share: float = 0.5
     """Share of pairs among the samples of a kind that has pairs; with 1 it has no others."""
+    darker: float = 0.0
+    """Share of clean photos that are first exposed for up to 2 stops less, so that a dark photo is
+    not always taken for low light; not those that low light or haze is put on."""
     mixing: Mixing = field(default_factory=Mixing)
     """Several degradations at once (clean photos only)."""
     crop: int = 128
@@ -172,6 +175,7 @@ def open_data(
             mixing=config.mixing if place == 0 else None,
             pairs=pairs[place],
             pair_share=config.pair_share,
+            darker=config.darker if place == 0 else 0.0,
         )
         for place in (0, 1)
     )

@@ -77,6 +77,7 @@ class RestorationSamples(Dataset[dict[str, Tensor]]):
         mixing: Mixing | None = None,
         pairs: PairedPhotos | None = None,
         pair_share: float = 0.5,
+        darker: float = 0.0,
     ) -> None:
         """Makes samples of photos and pairs.
 
@@ -90,6 +91,8 @@ class RestorationSamples(Dataset[dict[str, Tensor]]):
             pairs: Degraded and clean photos.
             pair_share: Share of the samples of a kind that are pairs, where there are pairs of it;
                 the others are degraded on the fly.
+            darker: Share of clean photos that are first exposed for up to 2 stops less, so that a
+                dark photo is not always one to brighten; not those for `low_light` and `haze`.
 
         Raises:
             ValueError: There is no photo.
@@ -100,7 +103,7 @@ class RestorationSamples(Dataset[dict[str, Tensor]]):
         self.seed, self.kinds = seed, tuple(kinds)
         self.mixing = mixing or Mixing()
         self.pairs = pairs.by_kind() if pairs else {}
-        self.pair_share = pair_share
+        self.pair_share, self.darker = pair_share, darker
 
     def __len__(self) -> int:
         return len(self.photos)
@@ -131,6 +134,12 @@ class RestorationSamples(Dataset[dict[str, Tensor]]):
         order = torch.randperm(len(self.photos), generator=seeded(self.seed, 0, epoch))
         part = self._part(self.photos[int(order[place])], generator)
         levels = self._draw_levels(kind or self._draw_kind(generator), generator)
+        if (
+            not levels.keys() & {"low_light", "haze"}
+            and self.darker > 0
+            and _chance(self.darker, generator)
+        ):
+            part = _darker(part, generator)
         severities = torch.tensor([list(levels.values())])
         degraded = to_8_bit(degrade_chain(tuple(levels), part, severities, generator))
         return self._sample(part, degraded, levels, generator)
@@ -232,6 +241,12 @@ def _tone(image: Tensor) -> Tensor:
     """Mean and standard deviation of each channel of (1, 3, H, W), (6,)."""
     pixels = image[0].flatten(1)
     return torch.cat([pixels.mean(dim=1), pixels.std(dim=1)])
+
+
+def _darker(part: Tensor, generator: torch.Generator) -> Tensor:
+    """As exposed for up to 2 stops less, through a gamma of 2.2, in steps of 1/255."""
+    stops = 2 * float(torch.rand((), generator=generator))
+    return to_8_bit(part * 2 ** (-stops / 2.2))
 
 
 def _chance(share: float, generator: torch.Generator) -> bool:

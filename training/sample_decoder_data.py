@@ -106,7 +106,10 @@ def _sample(config: Config, parts: Path, batches: list[range]) -> None:
             noise = seeded(config.seed, 2, indices[0])
             with torch.autocast(home().type, dtype, enabled=dtype != torch.float32):
                 latents = _restore(models, batch, config.steps, noise)
-            part = {"indices": torch.tensor(list(indices)), "latents": latents.half().cpu()}
+            part = {
+                "indices": torch.tensor(list(indices)),
+                "latents": latents.half().cpu().contiguous(),
+            }
             _save(_part(parts, indices[0]), part)
             bar.update(len(indices))
 

@@ -16,7 +16,7 @@ from diff_restorer.checkpoint import V_PREDICTION
 from .checkpoints import compare_file
 from .common import DataConfig, ModelConfig, checkpoint_info, half, open_data, open_models, to_home
 from .config import parse
-from .diffusion import TIMESTEPS, sample, scheduler
+from .diffusion import TIMESTEPS, first_step_noise, sample, scheduler
 from .loop import LoopConfig, Stage, maybe_compile, run
 from .losses import band_means, kind_loss
 from .models import SD15, Models, psnr, to_pixels
@@ -43,6 +43,12 @@ class Config:
     draws: int = 1
     """Timesteps and noises per photo and step: where encoding photos costs more than denoising
     them, as in Nano, more of them learn faster."""
+    first_step: float = 0.0
+    """Share of the draws that are at the last timestep, from the degraded photo under noise, as the
+    sampler's first step is; it decides on brightness and haze. The paper has none."""
+    train_degradation: bool = True
+    """Train P_D and the classifier, too, as the paper does. Nano's come from the training of its
+    vision encoder, on larger batches: stage 1 took 2 % of the accuracy away."""
     train_unet: bool = False
     """Train the UNet, too. The paper freezes SD 1.5's; Nano has none to start from."""
     without_semantic: bool = False
@@ -71,6 +77,9 @@ def prepare(models: Models, config: Config) -> nn.Module:
     if config.train_unet:
         trainable.append(models.unet)
     trainable.requires_grad_(True)
+    if not config.train_degradation:
+        models.prompt.degradation.requires_grad_(False)
+        models.prompt.classifier.requires_grad_(False)
     if config.without_semantic:
         models.prompt.semantic.requires_grad_(False)
     if config.model.gradient_checkpointing:
@@ -105,6 +114,9 @@ def make_loss(models: Models, config: Config) -> Loss:
             whole, close = models.tokens(batch)
         timestep = torch.randint(0, TIMESTEPS, (size,), **place).to(clean.device)
         noise = torch.randn(clean.shape, **place).to(clean.device)
+        if first := round(config.first_step * size):
+            timestep[:first] = TIMESTEPS - 1
+            noise[:first] = first_step_noise(process, noise[:first], clean[:first], hint[:first])
         dropped = torch.rand(size, 1, 1, **place).to(clean.device) < config.semantic_dropout
         noisy = process.add_noise(clean, noise, timestep)
         predicted, logits = predict_fast(noisy, timestep, hint, whole, close, (~dropped).float())

@@ -186,6 +186,18 @@ def test_a_sample_has_the_promised_shapes_and_ranges(folder: Path) -> None:
     assert seen == set(range(len(KINDS)))
 
 
+def test_darker_photos_are_darker_on_both_sides_but_not_under_low_light(folder: Path) -> None:
+    for kind in ("clean", "noise", "low_light", "haze"):
+        plain, dark = (make(folder, kinds=(kind,), darker=share) for share in (0.0, 1.0))
+        if kind in ("low_light", "haze"):
+            assert all(same(plain[index], dark[index]) for index in range(3))
+        else:
+            before, after = (sum(s[i]["gt"].mean() for i in range(9)) for s in (plain, dark))
+            assert after < 0.9 * before
+    sample = make(folder, kinds=("clean",), darker=1.0)[0]
+    assert torch.equal(sample["gt"], sample["lq"])
+
+
 def test_clean_samples_are_aligned(folder: Path) -> None:
     samples = make(folder, kinds=("clean",))
     assert all(torch.equal(samples[i]["gt"], samples[i]["lq"]) for i in range(12))

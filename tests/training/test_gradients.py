@@ -16,6 +16,7 @@ from tests.training import toy_sd15
 from tests.training.test_programs import TOY
 from training import train_control, train_decoder
 from training.common import DataConfig, ModelConfig, open_models
+from training.diffusion import TIMESTEPS, scheduler
 from training.loop import LoopConfig
 from training.models import Models, clip_tokens, to_pixels
 from training.train_decoder import GanConfig
@@ -101,6 +102,26 @@ def test_stage_1_reaches_all_that_trains_and_nothing_else(models: Models) -> Non
     assert not any(p.requires_grad for m in (models.unet, models.vae) for p in m.parameters())
 
 
+def test_first_steps_start_from_the_degraded_photo(
+    models: Models, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half the draws are at the last timestep; their latent, unlike the others', follows LQ."""
+    config = train_control.Config(LOOP, DATA, first_step=0.5, draws=2)
+    train_control.prepare(models, config)
+    loss, batch = train_control.make_loss(models, config), batch_for(models)
+    seen: list[tuple[Tensor, ...]] = []
+    denoise = models.denoise
+    monkeypatch.setattr(models, "denoise", lambda *given: (seen.append(given), denoise(*given))[1])
+    for lq in (batch["lq"], batch["lq"].flip(-1)):
+        loss(batch | {"lq": lq}, torch.Generator().manual_seed(2))
+    (noisy, timestep, hint), (other, _, other_hint) = (given[:3] for given in seen)
+    assert (timestep[:2] == TIMESTEPS - 1).all()
+    left = float(scheduler().alphas_cumprod[-1].sqrt())
+    torch.testing.assert_close(other[:2] - noisy[:2], left * (other_hint - hint)[:2])
+    assert not torch.equal(hint[2:], other_hint[2:])
+    assert torch.equal(noisy[2:], other[2:])
+
+
 def test_noise_mse_trains_everything_but_the_classifier(models: Models) -> None:
     _, terms = stage_1(models)
     terms()["mse"].backward()
@@ -116,6 +137,13 @@ def test_classification_trains_the_degradation_branch_alone(models: Models, kind
     expected = {n for n in names(models.prompt) if n.startswith(("degradation.", "classifier."))}
     assert reached(models.prompt) == expected
     assert reached(trainable) == {f"1.{name}" for name in expected}
+
+
+def test_p_d_and_the_classifier_can_stay_as_they_are(models: Models) -> None:
+    trainable, terms = stage_1(models, train_degradation=False)
+    terms()["loss"].backward()
+    kept = {f"1.{n}" for n in names(models.prompt) if n.startswith(("degradation.", "classifier."))}
+    assert reached(trainable) == names(trainable) - kept
 
 
 def test_control_without_p_d_leaves_the_degradation_branch_to_classification(

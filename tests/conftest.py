@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
 
-from tools import environment
+from tools import environment, in_process
 
 
 @pytest.fixture(scope="session")
@@ -25,21 +24,8 @@ def comfyui(comfyui_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
     Returns the base directory, which has models, input, output and custom_nodes.
     """
-    # Before the pack's own `nodes` folder, which would hide the host's nodes.py.
-    sys.path.insert(0, str(comfyui_root))
-    import comfy.cli_args
-
     base = tmp_path_factory.mktemp("comfyui")
-    comfy.cli_args.args.cpu = True
-    comfy.cli_args.args.base_directory = str(base)
-    import folder_paths
-
-    assert Path(folder_paths.base_path) == base, "ComfyUI was imported before this fixture"
-    for name in ("models", "input", "output", "custom_nodes"):
-        (base / name).mkdir(exist_ok=True)
-    import nodes
-
-    assert Path(nodes.__file__).parent == comfyui_root
+    in_process.import_host(comfyui_root, base, cpu=True)
     return base
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
 import importlib
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -14,16 +12,13 @@ import pytest
 import torch
 
 from tests import toy_weights
-
-ROOT = Path(__file__).parents[2]
+from tools import in_process
 
 
 @pytest.fixture(scope="session")
 def pack(comfyui: Path) -> ModuleType:
     """The pack's root module, loaded by the host's own loader under the host's own name."""
-    host_nodes = importlib.import_module("nodes")
-    assert asyncio.run(host_nodes.load_custom_node(str(ROOT)))
-    return sys.modules[str(ROOT).replace(".", "_x_")]
+    return in_process.load_pack()
 
 
 @pytest.fixture(autouse=True)
@@ -36,19 +31,7 @@ def _as_in_the_host() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def run(pack: ModuleType) -> Callable[..., tuple[Any, ...]]:
     """Execute a node by id, as the executor does: on a locked clone, with defaults filled in."""
-    host_nodes = importlib.import_module("nodes")
-
-    def execute(node_id: str, **inputs: Any) -> tuple[Any, ...]:
-        node = host_nodes.NODE_CLASS_MAPPINGS[node_id]
-        defaults = {
-            entry.id: entry.default
-            for entry in node.GET_SCHEMA().inputs
-            if getattr(entry, "default", None) is not None
-        }
-        clone = node.PREPARE_CLASS_CLONE(None)
-        return clone.EXECUTE_NORMALIZED(**(defaults | inputs)).args
-
-    return execute
+    return in_process.execute
 
 
 @pytest.fixture(scope="session")

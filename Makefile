@@ -13,7 +13,7 @@ LIMIT ?=
 ARGS ?=
 
 .DELETE_ON_ERROR:
-.PHONY: help demo serve test test-all lint nano evaluate ablate bench-train
+.PHONY: help demo serve test test-all lint nano evaluate ablate bench bench-train
 
 help:
 	@echo "make demo  [IMAGE=photo.jpg] [OUT=demo_out] [GPU=1]   restore photos with Nano"
@@ -22,6 +22,7 @@ help:
 	@echo "make nano  PHOTOS=folder [STEPS=tiny] [ARGS=..]       train Nano from clean photos"
 	@echo "make evaluate CLEAN=folder [PAIRS=folder] [OUT=eval_out]  score Nano through ComfyUI"
 	@echo "make ablate   CLEAN=folder [LIMIT=10] [OUT=ablation_out]  what each part is worth"
+	@echo "make bench    [OUT=bench_out] [ARGS=..]              the nodes against the host's own"
 	@echo "make bench-train [ARGS=..]                            stage 1 against diffusers' ControlNet step"
 
 # The set-up prints its progress on stderr and the environment's interpreter on stdout.
@@ -66,6 +67,10 @@ ablate:
 	$(call in_environment,dev,exec "$$python" -m training.ablate --data.clean "$(CLEAN)" \
 	  $(if $(LIMIT),--data.limit $(LIMIT)) \
 	  --out "$(if $(filter file,$(origin OUT)),ablation_out,$(OUT))" $(ARGS))
+
+bench:
+	$(call in_environment,dev,exec "$$python" -m benchmarks \
+	  --out "$(if $(filter file,$(origin OUT)),bench_out,$(OUT))" $(ARGS))
 
 bench-train:
 	$(call in_environment,dev,exec "$$python" -m training.bench $(ARGS))

@@ -1,0 +1,298 @@
+"""What is measured; each case runs in a process of its own and returns figures for JSON."""
+
+from __future__ import annotations
+
+import importlib
+import math
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from tools import in_process
+
+from .measuring import PeakMemory, interleaved, on_gpu, timed
+from .stage import Graph, Sd15, nano, open_host, picture, sample, stock
+
+Figures = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a case is given."""
+
+    folder: Path
+    """Base directory of ComfyUI."""
+    rounds: int
+    side: int = 0
+    """Of the picture in pixels, where the case has several."""
+
+
+def step(setting: Setting) -> Figures:
+    """A sampling step under Degradation Control against one under the stock ControlNet."""
+    open_host(setting.folder)
+    sd15, image, steps = Sd15(), picture(512, 512), 2
+    graph = sd15.graph
+    ours = graph.control(image)
+    theirs = sd15.stock_control(image)
+    seconds = interleaved(
+        {
+            "stock": lambda: sample(graph.model, *theirs, ours.latent, steps),
+            "ours": lambda: sample(graph.model, ours.positive, ours.negative, ours.latent, steps),
+        },
+        setting.rounds,
+    )
+    each = {name: value / steps for name, value in seconds.items()}
+    return {"seconds_per_step": each, "ratio": each["ours"] / each["stock"]}
+
+
+def decode(setting: Setting) -> Figures:
+    """Aware VAE Decode at 512 px against the host's decode, and with the encode against both."""
+    open_host(setting.folder)
+    graph, image = Sd15().graph, picture(512, 512)
+    found = graph.control(image)
+    bare = {"samples": found.latent["samples"]}
+    seconds = interleaved(
+        {
+            "VAEDecode": lambda: graph.vae.decode(bare["samples"]),
+            "VAEEncode + VAEDecode": lambda: graph.vae.decode(graph.vae.encode(image)),
+            "aware, features reused": lambda: graph.decode(found, found.latent),
+            "aware, features made": lambda: graph.decode(found, bare),
+        },
+        setting.rounds,
+    )
+    return {
+        "seconds": seconds,
+        "reused": seconds["aware, features reused"] / seconds["VAEDecode"],
+        "made": seconds["aware, features made"] / seconds["VAEEncode + VAEDecode"],
+    }
+
+
+def vision(setting: Setting) -> Figures:
+    """Prompt Processor and Classifier together against one CLIPVisionEncode."""
+    open_host(setting.folder)
+    sd15, fresh = Sd15(), iter(range(10**9))
+    restorer = sd15.graph.restorer
+
+    def read() -> None:
+        image = picture(512, 512, next(fresh))  # a photo seen before would be remembered
+        for node in ("DiffRestorerPromptProcessor", "DiffRestorerDegradationClassifier"):
+            in_process.execute(
+                node, diff_restorer=restorer, clip_vision=sd15.clip_vision, image=image
+            )
+
+    def encode() -> None:
+        stock(
+            "CLIPVisionEncode",
+            clip_vision=sd15.clip_vision,
+            image=picture(512, 512, next(fresh)),
+            crop="none",
+        )
+
+    seconds = interleaved({"CLIPVisionEncode": encode, "ours": read}, 3 * setting.rounds)
+    return {"seconds": seconds, "ratio": seconds["ours"] / seconds["CLIPVisionEncode"]}
+
+
+def untiled(setting: Setting) -> Figures:
+    """Aware VAE Decode of a whole picture."""
+    return _large(setting, lambda graph: graph.decode, tile_size=0)
+
+
+def exact(setting: Setting) -> Figures:
+    """Aware VAE Decode in exact tiles of 512 px."""
+    return _large(setting, lambda graph: graph.decode, tiling="exact", tile_size=512)
+
+
+def fast(setting: Setting) -> Figures:
+    """Aware VAE Decode in blended tiles of 512 px."""
+    return _large(setting, lambda graph: graph.decode, tiling="fast", tile_size=512, overlap=64)
+
+
+def stock_tiled(setting: Setting) -> Figures:
+    """The host's VAEDecodeTiled in tiles of 512 px with its default overlap."""
+
+    def run(graph: Graph) -> Callable[..., Tensor]:
+        return lambda _, latent: stock(
+            "VAEDecodeTiled", samples=latent, vae=graph.vae, tile_size=512, overlap=64,
+            temporal_size=64, temporal_overlap=8,
+        )  # fmt: skip
+
+    return _large(setting, run)
+
+
+def stock_untiled(setting: Setting) -> Figures:
+    """The host's VAEDecode of a whole picture."""
+
+    def run(graph: Graph) -> Callable[..., Tensor]:
+        return lambda _, latent: stock("VAEDecode", samples=latent, vae=graph.vae)
+
+    return _large(setting, run)
+
+
+def _large(
+    setting: Setting, decode_of: Callable[[Graph], Callable[..., Tensor]], **settings: Any
+) -> Figures:
+    """Decode a large picture without carried features; its pixels go into a file.
+
+    A picture of 64 px is decoded before, so that weights and threads are there.
+    """
+    open_host(setting.folder)
+    graph = Sd15().large
+    decode_one = decode_of(graph)
+    for side in (64, setting.side):
+        image = picture(side, side)
+        degradation = in_process.execute(
+            "DiffRestorerPromptProcessor",
+            diff_restorer=graph.restorer,
+            clip_vision=graph.clip_vision,
+            image=image,
+        )[2]
+        generator = torch.Generator().manual_seed(side)
+        latent = {"samples": torch.randn(1, 4, side // 8, side // 8, generator=generator)}
+        found: Any = _Photo(image, degradation)
+        with PeakMemory() as memory:
+            start = time.perf_counter()
+            pixels = decode_one(found, latent, **settings)
+            seconds = time.perf_counter() - start
+    levels = (255 * pixels[0].float().cpu()).numpy()
+    path = setting.folder / f"{uuid.uuid4().hex}.npy"
+    np.save(path, levels.astype(np.float16))
+    return {"seconds": seconds, "peak_gb": memory.gb, "pixels": str(path)}
+
+
+@dataclass(frozen=True)
+class _Photo:
+    """As much of `Controlled` as the decode reads."""
+
+    image: Tensor
+    degradation: Any
+
+
+def area(setting: Setting) -> Figures:
+    """Nano's graph for large photos, as in workflows/restore_large.json, five steps."""
+    open_host(setting.folder, half=False)
+    graph = nano()
+    for side in (128, setting.side):  # the first one warms up
+        image = picture(side, side)
+        with PeakMemory() as memory:
+            seconds = timed(lambda image=image: _restore_large(graph, image))
+    return {"seconds": seconds, "peak_gb": memory.gb, "megapixels": setting.side**2 / 1e6}
+
+
+def _restore_large(graph: Graph, image: Tensor) -> Tensor:
+    found = graph.control(image)
+    latent = sample(graph.tiled(image), found.positive, found.negative, found.latent, 5)
+    return graph.decode(found, latent)
+
+
+def peak(setting: Setting) -> Figures:
+    """What share of the device's bf16 peak Nano's networks reach on a tile of 512 px."""
+    open_host(setting.folder, half=False)
+    graph, image = nano(), picture(512, 512)
+    found = graph.control(image)
+    device = importlib.import_module("comfy.model_management").get_torch_device()
+    side = 4096 if on_gpu() else 2048
+    a, b = (torch.randn(side, side, device=device).bfloat16() for _ in range(2))
+    rate = 2 * side**3 / interleaved({"matmul": lambda: a @ b}, 3 * setting.rounds)["matmul"]
+    network, control = graph.model.model.diffusion_model, graph.restorer.control.network
+    latent = sample(graph.model, found.positive, found.negative, found.latent, 2)  # loads them
+    runs = {
+        "UNet and control, a step": lambda: sample(
+            graph.model, found.positive, found.negative, found.latent, 1
+        ),
+        "UNet, a step": lambda: sample(graph.model, *found.prompts, found.latent, 1),
+        "decoder": lambda: graph.decode(found, latent),
+    }
+    seconds = interleaved(runs, 3 * setting.rounds)
+    rows = {}
+    for name, run in runs.items():
+        with FlopCounterMode(display=False) as counter:
+            run()
+        flops = counter.get_total_flops()
+        rows[name] = {
+            "seconds": seconds[name],
+            "gflop": flops / 1e9,
+            "share": flops / seconds[name] / rate,
+        }
+    sizes = {"UNet": _parameters(network), "control": _parameters(control)}
+    return {"peak_gflops": rate / 1e9, "parts": rows, "parameters": sizes}
+
+
+def _parameters(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+LEVERS: dict[str, dict[str, Any]] = {
+    **{
+        f"{sampler} {scheduler}, {steps} steps": {
+            "steps": steps, "sampler": sampler, "scheduler": scheduler,
+        }
+        for sampler, scheduler in (
+            ("euler", "sgm_uniform"), ("uni_pc", "normal"), ("dpmpp_2m", "sgm_uniform"),
+        )
+        for steps in (1, 2, 4, 8, 12, 20, 50)
+        if steps > 1 or sampler == "euler"
+    },
+    "8 steps, control until 50 %": {"control": {"end_percent": 0.5}},
+    "8 steps, control until 80 %": {"control": {"end_percent": 0.8}},
+    "8 steps, control from 20 %": {"control": {"start_percent": 0.2}},
+    "8 steps, CFG 1.5": {"cfg": 1.5},
+    "8 steps, CFG 1.5, control for the positive alone": {"cfg": 1.5, "bare_negative": True},
+}  # fmt: skip
+"""Name -> settings of one sampling, over 8 steps of euler sgm_uniform."""
+
+
+def levers(setting: Setting) -> Figures:
+    """What each lever does to time and PSNR: Nano on the eight degraded photos of the demo."""
+    from tools.demo import LONG_SIDE, SAMPLES, degrade_photo
+    from tools.restore import read_photo
+
+    open_host(setting.folder, half=False)
+    graph = nano()
+    rows: dict[str, Any] = {
+        name: {"seconds": 0.0, "psnr": []} for name in ("degraded photo", *LEVERS)
+    }
+    for each in SAMPLES:
+        clean = read_photo(each.photo, LONG_SIDE)
+        lq, gt = (
+            torch.from_numpy(np.asarray(photo, np.float32) / 255)[None]
+            for photo in (degrade_photo(clean, each), clean)
+        )
+        rows["degraded photo"]["psnr"].append(_psnr(lq, gt))
+        for name, given in LEVERS.items():
+            options = {"steps": 8} | given
+            control, bare = options.pop("control", {}), options.pop("bare_negative", False)
+            found = graph.control(lq, **control)
+            negative = found.prompts[1] if bare else found.negative
+            latent: dict[str, Any] = {}
+
+            def run() -> None:
+                latent.update(sample(  # noqa: B023
+                    graph.model, found.positive, negative, found.latent, **options,  # noqa: B023
+                ))  # fmt: skip
+
+            rows[name]["seconds"] += timed(run) / len(SAMPLES)
+            rows[name]["psnr"].append(_psnr(graph.decode(found, latent), gt))
+    for row in rows.values():
+        row["mean_psnr"] = float(np.mean(row["psnr"]))
+    return {"kinds": [each.kind for each in SAMPLES], "rows": rows}
+
+
+def _psnr(image: Tensor, reference: Tensor) -> float:
+    error = float((image.float().cpu() - reference).square().mean())
+    return -10 * math.log10(max(error, 1e-10))
+
+
+CASES: dict[str, Callable[[Setting], Figures]] = {
+    case.__name__: case
+    for case in (
+        step, decode, vision, untiled, exact, fast, stock_tiled, stock_untiled, area, peak, levers,
+    )
+}  # fmt: skip

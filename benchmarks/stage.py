@@ -1,0 +1,222 @@
+"""The host in this process, with models to measure."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn import functional as F
+
+from diff_restorer.checkpoint import write_checkpoint
+from tests import toy_weights
+from tools import in_process
+from tools.environment import comfyui_root
+
+from .measuring import on_gpu
+
+Conditioning = list[list[Any]]
+SAMPLER, SCHEDULER = "euler", "sgm_uniform"
+
+
+def open_host(folder: Path, *, half: bool = True) -> None:
+    """ComfyUI and the pack.
+
+    Args:
+        folder: Base directory of ComfyUI; weights that `write_models` makes lie in it.
+        half: On a CPU let the host keep weights in bf16, too, as it does on GPUs; Nano decides for
+            itself.
+    """
+    in_process.import_host(comfyui_root(), folder, cpu=not on_gpu())
+    from comfy.cli_args import args
+
+    args.bf16_unet = args.bf16_vae = half and not on_gpu()
+    in_process.load_pack()
+
+
+def write_models(folder: Path, vae_width: int) -> None:
+    """Random weights at the size of SD 1.5: checkpoint, CLIP ViT-L, Diff-Restorer, ControlNet.
+
+    Args:
+        folder: Base directory of ComfyUI.
+        vae_width: Channels of the VAE for large pictures; SD 1.5 has 128.
+    """
+    toy_weights.write_sd15(folder)
+    control = folder / "models/controlnet/control_random.safetensors"
+    control.parent.mkdir(parents=True, exist_ok=True)
+    state = toy_weights.random_state(_controlnet(), "control_model.", 14, torch.bfloat16)
+    save_file(state, control)
+    sizes = toy_weights.VaeSizes(vae_width, (1, 2, 4, 4), 2)
+    vae = folder / "models/vae/large_random.safetensors"
+    vae.parent.mkdir(parents=True, exist_ok=True)
+    shapes = toy_weights.vae_shapes(sizes)
+    save_file(toy_weights.random_state(shapes, "", 12, torch.bfloat16), vae)
+    tensors = toy_weights.restorer_tensors(
+        toy_weights.SD15_UNET, sizes, 1024, fusion_levels=(1, 2), dtype=torch.bfloat16
+    )
+    path = folder / "models/diff_restorer/large_random.safetensors"
+    write_checkpoint(path, tensors, toy_weights.info("sd15"))
+
+
+def _controlnet() -> Iterator[tuple[str, tuple[int, ...]]]:
+    """A stock ControlNet, whose hint is a picture."""
+    for key, shape in toy_weights.control_shapes(toy_weights.SD15_UNET):
+        if not key.startswith("input_hint_block."):
+            yield key, shape
+    widths = (3, 16, 16, 32, 32, 96, 96, 256, 320)
+    for index, (cin, cout) in enumerate(pairwise(widths)):
+        yield f"input_hint_block.{2 * index}.weight", (cout, cin, 3, 3)
+        yield f"input_hint_block.{2 * index}.bias", (cout,)
+
+
+def picture(height: int, width: int, seed: int = 0) -> Tensor:
+    """A smooth random picture with some texture, (1, height, width, 3) in [0, 1]."""
+    generator = torch.Generator().manual_seed(seed)
+    coarse = torch.rand(1, 3, 12, 12, generator=generator)
+    smooth = F.interpolate(coarse, (height, width), mode="bicubic")
+    grain = 0.03 * torch.randn(smooth.shape, generator=generator)
+    return (smooth + grain).clamp(0, 1).movedim(1, -1).contiguous()
+
+
+def stock(node_id: str, **inputs: Any) -> Any:
+    """Run a node of the host's own (V1) and return its first output."""
+    host_nodes: Any = importlib.import_module("nodes")
+    node = host_nodes.NODE_CLASS_MAPPINGS[node_id]
+    return getattr(node(), node.FUNCTION)(**inputs)[0]
+
+
+def sample(
+    model: Any,
+    positive: Conditioning,
+    negative: Conditioning,
+    latent: dict[str, Any],
+    steps: int,
+    cfg: float = 1.0,
+    sampler: str = SAMPLER,
+    scheduler: str = SCHEDULER,
+) -> dict[str, Any]:
+    """KSampler at full denoise."""
+    host_nodes: Any = importlib.import_module("nodes")
+    return host_nodes.common_ksampler(
+        model, 1, steps, cfg, sampler, scheduler, positive, negative, latent
+    )[0]
+
+
+@dataclass(frozen=True)
+class Controlled:
+    """What Degradation Control and the Prompt Processor make of one photo."""
+
+    image: Tensor
+    prompts: tuple[Conditioning, Conditioning]
+    degradation: Any
+    positive: Conditioning
+    negative: Conditioning
+    latent: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Graph:
+    """MODEL, CLIP_VISION, VAE and DIFF_RESTORER, and the restoration graph on them."""
+
+    model: Any
+    clip_vision: Any
+    vae: Any
+    restorer: Any
+
+    def control(self, image: Tensor, **settings: Any) -> Controlled:
+        """The graph up to the sampler."""
+        positive, negative, degradation = in_process.execute(
+            "DiffRestorerPromptProcessor",
+            diff_restorer=self.restorer,
+            clip_vision=self.clip_vision,
+            image=image,
+        )
+        settings = {"strength": 1.0} | settings
+        controlled = in_process.execute(
+            "DiffRestorerDegradationControl",
+            positive=positive,
+            negative=negative,
+            diff_restorer=self.restorer,
+            degradation=degradation,
+            image=image,
+            vae=self.vae,
+            **settings,
+        )
+        return Controlled(image, (positive, negative), degradation, *controlled)
+
+    def decode(self, found: Controlled, latent: dict[str, Any], **settings: Any) -> Tensor:
+        """Aware VAE Decode, (B, H, W, 3) in [0, 1]."""
+        return in_process.execute(
+            "DiffRestorerAwareVAEDecode",
+            samples=latent,
+            vae=self.vae,
+            diff_restorer=self.restorer,
+            degradation=found.degradation,
+            image=found.image,
+            **settings,
+        )[0]
+
+    def tiled(self, image: Tensor, **settings: Any) -> Any:
+        """MODEL that works in tiles."""
+        return in_process.execute(
+            "DiffRestorerTiledDiffusion",
+            model=self.model,
+            diff_restorer=self.restorer,
+            clip_vision=self.clip_vision,
+            image=image,
+            **settings,
+        )[0]
+
+
+class Sd15:
+    """The random models of `write_models`, each opened when it is first asked for."""
+
+    @cached_property
+    def _checkpoint(self) -> tuple[Any, ...]:
+        host_nodes: Any = importlib.import_module("nodes")
+        loader = host_nodes.NODE_CLASS_MAPPINGS["CheckpointLoaderSimple"]()
+        return loader.load_checkpoint("sd15_random.safetensors")
+
+    @cached_property
+    def graph(self) -> Graph:
+        model, _, vae = self._checkpoint
+        return Graph(model, self.clip_vision, vae, _restorer("restorer_random.safetensors"))
+
+    @cached_property
+    def large(self) -> Graph:
+        """With the VAE for large pictures, and without a UNet."""
+        vae = stock("VAELoader", vae_name="large_random.safetensors")
+        return Graph(None, self.clip_vision, vae, _restorer("large_random.safetensors"))
+
+    @cached_property
+    def clip_vision(self) -> Any:
+        return stock("CLIPVisionLoader", clip_name="vit_l_random.safetensors")
+
+    @cached_property
+    def controlnet(self) -> Any:
+        return stock("ControlNetLoader", control_net_name="control_random.safetensors")
+
+    def stock_control(self, image: Tensor) -> tuple[Conditioning, Conditioning]:
+        """What CLIPTextEncode and ControlNetApplyAdvanced hand on: 77 tokens and a hint."""
+        host_nodes: Any = importlib.import_module("nodes")
+        generator = torch.Generator().manual_seed(3)
+        texts = (torch.randn(1, 77, 768, generator=generator) for _ in range(2))
+        positive, negative = ([[text, {"pooled_output": text[:, 0]}]] for text in texts)
+        apply = host_nodes.NODE_CLASS_MAPPINGS["ControlNetApplyAdvanced"]()
+        return apply.apply_controlnet(positive, negative, self.controlnet, image, 1.0, 0.0, 1.0)
+
+
+def _restorer(name: str) -> Any:
+    return in_process.execute("DiffRestorerLoader", file=name)[0]
+
+
+def nano() -> Graph:
+    """The shipped Nano."""
+    return Graph(*in_process.execute("DiffRestorerNanoLoader"))

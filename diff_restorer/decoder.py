@@ -203,7 +203,10 @@ def encode_with_features(
         mean (TAESD: the latent itself), and the features.
     """
     found = dict(enumerate(_encoder_levels(trunk, pixels)))
-    moments = trunk.encoder_head(found[len(found) - 1])
+    h = found[len(found) - 1]
+    for step in trunk.encoder_mid:
+        h = step(h)
+    moments = trunk.encoder_head(h)
     return moments, {PIXELS: pixels} | {level: found[level] for level in levels}
 
 

@@ -22,12 +22,23 @@ def plan_features(trunk: VaeTrunk, photo: Tensor, levels: Collection[int], cut: 
         levels: VAE levels that are needed; the encoder runs no further.
         cut: The tiles.
     """
+    return Plan(_encoder(trunk)[: 1 + max(levels)], Map(photo, UNIT), cut)
+
+
+def plan_encode(trunk: VaeTrunk, photo: Tensor, cut: Cut) -> Plan:
+    """`encode_with_features` in tiles: like `plan_features`, and the last map is the moments."""
+    last = [*map(_mid, trunk.encoder_mid), Stage(trunk.encoder_head)]
+    return Plan([*_encoder(trunk), last], Map(photo, UNIT), cut)
+
+
+def _encoder(trunk: VaeTrunk) -> list[list[Stage]]:
+    """The encoder's levels."""
     found: list[list[Stage]] = []
     first: Step | None = trunk.encoder_stem
-    for level in trunk.encoder_levels[: 1 + max(levels)]:
+    for level in trunk.encoder_levels:
         found.append(_blocks(first, level))
         first = level.resample
-    return Plan(found, Map(photo, UNIT), cut)
+    return found
 
 
 def plan_decode(

@@ -56,6 +56,8 @@ class VaeTrunk:
 
     encoder_stem: Step
     encoder_levels: tuple[Level, ...]
+    encoder_mid: tuple[Step | Attention, ...]
+    """Blocks and attention after the levels; TAESD has none."""
     encoder_head: Step
     """To the moments (B, 2*latent_channels, H/8, W/8), quant_conv included; TAESD: the latent."""
     decoder_stem: Step
@@ -132,7 +134,8 @@ def _ldm_trunk(vae: Any) -> VaeTrunk:
             Level(tuple(map(_block, level.block)), getattr(level, "downsample", None))
             for level in encoder.down
         ),
-        encoder_head=_chain(*mid(encoder.mid), head(encoder), getattr(vae, "quant_conv", None)),
+        encoder_mid=mid(encoder.mid),
+        encoder_head=_chain(head(encoder), getattr(vae, "quant_conv", None)),
         decoder_stem=_chain(getattr(vae, "post_quant_conv", None), decoder.conv_in),
         decoder_mid=mid(decoder.mid),
         decoder_levels=tuple(
@@ -169,7 +172,8 @@ def _diffusers_trunk(vae: Any) -> VaeTrunk:
     return VaeTrunk(
         encoder_stem=encoder.conv_in,
         encoder_levels=tuple(level(block, "downsamplers") for block in encoder.down_blocks),
-        encoder_head=_chain(*mid(encoder.mid_block), head(encoder), vae.quant_conv),
+        encoder_mid=mid(encoder.mid_block),
+        encoder_head=_chain(head(encoder), vae.quant_conv),
         decoder_stem=_chain(vae.post_quant_conv, decoder.conv_in),
         decoder_mid=mid(decoder.mid_block),
         decoder_levels=tuple(level(block, "upsamplers") for block in reversed(decoder.up_blocks)),
@@ -205,6 +209,7 @@ def _tiny_trunk(encoder: Any, decoder: Any, scale: Any, shift: Any) -> VaeTrunk:
     return VaeTrunk(
         encoder_stem=lambda pixels: down[0]((pixels + 1) / 2),
         encoder_levels=encoder_levels,
+        encoder_mid=(),
         encoder_head=lambda h: down[-1](h) / scale + shift,
         decoder_stem=lambda latent: up[1](up[0](torch.tanh((latent - shift) * scale / 3) * 3)),
         decoder_mid=(),

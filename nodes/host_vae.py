@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -22,7 +22,7 @@ from ..diff_restorer import (
     encoder_features,
 )
 from ..diff_restorer.decoder import PIXELS, Features
-from ..diff_restorer.tiled_vae import plan_decode, plan_features
+from ..diff_restorer.tiled_vae import plan_decode, plan_encode, plan_features
 from ..diff_restorer.tiles import Cut, Map, Plan
 from .host import check_interrupt, map_folder
 from .host_build import with_tuned_decoder
@@ -82,14 +82,14 @@ def encode_photo(
     try:
         trunk = VaeTrunk.of(vae.first_stage_model)
     except UnsupportedVaeError:  # the decode will say so, where one is asked for
+        return padded, vae.encode(padded), None
+    if not levels:
+        return padded, vae.encode(padded), None
+    if _features_bytes(trunk, levels, padded, vae.vae_dtype) > MOST_FEATURES:
         levels = ()
-    if levels and _features_bytes(trunk, levels, padded, vae.vae_dtype) <= MOST_FEATURES:
-        try:
-            latent, features = _encode(vae, trunk, padded, levels)
-            return padded, latent, PhotoFeatures(weakref.ref(vae), digest(padded), features)
-        except comfy.model_management.OOM_EXCEPTION:
-            pass  # the host's own encode then takes tiles
-    return padded, vae.encode(padded), None
+    latent, features = _encode(vae, trunk, padded, levels)
+    known = PhotoFeatures(weakref.ref(vae), digest(padded), features) if levels else None
+    return padded, latent, known
 
 
 def _features_bytes(
@@ -102,16 +102,38 @@ def _features_bytes(
 def _encode(
     vae: Any, trunk: VaeTrunk, padded: Tensor, levels: Collection[int]
 ) -> tuple[Tensor, Features]:
-    """The host's own encode, step by step, with the features on the way."""
-    dtype, device, home = vae.vae_dtype, vae.device, vae.output_device
+    """The host's own encode, step by step, with the features on the way; in tiles if need be."""
     pixels = padded.movedim(-1, 1)
-    needed = vae.memory_used_encode(pixels.shape, dtype)
+    needed = vae.memory_used_encode((1, *pixels.shape[1:]), vae.vae_dtype)
     comfy.model_management.load_models_gpu(
         [vae.patcher], memory_required=needed, force_full_load=vae.disable_offload
     )
-    free = cast(int, comfy.model_management.get_free_memory(device))
+    free = cast(int, comfy.model_management.get_free_memory(vae.device))
+    if needed <= free:
+        try:
+            return _encode_whole(vae, trunk, pixels, levels, int(free // needed))
+        except comfy.model_management.OOM_EXCEPTION:
+            # Handled below: the exception keeps tensors alive as long as it is handled.
+            logging.warning("Degradation Control: out of memory, encoding again in tiles.")
+    side = AUTO_TILE
+    while True:
+        try:
+            found = _encode_tiled(vae, trunk, pixels, levels, side)
+            logging.info("Degradation Control: encoded in exact tiles of %d px.", side)
+            return found
+        except comfy.model_management.OOM_EXCEPTION:
+            side //= 2
+            if side < LEAST_TILE:
+                raise
+            logging.warning("Degradation Control: out of memory, trying tiles of %d px.", side)
+
+
+def _encode_whole(
+    vae: Any, trunk: VaeTrunk, pixels: Tensor, levels: Collection[int], at_once: int
+) -> tuple[Tensor, Features]:
+    dtype, device, home = vae.vae_dtype, vae.device, vae.output_device
     latents, parts = [], []
-    for some in pixels.split(max(1, int(free // needed))):
+    for some in pixels.split(at_once):
         check_interrupt()
         moments, features = encode_with_features(
             trunk, vae.process_input(some).to(dtype).to(device), levels
@@ -120,6 +142,38 @@ def _encode(
         parts.append({level: features[level].to(home) for level in levels})
     by_level = {level: torch.cat([part[level] for part in parts]) for level in levels}
     return torch.cat(latents), by_level
+
+
+def _encode_tiled(
+    vae: Any, trunk: VaeTrunk, pixels: Tensor, levels: Collection[int], tile: int
+) -> tuple[Tensor, Features]:
+    """Tiles that give the same as the whole picture."""
+    pixels = vae.process_input(pixels)
+    report, home = _Report(len(pixels)), vae.output_device
+    latents, parts = [], []
+    for index in range(len(pixels)):
+        cut = _cut(vae, trunk, pixels, tile, report)
+        plan = plan_encode(trunk, pixels[index : index + 1], cut)
+        report.start(plan, index, 0.0, 1.0)
+        kept: Features = {}
+        for level, found in enumerate(plan.run()):
+            if level in levels:
+                kept[level] = found.whole().to(home)
+        parts.append(kept)
+        latents.append(found.whole()[:, : trunk.latent_channels].to(home).float())
+    report.finish()
+    by_level = {
+        level: parts[0][level] if len(parts) == 1 else torch.cat([part[level] for part in parts])
+        for level in levels
+    }
+    return torch.cat(latents), by_level
+
+
+def _cut(vae: Any, trunk: VaeTrunk, pixels: Tensor, tile: int, report: _Report) -> Cut:
+    """How one of the pictures is cut; its maps go to the disk where memory is small."""
+    like = torch.empty(0, device=vae.device, dtype=vae.vae_dtype)
+    folder = map_folder(2 * 2 * trunk.channels[0] * pixels[0, 0].numel())
+    return Cut(max(1, tile // SCALE), like, folder, report.tile)
 
 
 def check_vae(vae: Any, latent_channels: int) -> None:
@@ -302,34 +356,25 @@ class AwareDecoder:
     ) -> Tensor:
         """Tiles that give the same as the whole picture."""
         vae = self.vae
-        like = torch.empty(0, device=vae.device, dtype=vae.vae_dtype)
         pixels = vae.process_input(photo.movedim(-1, 1))
-        folder = map_folder(2 * 2 * trunk.channels[0] * pixels[0, 0].numel())
-        progress = comfy.utils.ProgressBar(len(latent))
-        done = []
+        report, done = _Report(len(latent)), []
         for index in range(len(latent)):
             here = slice(index, index + 1)
-
-            def part(share: float, index: int = index) -> None:
-                check_interrupt()
-                progress.update_absolute(index + share, len(latent))
-
-            report = _Report(part)
-            cut = Cut(max(1, tile // SCALE), like, folder, report.tile)
+            cut = _cut(vae, trunk, pixels, tile, report)
             fusion = self.restorer.fusion.model if self._fuses else None
             features = {level: Map(v[here], SCALE >> level) for level, v in known.items()}
             if fusion is not None and not features:
                 plan = plan_features(trunk, pixels[here], fusion.levels, cut)
-                report.start(plan, 0.0, 0.3)
+                report.start(plan, index, 0.0, 0.3)
                 features = dict(enumerate(plan.run()))
             plan = plan_decode(
                 trunk, fusion, latent[here], pixels[here], features, pooled[here],
                 self.fidelity, cut,
             )  # fmt: skip
-            report.start(plan, 0.3, 1.0)
+            report.start(plan, index, 0.3, 1.0)
             *_, image = plan.run()
             done.append(image.whole().float())
-        progress.update_absolute(len(latent), len(latent))
+        report.finish()
         return vae.process_output(torch.cat(done))
 
     def _blended(
@@ -344,8 +389,8 @@ class AwareDecoder:
         """Overlapping tiles, blended by the host.
 
         The host passes tiles without their position, so the photo and what is known of each place
-        ride along as channels of the latent. Each tile has its own GroupNorm statistics and attention: tiles differ a little
-        from the whole picture, which the overlap hides.
+        ride along as channels of the latent. Each tile has its own GroupNorm statistics and
+        attention: tiles differ a little from the whole picture, which the overlap hides.
         """
         side, margin = tile // SCALE, overlap // SCALE
         height, width = latent.shape[2:]
@@ -382,15 +427,22 @@ class AwareDecoder:
 
 
 class _Report:
-    """Turns the visits of tiles into the share of a picture that is done."""
+    """Turns the visits of tiles into the host's progress bar, and stops where the user says so."""
 
-    def __init__(self, tell: Callable[[float], None]) -> None:
-        self._tell = tell
+    def __init__(self, pictures: int) -> None:
+        self._bar, self._pictures = comfy.utils.ProgressBar(pictures), pictures
         self._share, self._step = 0.0, 0.0
 
-    def start(self, plan: Plan, begin: float, end: float) -> None:
-        self._share, self._step = begin, (end - begin) / plan.visits
+    def start(self, plan: Plan, index: int, begin: float, end: float) -> None:
+        """A plan that takes picture `index` from one share of its work to another."""
+        self._share, self._step = index + begin, (end - begin) / plan.visits
 
     def tile(self) -> None:
-        self._tell(self._share)
+        """Before each tile."""
+        check_interrupt()
+        self._bar.update_absolute(self._share, self._pictures)
         self._share += self._step
+
+    def finish(self) -> None:
+        """All pictures are done."""
+        self._bar.update_absolute(self._pictures, self._pictures)

@@ -10,7 +10,8 @@ from skimage import data
 from torch import Tensor, nn
 
 from diff_restorer import FusionBlocks, FusionConfig, VaeTrunk, aware_decode, encoder_features
-from diff_restorer.tiled_vae import plan_decode, plan_features
+from diff_restorer.decoder import encode_with_features
+from diff_restorer.tiled_vae import plan_decode, plan_encode, plan_features
 from diff_restorer.tiles import Cut, Map, Plan, Stage, Window
 from training.networks import Sizes, build_vae
 
@@ -77,6 +78,23 @@ def test_tiles_equal_the_whole(
     error = levels(found - expected, expected)
     assert error.mean() < 0.5
     assert error.max() < 4
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("height", "width", "tile"), [(136, 200, 7), (8, 400, 16), (64, 64, 64)])
+def test_the_encode_in_tiles_equals_the_whole(
+    kind: str, height: int, width: int, tile: int
+) -> None:
+    decoder = Decoder(kind, height, width)
+    cut = Cut(tile, decoder.photo)
+    found = [each.whole().float() for each in plan_encode(decoder.trunk, decoder.photo, cut).run()]
+    moments, features = encode_with_features(decoder.trunk, decoder.photo, (0, 1, 2, 3))
+    expected = [*(features[level] for level in range(4)), moments]
+    assert len(found) == len(expected)
+    for one, other in zip(found, expected, strict=True):
+        assert one.shape == other.shape
+        assert (one - other).abs().max() < 0.02 * other.std()
 
 
 @torch.no_grad()

@@ -80,6 +80,39 @@ def test_the_encode_is_the_host_s_own(toy, pack, prepare, photo, size: tuple[int
     assert torch.equal(prepare(image).latent["samples"], expected)
 
 
+@pytest.mark.parametrize("cause", ["little free memory", "out of memory"])
+def test_large_photos_are_encoded_in_exact_tiles(
+    toy, pack, decode, prepare, photo, monkeypatch, caplog, calls, cause: str
+) -> None:
+    """In tiles of 128 px, latent and features are nearly those of the whole photos."""
+    import comfy.model_management
+
+    image = photo(200, 300, batch=2)
+    expected, passes = prepare(image).latent, calls(toy.vae.first_stage_model.encoder, "forward")
+    host_vae = pack.nodes.host_vae
+    monkeypatch.setattr(host_vae, "AUTO_TILE", 128)
+    if cause == "out of memory":
+
+        def fail(*_: Any) -> None:
+            raise comfy.model_management.OOM_EXCEPTION("toy")
+
+        monkeypatch.setattr(host_vae, "_encode_whole", fail)
+    else:
+        monkeypatch.setattr(comfy.model_management, "get_free_memory", lambda *_, **__: 2**22)
+    with caplog.at_level(logging.INFO):
+        found = prepare(image).latent
+    assert "encoded in exact tiles of 128 px" in caplog.text
+    assert ("out of memory, encoding again in tiles" in caplog.text) == (cause == "out of memory")
+    assert not passes  # the host's own encode was not asked
+    spread = expected["samples"].std()
+    assert (found["samples"] - expected["samples"]).abs().max() < 0.05 * spread
+    assert found["samples"].dtype == expected["samples"].dtype
+    key = host_vae.PhotoFeatures.KEY
+    for level, features in expected[key].by_level.items():
+        error = (found[key].by_level[level].float() - features).abs()
+        assert error.max() < 0.05 * features.std()
+
+
 def test_features_that_are_too_large_stay_behind(pack, decode, prepare, photo, monkeypatch) -> None:
     expected = decode(photo())
     monkeypatch.setattr(pack.nodes.host_vae, "MOST_FEATURES", 1000)

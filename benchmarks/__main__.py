@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -22,13 +23,15 @@ import torch
 import tyro
 from tqdm import tqdm
 
-from .cases import CASES, Setting
+from tools.environment import ROOT
+
+from .cases import CASES, LARGE, NANO, Setting
 from .measuring import on_gpu
+from .pictures import compare
 from .report import summary, write_report
-from .stage import write_models
+from .stage import write_large, write_models
 
 log = logging.getLogger(__name__)
-LARGE = ("untiled", "exact", "fast", "stock_tiled", "stock_untiled")
 
 
 @dataclass(frozen=True)
@@ -36,8 +39,8 @@ class Config:
     """What to measure, and where to put it."""
 
     out: Path = Path("bench_out")
-    """Folder for bench.json, benchmarks.md and the plots. A case that bench.json has already is not
-    measured again, so that a stopped run goes on."""
+    """Folder for bench.json, benchmarks.md and the plots. What bench.json has already from this
+    machine is not measured again, so that a stopped run goes on."""
     cases: tuple[str, ...] = ()
     """Which cases; all by default."""
     rounds: int = 3
@@ -55,44 +58,49 @@ class Config:
 
 
 def main(config: Config) -> None:
-    """Measure in processes, log the table of ratios and write the report."""
+    """Measure in processes, log the table of ratios and write the report.
+
+    Raises:
+        ValueError: There is no such case.
+    """
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     if config.run:
         _measure(json.loads(config.run))
         return
-    config.out.mkdir(parents=True, exist_ok=True)
+    if unknown := set(config.cases) - set(CASES):
+        raise ValueError(f"--cases: unknown {sorted(unknown)}; known are {', '.join(CASES)}")
+    pixels = config.out / "pixels"
+    pixels.mkdir(parents=True, exist_ok=True)
     path = config.out / "bench.json"
     results: dict[str, Any] = {}
     if path.exists():
         results = json.loads(path.read_text(encoding="utf-8"))
     vae_width = config.vae_width or (128 if on_gpu() else 32)
-    results["machine"] = _machine(vae_width)
+    machine = _machine(vae_width, config.rounds)
+    results["machine"] = machine | {"revision": _revision()}
     jobs = [job for job in _plan(config) if not config.cases or job[0] in config.cases]
     missing = [
-        job
-        for job in jobs
-        if config.again or "error" in results.get(_key(*job), {"error": "not measured"})
+        job for job in jobs if config.again or results.get(_key(*job), {}).get("on") != machine
     ]
     with tempfile.TemporaryDirectory(prefix="diff-restorer-bench-") as folder:
-        if any(name not in ("area", "peak", "levers") for name, _ in missing):
-            log.info("writing random weights at the size of SD 1.5 (3.3 GB)")
+        if any(name not in (*NANO, *LARGE) for name, _ in missing):
+            log.info("writing random weights at the size of SD 1.5 (4 GB)")
             write_models(Path(folder), vae_width)
-        pixels: dict[str, str] = {}
+        else:
+            write_large(Path(folder), vae_width)
         for name, side in tqdm(missing, unit="case", disable=None):
+            key = _key(name, side)
             job = {"case": name, "folder": folder, "rounds": config.rounds, "side": side}
-            found = _in_process(job)
-            if "pixels" in found:
-                pixels[_key(name, side)] = found.pop("pixels")
-            results[_key(name, side)] = found
+            found = _in_process(job | {"pixels": str(pixels / f"{key}.npy")})
+            results[key] = found if "error" in found else found | {"on": machine}
+            if name in LARGE:
+                results["differences"] = compare(pixels, config.out)
             _write(path, results)
-            log.info("%s: %s", _key(name, side), json.dumps(found)[:300])
-        if pixels:
-            from .pictures import compare
-
-            results["differences"] = results.get("differences", {}) | compare(pixels, config.out)
-    _write(path, results)
+            log.info("%s: %s", key, json.dumps(found)[:300])
     log.info("\n%s", summary(results))
     write_report(results, config.out)
+    if not config.cases:
+        shutil.rmtree(pixels)
     log.info("written to %s", config.out)
 
 
@@ -113,7 +121,7 @@ def _key(name: str, side: int) -> str:
 
 
 def _measure(job: dict[str, Any]) -> None:
-    setting = Setting(Path(job["folder"]), job["rounds"], job["side"])
+    setting = Setting(Path(job["folder"]), job["rounds"], job["side"], Path(job["pixels"]))
     with contextlib.redirect_stdout(sys.stderr), torch.inference_mode():
         found = CASES[job["case"]](setting)
     sys.stdout.write("\n" + json.dumps(found) + "\n")
@@ -124,19 +132,30 @@ def _in_process(job: dict[str, Any]) -> dict[str, Any]:
     command = [sys.executable, "-m", "benchmarks", "--run", json.dumps(job)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
-        return {"error": lines[-1]}
+        last = (done.stderr.strip().splitlines() or [""])[-1]
+        return {"error": f"exit status {done.returncode}: {last}"}
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def _machine(vae_width: int) -> dict[str, Any]:
+def _machine(vae_width: int, rounds: int) -> dict[str, Any]:
+    """What figures must agree in to stand in one table."""
     name = torch.cuda.get_device_name() if on_gpu() else _cpu_name()
     return {
         "device": name,
         "threads": os.cpu_count(),
         "torch": torch.__version__,
         "vae_width": vae_width,
+        "rounds": rounds,
     }
+
+
+def _revision() -> str:
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        return subprocess.run(
+            command, cwd=ROOT, capture_output=True, text=True, check=True
+        ).stdout.strip()
+    return "unknown"
 
 
 def _cpu_name() -> str:

@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import math
 import time
-import uuid
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from tools import in_process
 
 from .measuring import PeakMemory, interleaved, on_gpu, timed
-from .stage import Graph, Sd15, nano, open_host, picture, sample, stock
+from .stage import LARGE_FILE, Graph, Prompts, Sd15, nano, open_host, picture, sample, stock
 
 Figures = dict[str, Any]
+NANO_STEPS = 5
+"""Of Nano's workflows."""
 
 
 @dataclass(frozen=True)
@@ -33,24 +35,39 @@ class Setting:
     rounds: int
     side: int = 0
     """Of the picture in pixels, where the case has several."""
+    pixels: Path = Path()
+    """Where a large picture goes, .npy."""
 
 
 def step(setting: Setting) -> Figures:
     """A sampling step under Degradation Control against one under the stock ControlNet."""
     open_host(setting.folder)
-    sd15, image, steps = Sd15(), picture(512, 512), 2
+    sd15, image = Sd15(), picture(512, 512)
     graph = sd15.graph
     ours = graph.control(image)
     theirs = sd15.stock_control(image)
+    prompts = {"stock": theirs, "ours": (ours.positive, ours.negative)}
+    each = _per_step(graph, prompts, ours.latent, 2, setting.rounds)
+    return {"seconds_per_step": each, "ratio": each["ours"] / each["stock"]}
+
+
+def _per_step(
+    graph: Graph, prompts: Mapping[str, Prompts], latent: dict[str, Any], more: int, rounds: int
+) -> dict[str, float]:
+    """Seconds of a step: what `more` steps take longer than one, without what a run costs once."""
+
+    def run(given: Prompts, steps: int) -> Callable[[], Any]:
+        return lambda: sample(graph.model, *given, latent, steps)
+
     seconds = interleaved(
         {
-            "stock": lambda: sample(graph.model, *theirs, ours.latent, steps),
-            "ours": lambda: sample(graph.model, ours.positive, ours.negative, ours.latent, steps),
+            f"{name} {steps}": run(given, steps)
+            for name, given in prompts.items()
+            for steps in (1, 1 + more)
         },
-        setting.rounds,
+        rounds,
     )
-    each = {name: value / steps for name, value in seconds.items()}
-    return {"seconds_per_step": each, "ratio": each["ours"] / each["stock"]}
+    return {name: (seconds[f"{name} {1 + more}"] - seconds[f"{name} 1"]) / more for name in prompts}
 
 
 def decode(setting: Setting) -> Figures:
@@ -78,11 +95,13 @@ def decode(setting: Setting) -> Figures:
 def vision(setting: Setting) -> Figures:
     """Prompt Processor and Classifier together against one CLIPVisionEncode."""
     open_host(setting.folder)
-    sd15, fresh = Sd15(), iter(range(10**9))
+    sd15, rounds = Sd15(), 3 * setting.rounds
     restorer = sd15.graph.restorer
+    # Each photo once: one that was seen before would be remembered.
+    pictures = iter([picture(512, 512, seed) for seed in range(2 * (rounds + 1))])
 
     def read() -> None:
-        image = picture(512, 512, next(fresh))  # a photo seen before would be remembered
+        image = next(pictures)
         for node in ("DiffRestorerPromptProcessor", "DiffRestorerDegradationClassifier"):
             in_process.execute(
                 node, diff_restorer=restorer, clip_vision=sd15.clip_vision, image=image
@@ -92,17 +111,17 @@ def vision(setting: Setting) -> Figures:
         stock(
             "CLIPVisionEncode",
             clip_vision=sd15.clip_vision,
-            image=picture(512, 512, next(fresh)),
+            image=next(pictures),
             crop="none",
         )
 
-    seconds = interleaved({"CLIPVisionEncode": encode, "ours": read}, 3 * setting.rounds)
+    seconds = interleaved({"CLIPVisionEncode": encode, "ours": read}, rounds)
     return {"seconds": seconds, "ratio": seconds["ours"] / seconds["CLIPVisionEncode"]}
 
 
 def untiled(setting: Setting) -> Figures:
     """Aware VAE Decode of a whole picture."""
-    return _large(setting, lambda graph: graph.decode, tile_size=0)
+    return _large(setting, lambda graph: graph.decode, whole=True, tile_size=0)
 
 
 def exact(setting: Setting) -> Figures:
@@ -122,7 +141,7 @@ def stock_tiled(setting: Setting) -> Figures:
         return lambda _, latent: stock(
             "VAEDecodeTiled", samples=latent, vae=graph.vae, tile_size=512, overlap=64,
             temporal_size=64, temporal_overlap=8,
-        )  # fmt: skip
+        )[0]  # fmt: skip
 
     return _large(setting, run)
 
@@ -131,21 +150,28 @@ def stock_untiled(setting: Setting) -> Figures:
     """The host's VAEDecode of a whole picture."""
 
     def run(graph: Graph) -> Callable[..., Tensor]:
-        return lambda _, latent: stock("VAEDecode", samples=latent, vae=graph.vae)
+        return lambda _, latent: stock("VAEDecode", samples=latent, vae=graph.vae)[0]
 
-    return _large(setting, run)
+    return _large(setting, run, whole=True)
 
 
 def _large(
-    setting: Setting, decode_of: Callable[[Graph], Callable[..., Tensor]], **settings: Any
+    setting: Setting,
+    decode_of: Callable[[Graph], Callable[..., Tensor]],
+    whole: bool = False,
+    **settings: Any,
 ) -> Figures:
     """Decode a large picture without carried features; its pixels go into a file.
 
     A picture of 64 px is decoded before, so that weights and threads are there.
+
+    Raises:
+        MemoryError: The picture should have been decoded `whole`, and the host took tiles.
     """
-    open_host(setting.folder)
-    graph = Sd15().large
-    decode_one = decode_of(graph)
+    pack = open_host(setting.folder)
+    graph = Graph(*pack.nodes.host_nano.load_nano(setting.folder / LARGE_FILE))
+    decode_one, log = decode_of(graph), _Log()
+    logging.getLogger().addHandler(log)
     for side in (64, setting.side):
         image = picture(side, side)
         degradation = in_process.execute(
@@ -161,10 +187,22 @@ def _large(
             start = time.perf_counter()
             pixels = decode_one(found, latent, **settings)
             seconds = time.perf_counter() - start
+    if whole and any("tile" in line for line in log.lines):
+        raise MemoryError(f"{setting.side} px do not fit into memory whole: {log.lines}")
     levels = (255 * pixels[0].float().cpu()).numpy()
-    path = setting.folder / f"{uuid.uuid4().hex}.npy"
-    np.save(path, levels.astype(np.float16))
-    return {"seconds": seconds, "peak_gb": memory.gb, "pixels": str(path)}
+    np.save(setting.pixels, levels.astype(np.float16))
+    return {"seconds": seconds, "peak_gb": memory.gb}
+
+
+class _Log(logging.Handler):
+    """Keeps what is logged."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
 
 
 @dataclass(frozen=True)
@@ -176,8 +214,8 @@ class _Photo:
 
 
 def area(setting: Setting) -> Figures:
-    """Nano's graph for large photos, as in workflows/restore_large.json, five steps."""
-    open_host(setting.folder, half=False)
+    """Nano's graph for large photos, as in workflows/restore_large.json."""
+    open_host(setting.folder, bf16=False)
     graph = nano()
     for side in (128, setting.side):  # the first one warms up
         image = picture(side, side)
@@ -188,45 +226,47 @@ def area(setting: Setting) -> Figures:
 
 def _restore_large(graph: Graph, image: Tensor) -> Tensor:
     found = graph.control(image)
-    latent = sample(graph.tiled(image), found.positive, found.negative, found.latent, 5)
-    return graph.decode(found, latent)
+    model, degradation = graph.tiled(image)
+    latent = sample(model, found.positive, found.negative, found.latent, NANO_STEPS)
+    return graph.decode(replace(found, degradation=degradation), latent)
 
 
 def peak(setting: Setting) -> Figures:
     """What share of the device's bf16 peak Nano's networks reach on a tile of 512 px."""
-    open_host(setting.folder, half=False)
+    open_host(setting.folder, bf16=False)
     graph, image = nano(), picture(512, 512)
     found = graph.control(image)
     device = importlib.import_module("comfy.model_management").get_torch_device()
     side = 4096 if on_gpu() else 2048
     a, b = (torch.randn(side, side, device=device).bfloat16() for _ in range(2))
     rate = 2 * side**3 / interleaved({"matmul": lambda: a @ b}, 3 * setting.rounds)["matmul"]
-    network, control = graph.model.model.diffusion_model, graph.restorer.control.network
-    latent = sample(graph.model, found.positive, found.negative, found.latent, 2)  # loads them
-    runs = {
-        "UNet and control, a step": lambda: sample(
-            graph.model, found.positive, found.negative, found.latent, 1
-        ),
-        "UNet, a step": lambda: sample(graph.model, *found.prompts, found.latent, 1),
-        "decoder": lambda: graph.decode(found, latent),
+    prompts = {
+        "UNet and control, a step": (found.positive, found.negative), "UNet, a step": found.prompts,
+    }  # fmt: skip
+    seconds = _per_step(graph, prompts, found.latent, 4, 3 * setting.rounds)
+    flops = {
+        name: _flops(lambda given=given: sample(graph.model, *given, found.latent, 1))
+        for name, given in prompts.items()
     }
-    seconds = interleaved(runs, 3 * setting.rounds)
-    rows = {}
-    for name, run in runs.items():
-        with FlopCounterMode(display=False) as counter:
-            run()
-        flops = counter.get_total_flops()
-        rows[name] = {
+    latent = sample(graph.model, found.positive, found.negative, found.latent, NANO_STEPS)
+    decoding = {"decoder": lambda: graph.decode(found, latent)}
+    seconds |= interleaved(decoding, 3 * setting.rounds)
+    flops["decoder"] = _flops(decoding["decoder"])
+    parts = {
+        name: {
             "seconds": seconds[name],
-            "gflop": flops / 1e9,
-            "share": flops / seconds[name] / rate,
+            "gflop": flops[name] / 1e9,
+            "share": flops[name] / seconds[name] / rate,
         }
-    sizes = {"UNet": _parameters(network), "control": _parameters(control)}
-    return {"peak_gflops": rate / 1e9, "parts": rows, "parameters": sizes}
+        for name in flops
+    }
+    return {"peak_gflops": rate / 1e9, "parts": parts}
 
 
-def _parameters(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters())
+def _flops(run: Callable[[], Any]) -> int:
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_total_flops()
 
 
 LEVERS: dict[str, dict[str, Any]] = {
@@ -254,7 +294,7 @@ def levers(setting: Setting) -> Figures:
     from tools.demo import LONG_SIDE, SAMPLES, degrade_photo
     from tools.restore import read_photo
 
-    open_host(setting.folder, half=False)
+    open_host(setting.folder, bf16=False)
     graph = nano()
     rows: dict[str, Any] = {
         name: {"seconds": 0.0, "psnr": []} for name in ("degraded photo", *LEVERS)
@@ -266,6 +306,8 @@ def levers(setting: Setting) -> Figures:
             for photo in (degrade_photo(clean, each), clean)
         )
         rows["degraded photo"]["psnr"].append(_psnr(lq, gt))
+        warm = graph.control(lq)
+        sample(graph.model, warm.positive, warm.negative, warm.latent, 1)
         for name, given in LEVERS.items():
             options = {"steps": 8} | given
             control, bare = options.pop("control", {}), options.pop("bare_negative", False)
@@ -290,9 +332,13 @@ def _psnr(image: Tensor, reference: Tensor) -> float:
     return -10 * math.log10(max(error, 1e-10))
 
 
+LARGE = tuple(case.__name__ for case in (untiled, stock_untiled, exact, fast, stock_tiled))
+"""Cases that decode one large picture; whole ones come before tiled ones."""
+NANO = tuple(case.__name__ for case in (area, peak, levers))
+"""Cases that need no random weights."""
 CASES: dict[str, Callable[[Setting], Figures]] = {
     case.__name__: case
     for case in (
-        step, decode, vision, untiled, exact, fast, stock_tiled, stock_untiled, area, peak, levers,
+        step, decode, vision, untiled, stock_untiled, exact, fast, stock_tiled, peak, area, levers,
     )
 }  # fmt: skip

@@ -13,26 +13,24 @@ PAIRS = (("exact", "untiled"), ("fast", "untiled"), ("stock_tiled", "stock_until
 """Each tiled decode with the whole one that it should equal."""
 
 
-def compare(pixels: Mapping[str, str], out: Path) -> dict[str, Any]:
-    """Differences in levels of 255 for each side, and benchmarks_seams.png of the first one.
+def compare(folder: Path, out: Path) -> dict[str, Any]:
+    """Differences in levels of 255, by case and side, and benchmarks_seams.png of all of them.
 
     Args:
-        pixels: `<case> <side>` -> .npy of (H, W, 3) levels.
+        folder: Holds `<case> <side>.npy`, each (H, W, 3) levels.
         out: Folder for the picture.
     """
     found: dict[str, Any] = {}
     maps: dict[str, np.ndarray] = {}
     for tiled, whole in PAIRS:
-        for key, path in pixels.items():
-            name, side = key.rsplit(" ", 1)
-            other = pixels.get(f"{whole} {side}")
-            if name != tiled or other is None:
+        for path in sorted(folder.glob(f"{tiled} *.npy")):
+            other = path.with_name(path.name.replace(tiled, whole))
+            if not other.exists():
                 continue
-            difference = np.abs(
-                np.load(path).astype(np.float32) - np.load(other).astype(np.float32)
-            )
-            found[key] = {"mean": float(difference.mean()), "max": float(difference.max())}
-            maps[f"{name.replace('_', ' ')}, {side} px"] = difference.max(axis=2)
+            one, two = (np.load(each).astype(np.float32) for each in (path, other))
+            difference = np.abs(one - two)
+            found[path.stem] = {"mean": float(difference.mean()), "max": float(difference.max())}
+            maps[f"{path.stem.replace('_', ' ')} px"] = difference.max(axis=2)
     if maps:
         _draw(maps, out / "benchmarks_seams.png")
     return found

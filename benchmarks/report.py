@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
+from .cases import LARGE
+
 Results = dict[str, Any]
 
 
@@ -49,6 +51,8 @@ def rows(results: Results) -> Iterator[Row]:
         if entry and whole:
             ratio = entry["peak_gb"] / whole["peak_gb"]
             note = f"{entry['peak_gb']:.2f} of {whole['peak_gb']:.2f} GB"
+            what = f"memory, exact tiles at {side} px / whole at {min(exact)} px"
+            yield Row(what, ratio, 0.25, note)
         if entry and stock:
             ratio = entry["seconds"] / stock["seconds"]
             note = f"{entry['seconds']:.0f} of {stock['seconds']:.0f} s"
@@ -76,9 +80,11 @@ def write_report(results: Results, out: Path) -> None:
         "# Benchmarks",
         "",
         f"`make bench` on {machine['device']}, {machine['threads']} threads, torch "
-        f"{machine['torch']}. Ratios of medians within one run; weights are random at the size of "
-        "SD 1.5 in bf16, but for Nano. Large pictures are decoded by a VAE of "
-        f"{machine['vae_width']} channels (SD 1.5 has 128).",
+        f"{machine['torch']}, code {machine['revision']}. Ratios of medians within one run. Weights "
+        "are random at the size of SD 1.5 and kept in bf16, but for Nano (a CPU computes UNet and "
+        "ControlNets in fp32 all the same). Large pictures are decoded by a VAE of "
+        f"{machine['vae_width']} channels (SD 1.5 has 128). Memory is that of the device; on a CPU "
+        "the process's own pages, without those of files.",
         "",
         summary(results),
     ]
@@ -96,11 +102,7 @@ def _differences(results: Results) -> list[str]:
         "| --- | ---: | ---: | ---: | ---: |",
     ]
     for key, entry in results.items():
-        name = key.split()[0]
-        if (
-            name not in ("untiled", "exact", "fast", "stock_tiled", "stock_untiled")
-            or "error" in entry
-        ):
+        if key.split()[0] not in LARGE or "error" in entry:
             continue
         difference = found.get(key)
         cells = f"{difference['mean']:.3f} | {difference['max']:.2f}" if difference else " | "

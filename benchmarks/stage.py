@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -23,46 +24,51 @@ from tools.environment import comfyui_root
 from .measuring import on_gpu
 
 Conditioning = list[list[Any]]
+Prompts = tuple[Conditioning, Conditioning]
+"""Positive and negative."""
 SAMPLER, SCHEDULER = "euler", "sgm_uniform"
+LARGE_FILE = "models/diff_restorer/large_random.safetensors"
 
 
-def open_host(folder: Path, *, half: bool = True) -> None:
-    """ComfyUI and the pack.
+def open_host(folder: Path, *, bf16: bool = True) -> ModuleType:
+    """ComfyUI and the pack, whose root module it returns.
 
     Args:
         folder: Base directory of ComfyUI; weights that `write_models` makes lie in it.
-        half: On a CPU let the host keep weights in bf16, too, as it does on GPUs; Nano decides for
+        bf16: On a CPU let the host keep weights in bf16, too, as it does on GPUs; Nano decides for
             itself.
     """
     in_process.import_host(comfyui_root(), folder, cpu=not on_gpu())
     from comfy.cli_args import args
 
-    args.bf16_unet = args.bf16_vae = half and not on_gpu()
-    in_process.load_pack()
+    args.bf16_unet = args.bf16_vae = bf16 and not on_gpu()
+    return in_process.load_pack()
 
 
 def write_models(folder: Path, vae_width: int) -> None:
-    """Random weights at the size of SD 1.5: checkpoint, CLIP ViT-L, Diff-Restorer, ControlNet.
+    """Random weights: checkpoint, CLIP ViT-L, Diff-Restorer and ControlNet at the size of SD 1.5,
+    and a self-contained file whose VAE is for large pictures.
 
     Args:
         folder: Base directory of ComfyUI.
-        vae_width: Channels of the VAE for large pictures; SD 1.5 has 128.
+        vae_width: Channels of that VAE; SD 1.5 has 128.
     """
     toy_weights.write_sd15(folder)
     control = folder / "models/controlnet/control_random.safetensors"
     control.parent.mkdir(parents=True, exist_ok=True)
     state = toy_weights.random_state(_controlnet(), "control_model.", 14, torch.bfloat16)
     save_file(state, control)
+    write_large(folder, vae_width)
+
+
+def write_large(folder: Path, vae_width: int) -> None:
+    """Only the file for large pictures, with SD 1.5's kind of VAE at this width."""
+    path = folder / LARGE_FILE
+    path.parent.mkdir(parents=True, exist_ok=True)
     sizes = toy_weights.VaeSizes(vae_width, (1, 2, 4, 4), 2)
-    vae = folder / "models/vae/large_random.safetensors"
-    vae.parent.mkdir(parents=True, exist_ok=True)
-    shapes = toy_weights.vae_shapes(sizes)
-    save_file(toy_weights.random_state(shapes, "", 12, torch.bfloat16), vae)
-    tensors = toy_weights.restorer_tensors(
-        toy_weights.SD15_UNET, sizes, 1024, fusion_levels=(1, 2), dtype=torch.bfloat16
-    )
-    path = folder / "models/diff_restorer/large_random.safetensors"
-    write_checkpoint(path, tensors, toy_weights.info("sd15"))
+    tensors = toy_weights.restorer_tensors(vae=sizes, fusion_levels=(1, 2), dtype=torch.float16)
+    tensors |= toy_weights.base_tensors(vae=sizes, dtype=torch.float16)
+    write_checkpoint(path, tensors, toy_weights.info())
 
 
 def _controlnet() -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -85,11 +91,11 @@ def picture(height: int, width: int, seed: int = 0) -> Tensor:
     return (smooth + grain).clamp(0, 1).movedim(1, -1).contiguous()
 
 
-def stock(node_id: str, **inputs: Any) -> Any:
-    """Run a node of the host's own (V1) and return its first output."""
+def stock(node_id: str, **inputs: Any) -> tuple[Any, ...]:
+    """Run a node of the host's own (V1)."""
     host_nodes: Any = importlib.import_module("nodes")
     node = host_nodes.NODE_CLASS_MAPPINGS[node_id]
-    return getattr(node(), node.FUNCTION)(**inputs)[0]
+    return getattr(node(), node.FUNCTION)(**inputs)
 
 
 def sample(
@@ -114,7 +120,7 @@ class Controlled:
     """What Degradation Control and the Prompt Processor make of one photo."""
 
     image: Tensor
-    prompts: tuple[Conditioning, Conditioning]
+    prompts: Prompts
     degradation: Any
     positive: Conditioning
     negative: Conditioning
@@ -163,16 +169,17 @@ class Graph:
             **settings,
         )[0]
 
-    def tiled(self, image: Tensor, **settings: Any) -> Any:
-        """MODEL that works in tiles."""
-        return in_process.execute(
+    def tiled(self, image: Tensor, **settings: Any) -> tuple[Any, Any]:
+        """MODEL that works in tiles, and the degradation with what each part suffers from."""
+        model, _, degradation = in_process.execute(
             "DiffRestorerTiledDiffusion",
             model=self.model,
             diff_restorer=self.restorer,
             clip_vision=self.clip_vision,
             image=image,
             **settings,
-        )[0]
+        )
+        return model, degradation
 
 
 class Sd15:
@@ -180,9 +187,7 @@ class Sd15:
 
     @cached_property
     def _checkpoint(self) -> tuple[Any, ...]:
-        host_nodes: Any = importlib.import_module("nodes")
-        loader = host_nodes.NODE_CLASS_MAPPINGS["CheckpointLoaderSimple"]()
-        return loader.load_checkpoint("sd15_random.safetensors")
+        return stock("CheckpointLoaderSimple", ckpt_name="sd15_random.safetensors")
 
     @cached_property
     def graph(self) -> Graph:
@@ -190,27 +195,24 @@ class Sd15:
         return Graph(model, self.clip_vision, vae, _restorer("restorer_random.safetensors"))
 
     @cached_property
-    def large(self) -> Graph:
-        """With the VAE for large pictures, and without a UNet."""
-        vae = stock("VAELoader", vae_name="large_random.safetensors")
-        return Graph(None, self.clip_vision, vae, _restorer("large_random.safetensors"))
-
-    @cached_property
     def clip_vision(self) -> Any:
-        return stock("CLIPVisionLoader", clip_name="vit_l_random.safetensors")
+        return stock("CLIPVisionLoader", clip_name="vit_l_random.safetensors")[0]
 
     @cached_property
     def controlnet(self) -> Any:
-        return stock("ControlNetLoader", control_net_name="control_random.safetensors")
+        return stock("ControlNetLoader", control_net_name="control_random.safetensors")[0]
 
-    def stock_control(self, image: Tensor) -> tuple[Conditioning, Conditioning]:
+    def stock_control(self, image: Tensor) -> Prompts:
         """What CLIPTextEncode and ControlNetApplyAdvanced hand on: 77 tokens and a hint."""
-        host_nodes: Any = importlib.import_module("nodes")
         generator = torch.Generator().manual_seed(3)
         texts = (torch.randn(1, 77, 768, generator=generator) for _ in range(2))
         positive, negative = ([[text, {"pooled_output": text[:, 0]}]] for text in texts)
-        apply = host_nodes.NODE_CLASS_MAPPINGS["ControlNetApplyAdvanced"]()
-        return apply.apply_controlnet(positive, negative, self.controlnet, image, 1.0, 0.0, 1.0)
+        controlled = stock(
+            "ControlNetApplyAdvanced", positive=positive, negative=negative,
+            control_net=self.controlnet, image=image, strength=1.0, start_percent=0.0,
+            end_percent=1.0,
+        )  # fmt: skip
+        return controlled[0], controlled[1]
 
 
 def _restorer(name: str) -> Any:

@@ -4,6 +4,7 @@ from .control import make_hint_conv, zero_init
 from .decoder import (
     FusionBlocks,
     FusionConfig,
+    LocalPooled,
     aware_decode,
     encode_with_features,
     encoder_features,
@@ -15,6 +16,7 @@ __all__ = [
     "DEFAULT_TYPES",
     "FusionBlocks",
     "FusionConfig",
+    "LocalPooled",
     "PromptOutput",
     "PromptProcessor",
     "PromptProcessorConfig",

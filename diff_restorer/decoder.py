@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, cast
 
@@ -18,6 +18,46 @@ PIXELS = -1
 """The photo itself, beside the VAE's levels 0, 1, ..."""
 Features = dict[int, Tensor]
 """The LQ image by level: (B, C, H / 2**level, W / 2**level) of the encoder, PIXELS (B, 3, H, W)."""
+
+
+@dataclass(frozen=True, eq=False)
+class LocalPooled:
+    """Pooled P_D of each place: that of tiles, blended with weights that sum to 1.
+
+    Tiles and weights instead of the blend itself, which would have `context_width` numbers for each
+    place of a large photo.
+    """
+
+    tiles: Tensor
+    """(B, context_width, R, K): a grid of R x K tiles."""
+    rows: Tensor
+    """(R, h): how much the tiles of a row count at each height; h in latent pixels."""
+    columns: Tensor
+    """(K, w), likewise."""
+
+    def blend(self, values: Tensor) -> Tensor:
+        """(B, C, R, K), a value for each tile, to (B, C, h, w)."""
+        rows, columns = self.rows.to(values), self.columns.to(values)
+        return torch.einsum("bcrk,rh,kw->bchw", values, rows, columns)
+
+    @property
+    def weights(self) -> tuple[Tensor, Tensor]:
+        """Rows (1, R, h, w) and columns (1, K, h, w), in no more memory than they have."""
+        height, width = self.rows.shape[1], self.columns.shape[1]
+        rows = self.rows[None, :, :, None].expand(-1, -1, -1, width)
+        return rows, self.columns[None, :, None].expand(-1, -1, height, -1)
+
+    def to(self, like: Tensor) -> LocalPooled:
+        """On the device and in the dtype of another tensor."""
+        return replace(self, tiles=self.tiles.to(like))
+
+    def __getitem__(self, photos: slice) -> LocalPooled:
+        """Of some of the photos."""
+        return replace(self, tiles=self.tiles[photos])
+
+    def within(self, rows: Tensor, columns: Tensor) -> LocalPooled:
+        """The same in a part of the photo, from that part of both `weights`."""
+        return replace(self, rows=rows[0, :, :, 0], columns=columns[0, :, 0])
 
 
 @dataclass(frozen=True)
@@ -97,21 +137,23 @@ class FusionBlock(nn.Module):
         )
         self.out = zero_init(conv(width, channels_out))
 
-    def forward(self, inputs: Tensor, pooled: Tensor) -> Tensor:
+    def forward(self, inputs: Tensor, pooled: Tensor | LocalPooled) -> Tensor:
         """What to add to the decoder, (B, channels_out, h, w).
 
         Args:
             inputs: Features of the LQ image and of the decoder, (B, channels_in, h, w).
-            pooled: Pooled P_D, (B, context_width); or of each place, (B, context_width, h', w'),
-                where h and w are multiples of h' and w'.
+            pooled: Pooled P_D of the photos, (B, context_width), or of each place of them.
         """
         h = F.leaky_relu(self.merge(inputs), 0.2)
         grown = [h]
         for conv in self.dense:
             grown.append(F.leaky_relu(conv(torch.cat(grown, dim=1)), 0.2))
         h = h + self.squeeze(torch.cat(grown, dim=1))
-        film = self.film(pooled.movedim(1, -1)).movedim(-1, 1)
-        film = film[:, :, None, None] if film.ndim == 2 else F.interpolate(film, h.shape[-2:])
+        if isinstance(pooled, LocalPooled):
+            film = pooled.blend(self.film(pooled.tiles.movedim(1, -1)).movedim(-1, 1))
+            film = F.interpolate(film, h.shape[-2:])
+        else:
+            film = self.film(pooled)[:, :, None, None]
         gamma, beta = film.chunk(2, dim=1)
         return self.out(F.leaky_relu((1 + gamma) * h + beta, 0.2))
 
@@ -152,11 +194,15 @@ class FusionBlocks(nn.ModuleDict):
         """VAE levels that are fused, ascending."""
         return tuple(level for level, _ in self.config.channels)
 
-    def fuse(self, level: int, encoded: Tensor, decoded: Tensor, pooled: Tensor) -> Tensor:
+    def fuse(
+        self, level: int, encoded: Tensor, decoded: Tensor, pooled: Tensor | LocalPooled
+    ) -> Tensor:
         """The residual for the decoder's features (B, C, h, w) of `level`."""
         return cast(Tensor, self[str(level)](torch.cat([encoded, decoded], dim=1), pooled))
 
-    def fuse_pixels(self, photo: Tensor, image: Tensor, decoded: Tensor, pooled: Tensor) -> Tensor:
+    def fuse_pixels(
+        self, photo: Tensor, image: Tensor, decoded: Tensor, pooled: Tensor | LocalPooled
+    ) -> Tensor:
         """The residual for the decoded image, (B, 3, H, W), in fp32.
 
         Args:
@@ -215,7 +261,7 @@ def aware_decode(
     fusion: FusionBlocks | None,
     raw_latent: Tensor,
     features: Features,
-    pooled: Tensor,
+    pooled: Tensor | LocalPooled,
     fidelity: float = 1.0,
 ) -> Tensor:
     """Decode a latent with the LQ image's own detail.
@@ -225,8 +271,7 @@ def aware_decode(
         fusion: Fusion blocks; None decodes plainly.
         raw_latent: Unscaled latent, (B, latent_channels, H/8, W/8).
         features: From `encoder_features` on the LQ image, at the fusion blocks' levels.
-        pooled: Pooled P_D of the photos, (B, context_width), or of each place of them, (B,
-            context_width, H/8, W/8).
+        pooled: Pooled P_D of the photos, (B, context_width), or of each place of them.
         fidelity: w in [0, 1]; 0 is the plain decode, bit for bit.
 
     Returns:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .decoder import FusionBlocks
+from .decoder import FusionBlocks, LocalPooled
 from .tiles import UNIT, Cut, Function, Map, Plan, Stage
 from .vae_trunk import Attention, Level, Step, VaeTrunk
 
@@ -47,7 +47,7 @@ def plan_decode(
     latent: Tensor,
     photo: Tensor,
     features: Mapping[int, Map],
-    pooled: Tensor,
+    pooled: Tensor | LocalPooled,
     fidelity: float,
     cut: Cut,
 ) -> Plan:
@@ -59,14 +59,14 @@ def plan_decode(
         latent: Unscaled, (1, latent_channels, H/8, W/8).
         photo: LQ photo, (1, 3, H, W) in [-1, 1]; in any memory.
         features: The maps of `plan_features` at the fusion blocks' levels.
-        pooled: Pooled P_D, (1, context_width); or of each place, (1, context_width, H/8, W/8), in
-            any memory.
+        pooled: Pooled P_D of the photo, (1, context_width), or of each place of it.
         fidelity: w in [0, 1], as in `aware_decode`.
         cut: The tiles.
     """
     fused = fusion if fidelity > 0 else None
-    local = (Map(pooled, 1),) if pooled.ndim == 4 else ()
-    pooled = pooled.to(cut.like) if pooled.ndim == 2 else pooled
+    local = ()
+    if isinstance(pooled, LocalPooled):
+        local = tuple(Map(each, 1) for each in pooled.weights)
     levels: list[list[Stage]] = []
     first: Step | None = None
     for index in reversed(range(len(trunk.decoder_levels))):
@@ -113,9 +113,11 @@ def _blocks(first: Step | None, level: Level) -> list[Stage]:
     return [Stage(started), *map(Stage, level.blocks[1:])]
 
 
-def _fuse(fusion: FusionBlocks, level: int, pooled: Tensor, fidelity: float) -> Function:
-    def fuse(value: Tensor, encoded: Tensor, here: Tensor = pooled) -> Tensor:
-        return value + fidelity * fusion.fuse(level, encoded, value, here)
+def _fuse(
+    fusion: FusionBlocks, level: int, pooled: Tensor | LocalPooled, fidelity: float
+) -> Function:
+    def fuse(value: Tensor, encoded: Tensor, *weights: Tensor) -> Tensor:
+        return value + fidelity * fusion.fuse(level, encoded, value, _here(pooled, weights))
 
     return fuse
 
@@ -124,15 +126,20 @@ def _head(
     trunk: VaeTrunk,
     fusion: FusionBlocks | None,
     photo: Tensor,
-    pooled: Tensor,
+    pooled: Tensor | LocalPooled,
     fidelity: float,
     local: tuple[Map, ...],
 ) -> Stage:
     if fusion is None or fusion.config.pixels is None:
         return Stage(trunk.decoder_head)
 
-    def head(value: Tensor, pixels: Tensor, here: Tensor = pooled) -> Tensor:
-        image = trunk.decoder_head(value)
+    def head(value: Tensor, pixels: Tensor, *weights: Tensor) -> Tensor:
+        image, here = trunk.decoder_head(value), _here(pooled, weights)
         return image + fidelity * fusion.fuse_pixels(pixels, image, value, here)
 
     return Stage(head, (Map(photo, UNIT), *local))
+
+
+def _here(pooled: Tensor | LocalPooled, weights: tuple[Tensor, ...]) -> Tensor | LocalPooled:
+    """Pooled P_D in the part of the photo that these weights are cut from."""
+    return pooled if isinstance(pooled, Tensor) else pooled.within(*weights)

@@ -8,6 +8,7 @@ import torch
 from comfy_api.latest import io
 from torch import Tensor
 
+from ..diff_restorer import LocalPooled
 from .conditioning import check_degradation
 from .host_models import DiffRestorer
 from .host_vae import AUTO_TILE, EXACT, FAST, SCALE, AwareDecoder, PhotoFeatures
@@ -135,8 +136,8 @@ class DiffRestorerAwareVAEDecode(io.ComfyNode):
         return io.NodeOutput(restored)
 
 
-def local_degradation(degradation: Degradation, latent: Tensor) -> Tensor:
-    """Pooled P_D, (B, C), or of each place, (B, C, h, w), where Tiled Diffusion has looked there.
+def local_degradation(degradation: Degradation, latent: Tensor) -> Tensor | LocalPooled:
+    """Pooled P_D of the photos, (B, C), or of each place, where Tiled Diffusion has looked there.
 
     Raises:
         ValueError: It has looked at a photo of another size.
@@ -144,10 +145,9 @@ def local_degradation(degradation: Degradation, latent: Tensor) -> Tensor:
     local = degradation.local
     if local is None:
         return degradation.pooled
-    if local.shape[-2:] != latent.shape[-2:]:
-        found, needed = (
-            f"{SCALE * each.shape[-1]} x {SCALE * each.shape[-2]} px" for each in (local, latent)
-        )
+    sizes = [(local.rows.shape[1], local.columns.shape[1]), tuple(latent.shape[-2:])]
+    if sizes[0] != sizes[1]:
+        found, needed = (f"{SCALE * width} x {SCALE * height} px" for height, width in sizes)
         raise ValueError(
             f"degradation: Tiled Diffusion has read it from a photo of {found}, but samples are a "
             f"latent of {needed}. Give Tiled Diffusion the same photo as Degradation Control."

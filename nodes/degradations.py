@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -93,26 +94,24 @@ class DiffRestorerEditDegradation(io.ComfyNode):
             )
         average = degradation.prototypes.mean(dim=0)
         if mode == SCALE:
-            return io.NodeOutput(_moved(degradation, (weight - 1), degradation.pooled - average))
+            return io.NodeOutput(_edited(degradation, lambda p: p + (weight - 1) * (p - average)))
         place = degradation.types.index(type)
         prototype, sure = degradation.prototypes[place], torch.zeros(len(degradation.types))
         sure[place] = 1
         if mode == ADD:
-            return io.NodeOutput(_moved(degradation, weight, (prototype - average)[None]))
-        moved = _moved(degradation, weight, prototype - degradation.pooled)
-        probabilities = torch.lerp(moved.probabilities, sure.to(moved.probabilities), weight)
-        return io.NodeOutput(replace(moved, probabilities=probabilities))
+            return io.NodeOutput(_edited(degradation, lambda p: p + weight * (prototype - average)))
+        mixed = _edited(degradation, lambda p: p + weight * (prototype - p))
+        probabilities = torch.lerp(mixed.probabilities, sure.to(mixed.probabilities), weight)
+        return io.NodeOutput(replace(mixed, probabilities=probabilities))
 
 
-def _moved(degradation: Degradation, weight: float, direction: Tensor) -> Degradation:
-    """All tokens of P_D, and so their mean, moved by weight * direction, (B or 1, C)."""
-    step, local = weight * direction, degradation.local
-    return replace(
-        degradation,
-        tokens=degradation.tokens + step[:, None],
-        pooled=degradation.pooled + step,
-        local=None if local is None else local + step[:, :, None, None],
-    )
+def _edited(degradation: Degradation, edit: Callable[[Tensor], Tensor]) -> Degradation:
+    """Pooled P_D, (..., C), of photos and of their parts as `edit` says; tokens move with it."""
+    pooled, local = edit(degradation.pooled), degradation.local
+    if local is not None:
+        local = replace(local, tiles=edit(local.tiles.movedim(1, -1)).movedim(-1, 1))
+    tokens = degradation.tokens + (pooled - degradation.pooled)[:, None]
+    return replace(degradation, tokens=tokens, pooled=pooled, local=local)
 
 
 class DiffRestorerSimulateDegradation(io.ComfyNode):

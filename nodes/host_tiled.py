@@ -14,6 +14,7 @@ import comfy.utils
 import torch
 from torch import Tensor
 
+from ..diff_restorer import LocalPooled
 from ..diff_restorer.tiles import UNIT, Window
 from .host import check_interrupt
 from .host_control import DegradationControlNet, EncodedPhoto
@@ -53,15 +54,19 @@ class Grid:
         rows, columns = (_ramps(length, self.overlap) for length in (window.height, window.width))
         return rows[:, None] * columns
 
-    def blended(self, values: Tensor) -> Tensor:
-        """One value per tile, (tiles, B, C), spread over their places, (B, C, height, width)."""
-        total = values.new_zeros(*values.shape[1:], *self.size)
-        weights = values.new_zeros(self.size)
-        for window, value in zip(self.windows, values, strict=True):
-            weight = self.weight(window).to(values)
-            window.of(total, 1).add_(value[..., None, None] * weight)
-            window.of(weights, 1).add_(weight)
-        return total / weights
+    def local(self, values: Tensor) -> LocalPooled:
+        """Pooled P_D of the tiles, (tiles, B, C), blended as the tiles are."""
+        rows, columns = (self._shares(side) for side in self.size)
+        tiles = values.permute(1, 2, 0).unflatten(2, (len(rows), len(columns)))
+        return LocalPooled(tiles.contiguous(), rows, columns)
+
+    def _shares(self, side: int) -> Tensor:
+        """How much each tile along a side counts at each place, (tiles, side)."""
+        starts, length = self._spread(side)
+        shares = torch.zeros(len(starts), side)
+        for share, start in zip(shares, starts, strict=True):
+            share[start : start + length] = _ramps(length, self.overlap)
+        return shares / shares.sum(dim=0)
 
 
 def _ramps(length: int, overlap: int) -> Tensor:

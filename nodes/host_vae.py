@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Collection
-from dataclasses import dataclass
-from typing import Any, cast
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar, cast
 
 import comfy.model_management
 import comfy.utils
@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..diff_restorer import (
+    LocalPooled,
     UnsupportedVaeError,
     VaeTrunk,
     aware_decode,
@@ -29,6 +30,7 @@ from .host_build import with_tuned_decoder
 from .host_models import DiffRestorer
 from .images import digest, pad_to_multiple, to_batch
 
+Result = TypeVar("Result")
 SCALE = 8
 """Pixels per latent pixel of a Stable Diffusion 1.5 VAE."""
 AUTO_TILE, LEAST_TILE = 512, 128
@@ -115,17 +117,26 @@ def _encode(
         except comfy.model_management.OOM_EXCEPTION:
             # Handled below: the exception keeps tensors alive as long as it is handled.
             logging.warning("Degradation Control: out of memory, encoding again in tiles.")
-    side = AUTO_TILE
+    return _in_smaller_tiles(
+        AUTO_TILE,
+        lambda side: _encode_tiled(vae, trunk, pixels, levels, side),
+        "Degradation Control: encoded in exact",
+    )
+
+
+def _in_smaller_tiles(side: int, work: Callable[[int], Result], done: str) -> Result:
+    """Do the work in tiles of `side` pixels, or of less where memory is too small for that."""
     while True:
         try:
-            found = _encode_tiled(vae, trunk, pixels, levels, side)
-            logging.info("Degradation Control: encoded in exact tiles of %d px.", side)
+            found = work(side)
+            logging.info("%s tiles of %d px.", done, side)
             return found
         except comfy.model_management.OOM_EXCEPTION:
             side //= 2
             if side < LEAST_TILE:
                 raise
-            logging.warning("Degradation Control: out of memory, trying tiles of %d px.", side)
+            node = done.split(":")[0]
+            logging.warning("%s: out of memory, trying tiles of %d px.", node, side)
 
 
 def _encode_whole(
@@ -140,14 +151,20 @@ def _encode_whole(
         )
         latents.append(moments[:, : trunk.latent_channels].to(home).float())
         parts.append({level: features[level].to(home) for level in levels})
-    by_level = {level: torch.cat([part[level] for part in parts]) for level in levels}
-    return torch.cat(latents), by_level
+    return torch.cat(latents), _joined(parts)
+
+
+def _joined(parts: Sequence[Features]) -> Features:
+    """Features of batches as those of one; a single one is not copied."""
+    if len(parts) == 1:
+        return parts[0]
+    return {level: torch.cat([part[level] for part in parts]) for level in parts[0]}
 
 
 def _encode_tiled(
     vae: Any, trunk: VaeTrunk, pixels: Tensor, levels: Collection[int], tile: int
 ) -> tuple[Tensor, Features]:
-    """Tiles that give the same as the whole picture."""
+    """Tiles that give the same as the whole picture; features of an fp32 VAE come in fp16."""
     pixels = vae.process_input(pixels)
     report, home = _Report(len(pixels)), vae.output_device
     latents, parts = [], []
@@ -162,11 +179,7 @@ def _encode_tiled(
         parts.append(kept)
         latents.append(found.whole()[:, : trunk.latent_channels].to(home).float())
     report.finish()
-    by_level = {
-        level: parts[0][level] if len(parts) == 1 else torch.cat([part[level] for part in parts])
-        for level in levels
-    }
-    return torch.cat(latents), by_level
+    return torch.cat(latents), _joined(parts)
 
 
 def _cut(vae: Any, trunk: VaeTrunk, pixels: Tensor, tile: int, report: _Report) -> Cut:
@@ -208,14 +221,20 @@ class AwareDecoder:
         return self.restorer.fusion is not None and self.fidelity > 0
 
     def decode(
-        self, latent: Tensor, photo: Tensor, pooled: Tensor, tile: int, overlap: int, tiling: str
+        self,
+        latent: Tensor,
+        photo: Tensor,
+        pooled: Tensor | LocalPooled,
+        tile: int,
+        overlap: int,
+        tiling: str,
     ) -> Tensor:
         """Decode a batch, whole pictures where they fit into memory.
 
         Args:
             latent: Unscaled, (B, C, h, w).
             photo: Padded LQ photos, (B or 1, 8h, 8w, 3) in [0, 1].
-            pooled: Pooled P_D, (B or 1, width), or of each place, (B or 1, width, h, w).
+            pooled: Pooled P_D, (B or 1, width), or of each place of B or 1 photos.
             tile: Side of the tiles in pixels; 0 decodes whole pictures if that is possible.
             overlap: Of the tiles, in pixels; exact ones need none.
             tiling: EXACT or FAST.
@@ -226,32 +245,31 @@ class AwareDecoder:
         trunk = self._trunk()
         known = self._known(photo)
         needed = self._load(latent, known)
-        photo, pooled = to_batch(photo, len(latent)), to_batch(pooled, len(latent))
+        photo = to_batch(photo, len(latent))
+        if isinstance(pooled, LocalPooled):
+            pooled = replace(pooled, tiles=to_batch(pooled.tiles, len(latent)))
+        else:
+            pooled = to_batch(pooled, len(latent))
         known = {level: to_batch(value, len(latent)) for level, value in known.items()}
         free = cast(int, comfy.model_management.get_free_memory(self.vae.device))
-        images, side = None, tile or AUTO_TILE
         if tile == 0 and needed > free:
             logging.info("Aware VAE Decode: the picture is too large at once, using tiles.")
         elif tile == 0:
             try:
                 at_once = int(free // needed)
                 images = self._whole(trunk, latent, photo, pooled, known, at_once)
+                return images.to(self.vae.output_device).movedim(1, -1)
             except comfy.model_management.OOM_EXCEPTION:
                 # Handled below: the exception keeps tensors alive as long as it is handled.
                 logging.warning("Aware VAE Decode: out of memory, trying again in tiles.")
-        while images is None:
-            try:
-                if tiling == EXACT:
-                    images = self._exact(trunk, latent, photo, pooled, known, side)
-                else:
-                    images = self._blended(trunk, latent, photo, pooled, side, overlap)
-                logging.info("Aware VAE Decode: decoded in %s tiles of %d px.", tiling, side)
-            except comfy.model_management.OOM_EXCEPTION:
-                side //= 2
-                if side < LEAST_TILE:
-                    raise
-                overlap = min(overlap, side // 2)
-                logging.warning("Aware VAE Decode: out of memory, trying tiles of %d px.", side)
+
+        def in_tiles(side: int) -> Tensor:
+            if tiling == EXACT:
+                return self._exact(trunk, latent, photo, pooled, known, side)
+            return self._blended(trunk, latent, photo, pooled, side, min(overlap, side // 2))
+
+        done = f"Aware VAE Decode: decoded in {tiling}"
+        images = _in_smaller_tiles(tile or AUTO_TILE, in_tiles, done)
         return images.to(self.vae.output_device).movedim(1, -1)
 
     def _trunk(self) -> VaeTrunk:
@@ -302,7 +320,12 @@ class AwareDecoder:
         return needed
 
     def _pixels(
-        self, trunk: VaeTrunk, latent: Tensor, photo: Tensor, pooled: Tensor, known: Features
+        self,
+        trunk: VaeTrunk,
+        latent: Tensor,
+        photo: Tensor,
+        pooled: Tensor | LocalPooled,
+        known: Features,
     ) -> Tensor:
         """One evaluation on the device; (B, 3, 8h, 8w) around [-1, 1]."""
         check_interrupt()
@@ -316,12 +339,13 @@ class AwareDecoder:
                 features[PIXELS] = pixels
             else:
                 features = encoder_features(trunk, pixels, fusion.levels)
+        raw = latent.to(dtype).to(device)
         return aware_decode(
             trunk,
             fusion,
-            latent.to(dtype).to(device),
+            raw,
             features,
-            pooled.to(dtype).to(device),
+            pooled.to(raw),
             self.fidelity,
         )
 
@@ -330,7 +354,7 @@ class AwareDecoder:
         trunk: VaeTrunk,
         latent: Tensor,
         photo: Tensor,
-        pooled: Tensor,
+        pooled: Tensor | LocalPooled,
         known: Features,
         at_once: int,
     ) -> Tensor:
@@ -350,7 +374,7 @@ class AwareDecoder:
         trunk: VaeTrunk,
         latent: Tensor,
         photo: Tensor,
-        pooled: Tensor,
+        pooled: Tensor | LocalPooled,
         known: Features,
         tile: int,
     ) -> Tensor:
@@ -368,7 +392,7 @@ class AwareDecoder:
                 report.start(plan, index, 0.0, 0.3)
                 features = dict(enumerate(plan.run()))
             plan = plan_decode(
-                trunk, fusion, latent[here], pixels[here], features, pooled[here],
+                trunk, fusion, latent[here], pixels[here], features, pooled[here].to(cut.like),
                 self.fidelity, cut,
             )  # fmt: skip
             report.start(plan, index, 0.3, 1.0)
@@ -382,7 +406,7 @@ class AwareDecoder:
         trunk: VaeTrunk,
         latent: Tensor,
         photo: Tensor,
-        pooled: Tensor,
+        pooled: Tensor | LocalPooled,
         tile: int,
         overlap: int,
     ) -> Tensor:
@@ -395,8 +419,8 @@ class AwareDecoder:
         side, margin = tile // SCALE, overlap // SCALE
         height, width = latent.shape[2:]
         parts = [latent, F.pixel_unshuffle(photo.movedim(-1, 1), SCALE)]
-        if pooled.ndim == 4:
-            parts.append(pooled)
+        if isinstance(pooled, LocalPooled):
+            parts += [each.expand(len(latent), -1, -1, -1) for each in pooled.weights]
         sizes = [part.shape[1] for part in parts]
         steps = comfy.utils.get_tiled_scale_steps(width, height, side, side, margin)
         progress = comfy.utils.ProgressBar(latent.shape[0] * steps)
@@ -405,9 +429,10 @@ class AwareDecoder:
         for index in range(len(latent)):
 
             def decode(part: Tensor, index: int = index) -> Tensor:
-                piece, photo_piece, *local = part.split(sizes, dim=1)
-                pixels = F.pixel_shuffle(photo_piece, SCALE)
-                here = local[0] if local else pooled[index : index + 1]
+                piece, photo_piece, *weights = part.split(sizes, dim=1)
+                pixels, here = F.pixel_shuffle(photo_piece, SCALE), pooled[index : index + 1]
+                if isinstance(here, LocalPooled):
+                    here = here.within(*weights)
                 return self._pixels(trunk, piece, pixels, here, {}).float()
 
             done.append(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from comfy_api.latest import io
 from torch import Tensor
+
+from ..diff_restorer import LocalPooled
 
 CATEGORY = "restoration/diff-restorer"
 
@@ -30,8 +32,18 @@ class Degradation:
     """Names of the N types."""
     prototypes: Tensor
     """(N, C): pooled P_D of each type, averaged over the training photos."""
-    local: Tensor | None = None
-    """(B, C, H/8, W/8): pooled P_D of each place, where Tiled Diffusion has looked at parts."""
+    local: LocalPooled | None = None
+    """Pooled P_D of each place, where Tiled Diffusion has looked at parts of the photos."""
+
+    def repeated(self, batch: int) -> Degradation:
+        """That of one photo for a batch of them."""
+        if self.batch == batch:
+            return self
+        tokens, pooled, probabilities = (
+            value.expand(batch, *value.shape[1:])
+            for value in (self.tokens, self.pooled, self.probabilities)
+        )
+        return replace(self, tokens=tokens, pooled=pooled, probabilities=probabilities)
 
     @property
     def batch(self) -> int:

@@ -136,16 +136,16 @@ class DiffRestorerTiledDiffusion(io.ComfyNode):
             padded[:, top : top + high, left : left + wide] for top, left, high, wide in parts
         ])  # fmt: skip
         whole = diff_restorer.read(clip_vision, rgb)[1]
-        edited = degradation or whole
+        edited = replace(degradation or whole, local=None)
         check_degradation(edited, diff_restorer)
         common_batch(image=len(rgb), degradation=edited.batch)
         change = edited.pooled - whole.pooled
         semantic, read = [], []
         for some in crops.split(_AT_ONCE):
             check_interrupt()
-            p_s, found = diff_restorer.read(clip_vision, some, remember=False)
+            p_s, p_d = diff_restorer.read(clip_vision, some, remember=False)
             semantic.append(p_s)
-            read.append(found)
+            read.append(p_d)
 
         def by_tile(rows: Sequence[Tensor]) -> Tensor:
             return torch.cat(list(rows)).unflatten(0, (len(parts), len(padded)))
@@ -155,8 +155,8 @@ class DiffRestorerTiledDiffusion(io.ComfyNode):
         seen = by_tile([each.probabilities for each in read])
         if len(parts) > 1 and locality > 0:
             pooled = by_tile([each.pooled for each in read]) + change
-            local = grid.blended(torch.lerp(edited.pooled.expand_as(pooled), pooled, locality))
-            edited = replace(edited, local=local)
+            local = grid.local(torch.lerp(edited.pooled.expand_as(pooled), pooled, locality))
+            edited = replace(edited.repeated(pooled.shape[1]), local=local)
         types = diff_restorer.info.types
         maps = []
         for index, photo in enumerate(padded):

@@ -114,9 +114,11 @@ def make_loss(models: Models, config: Config) -> Loss:
             whole, close = models.tokens(batch)
         timestep = torch.randint(0, TIMESTEPS, (size,), **place).to(clean.device)
         noise = torch.randn(clean.shape, **place).to(clean.device)
-        if first := round(config.first_step * size):
-            timestep[:first] = TIMESTEPS - 1
-            noise[:first] = first_step_noise(process, noise[:first], clean[:first], hint[:first])
+        if config.first_step:
+            first = torch.rand(size, **place).to(clean.device) < config.first_step
+            timestep = torch.where(first, TIMESTEPS - 1, timestep)
+            from_photo = first_step_noise(process, noise, clean, hint)
+            noise = torch.where(first[:, None, None, None], from_photo, noise)
         dropped = torch.rand(size, 1, 1, **place).to(clean.device) < config.semantic_dropout
         noisy = process.add_noise(clean, noise, timestep)
         predicted, logits = predict_fast(noisy, timestep, hint, whole, close, (~dropped).float())
@@ -136,7 +138,10 @@ def make_loss(models: Models, config: Config) -> Loss:
 
 def main(config: Config) -> Path:
     """Train, and write a file with everything that `--model.init` had and stage 1 made."""
-    models, found = open_models(config.model, ("base.vae.", "base.clip_vision."))
+    needed = ("base.vae.", "base.clip_vision.")
+    if not config.train_degradation:
+        needed += ("prompt_processor.",)
+    models, found = open_models(config.model, needed)
     if "control." not in found:
         models.start_control()
     trainable = prepare(models, config)

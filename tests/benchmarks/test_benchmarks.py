@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from benchmarks.__main__ import Config, main
 from benchmarks.pictures import compare
 from benchmarks.report import rows, summary, write_report
 
 ROOT = Path(__file__).parents[2]
-MACHINE = {"device": "a CPU", "threads": 2, "torch": "2", "vae_width": 32}
+MACHINE = {"device": "a CPU", "threads": 2, "torch": "2", "vae_width": 32, "revision": "0"}
 
 
 def decoded(seconds: float, gigabytes: float) -> dict[str, float]:
@@ -54,11 +55,9 @@ def test_differences_are_those_of_the_pictures(tmp_path: Path) -> None:
     whole = np.zeros((8, 8, 3), np.float16)
     tiled = whole.copy()
     tiled[0, 0, 0] = 6.0
-    paths = {}
     for name, picture in (("untiled 8", whole), ("exact 8", tiled), ("stock_tiled 8", tiled)):
-        paths[name] = str(tmp_path / f"{name}.npy")
-        np.save(paths[name], picture)
-    found = compare(paths, tmp_path)
+        np.save(tmp_path / f"{name}.npy", picture)
+    found = compare(tmp_path, tmp_path)
     assert found == {"exact 8": {"mean": pytest.approx(6 / 192), "max": 6.0}}
     assert (tmp_path / "benchmarks_seams.png").stat().st_size > 1000
 
@@ -72,18 +71,24 @@ def test_the_report_shows_what_there_is(tmp_path: Path) -> None:
     assert (tmp_path / "benchmarks_levers.png").exists()
 
 
-def test_the_program_measures_nano_and_does_not_measure_twice(
+@pytest.mark.comfy
+def test_the_program_measures_and_does_not_measure_twice(
     comfyui_root: Path, tmp_path: Path
 ) -> None:
-    command = [sys.executable, "-m", "benchmarks", "--cases", "peak", "--rounds", "1"]
-    command += ["--out", str(tmp_path)]
+    command = [sys.executable, "-m", "benchmarks", "--rounds", "1", "--large", "128"]
+    command += ["--cases", "untiled", "exact", "--vae-width", "32", "--out", str(tmp_path)]
 
     def run() -> dict[str, Any]:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         return json.loads((tmp_path / "bench.json").read_text())
 
-    found = run()["peak"]
-    assert found["parameters"]["UNet"] > 1e6
-    assert 0 < found["parts"]["decoder"]["share"] < 1.5
-    assert run()["peak"] == found
+    found = run()
+    assert found["exact 128"]["seconds"] > 0
+    assert found["differences"]["exact 128"]["max"] < 4
+    assert run() == found
+
+
+def test_an_unknown_case_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"unknown \['nothing'\]; known are step, decode"):
+        main(Config(out=tmp_path, cases=("nothing",)))

@@ -9,7 +9,14 @@ import torch
 from skimage import data
 from torch import Tensor, nn
 
-from diff_restorer import FusionBlocks, FusionConfig, VaeTrunk, aware_decode, encoder_features
+from diff_restorer import (
+    FusionBlocks,
+    FusionConfig,
+    LocalPooled,
+    VaeTrunk,
+    aware_decode,
+    encoder_features,
+)
 from diff_restorer.decoder import encode_with_features
 from diff_restorer.tiled_vae import plan_decode, plan_encode, plan_features
 from diff_restorer.tiles import Cut, Map, Plan, Stage, Window
@@ -44,7 +51,8 @@ class Decoder:
         self.fusion = FusionBlocks(FusionConfig(pairs, 4, 2, 16, pixels)).requires_grad_(False)
         for parameter in self.fusion.parameters():
             nn.init.normal_(parameter, std=0.05)
-        self.photo, self.pooled = photo_of(height, width), torch.randn(1, 16)
+        self.photo = photo_of(height, width)
+        self.pooled: torch.Tensor | LocalPooled = torch.randn(1, 16)
         channels = self.trunk.latent_channels
         self.latent = torch.randn(1, channels, height // 8, width // 8)
 
@@ -103,11 +111,15 @@ def test_tiles_know_the_degradation_of_their_place(kind: str) -> None:
     """With P_D of each place, tiles equal the whole; and with the same everywhere, that of one."""
     decoder = Decoder(kind, 128, 192)
     one = decoder.whole(1.0)
-    decoder.pooled = decoder.pooled[..., None, None].expand(-1, -1, 16, 24).contiguous()
+    columns = torch.linspace(-2, 3, 24).clamp(0, 1)
+    columns = torch.stack([1 - columns, columns])
+    tiles = decoder.pooled[:, :, None, None].expand(-1, -1, 1, 2).clone()
+    decoder.pooled = LocalPooled(tiles, torch.ones(1, 16), columns)
     torch.testing.assert_close(decoder.whole(1.0), one, rtol=1e-4, atol=1e-4)
-    decoder.pooled[..., 12:] *= -1
+    tiles[..., 1] *= -1
     expected = decoder.whole(1.0)
-    assert levels(expected - one, one)[..., 150:].mean() > 4
+    change = levels(expected - one, one)
+    assert change[..., 150:].mean() > 4 * change[..., :40].mean()
     assert levels(decoder.tiled(Cut(7, decoder.photo), 1.0) - expected, expected).max() < 4
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -48,6 +49,21 @@ def test_add_and_its_opposite_cancel(edit, degradation) -> None:
     assert not torch.equal(more.tokens, degradation.tokens)
     back = edit(degradation=more, type="rain", mode="add", weight=-1.5)
     torch.testing.assert_close(back.tokens, degradation.tokens, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("mode", "weight"), [("mix", 0.3), ("scale", 0.5), ("add", -1.0)])
+def test_parts_are_edited_as_the_photo_is(
+    pack, edit, degradation, mode: str, weight: float
+) -> None:
+    """A part that is like the whole photo becomes like the edited whole photo."""
+    pooled = degradation.pooled
+    tiles = torch.stack([pooled, pooled + 1], dim=-1)[:, :, None]
+    local = pack.diff_restorer.LocalPooled(tiles, torch.ones(1, 4), torch.ones(2, 4) / 2)
+    found = edit(mode=mode, weight=weight, degradation=replace(degradation, local=local))
+    torch.testing.assert_close(found.local.tiles[..., 0, 0], found.pooled)
+    share = {"mix": 0.7, "scale": 0.5, "add": 1.0}[mode]
+    torch.testing.assert_close(found.local.tiles[..., 0, 1], found.pooled + share)
+    assert found.local.rows is local.rows
 
 
 def test_scale(edit, degradation) -> None:

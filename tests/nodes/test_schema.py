@@ -128,8 +128,9 @@ NODES = {
             "tile_size": ("INT", 512, 64, 4096),
             "overlap": ("INT", 64, 0, 2048),
             "locality": ("FLOAT", 1.0, 0.0, 1.0),
+            "degradation": "DEGRADATION",
         },
-        {"model": "MODEL", "map": "IMAGE"},
+        {"model": "MODEL", "map": "IMAGE", "degradation": "DEGRADATION"},
     ),
 }
 SHOWING = ("DiffRestorerDegradationClassifier", "DiffRestorerMeasure")
@@ -137,6 +138,7 @@ OPTIONAL = {
     ("DiffRestorerPromptProcessor", "text"),
     ("DiffRestorerAwareVAEDecode", "tiling"),
     ("DiffRestorerMeasure", "lq"),
+    ("DiffRestorerTiledDiffusion", "degradation"),
 }
 
 

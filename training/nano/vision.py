@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..checkpoints import compare_file
-from ..common import DataConfig, ModelConfig, checkpoint_info, open_data, open_models
+from ..common import DataConfig, ModelConfig, checkpoint_info, home, open_data, open_models, to_home
 from ..config import parse
 from ..loop import LoopConfig, Stage, maybe_compile, run
 from ..losses import kind_loss
@@ -108,7 +108,8 @@ def main(config: Config) -> Path:
     train, validation = open_data(config.data, config.model.sizes, config.loop.seed)
     if "base.clip_vision." not in found:
         start_as_spectrum(models.vision, validation["native_view"])
-    ruler = nn.Linear(models.prompt.config.context_width, len(MEASURES))  # for training alone
+    ruler = nn.Linear(models.prompt.config.context_width, len(MEASURES)).to(home())
+    validation = to_home(validation)
     parts = [models.prompt.classifier]
     if not config.classifier_only:
         parts += [models.vision, models.prompt.degradation, ruler]

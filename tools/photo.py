@@ -1,0 +1,469 @@
+"""Photos as files: 8 or 16 bits, with EXIF, ICC profile, resolution and transparency.
+
+Pillow reads colour at 8 bits and writes no 16-bit colour at all, so 16-bit colour is decoded by
+PyAV (which ComfyUI requires) and PNG and TIFF files are put together here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import struct
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+import numpy as np
+import numpy.typing as npt
+from PIL import ExifTags, Image, ImageCms, TiffImagePlugin
+
+from tools.client import ClientError
+
+Pixels = npt.NDArray[Any]
+"""(H, W) or (H, W, C), uint8 or uint16."""
+
+RECORD_KEY = "diff-restorer"
+RECORD_TAG = 65000
+"""The private TIFF tag of the record."""
+EXIF_PREFIX = b"Exif\x00\x00"
+ORIENTATION = 0x0112
+# How to turn the stored pixels upright, by the value of the EXIF tag.
+UPRIGHT = {
+    2: lambda pixels: pixels[:, ::-1],
+    3: lambda pixels: pixels[::-1, ::-1],
+    4: lambda pixels: pixels[::-1],
+    5: lambda pixels: pixels.swapaxes(0, 1),
+    6: lambda pixels: np.rot90(pixels, -1),
+    7: lambda pixels: pixels[::-1, ::-1].swapaxes(0, 1),
+    8: lambda pixels: np.rot90(pixels),
+}
+# Bytes of the value types of TIFF 6.0 and EXIF 2.3; 129 is EXIF 3.0's UTF-8.
+TYPE_SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4}
+TYPE_SIZES[129] = 1
+# What describes the photo in the first folder of a TIFF file; the rest describes the file.
+DESCRIPTIONS = (270, 271, 272, 305, 306, 315, 18246, 33432, 40091, 40092, 40093, 40094, 40095)
+SUB_FOLDERS = (int(ExifTags.IFD.Exif), int(ExifTags.IFD.GPSInfo))
+MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "RGBa", "La", "CMYK", "YCbCr", "HSV")
+DEEP_GREY = ("I;16", "I;16L", "I;16B", "I;16N")
+DAMAGED = (SyntaxError, struct.error, ValueError, TypeError, KeyError, OverflowError, EOFError)
+BAND = 64
+"""Rows that are filtered and compressed at once."""
+
+
+class PhotoError(ClientError):
+    """The photo cannot be read or its result cannot be written; the message names the file."""
+
+
+@dataclass(frozen=True)
+class Photo:
+    """A photo in memory, upright."""
+
+    color: Pixels
+    """(H, W, 3), uint8 or uint16; three equal channels for a grey photo."""
+    alpha: Pixels | None
+    """(H, W), of the same type; ``None`` for an opaque photo."""
+    grey: bool
+    """The file has one channel of brightness, and its result will have one, too."""
+    exif: bytes
+    """A TIFF structure without the prefix ``Exif``, its orientation upright; may be empty."""
+    icc: bytes
+    """Colour profile, of grey or RGB as the photo; may be empty."""
+    dpi: tuple[float, float] | None
+    digest: str
+    """SHA-256 of the file."""
+    notes: tuple[str, ...] = ()
+    """What of the file is not carried over, in words."""
+
+    @property
+    def bits(self) -> int:
+        """Per channel: 8 or 16."""
+        return self.color.dtype.itemsize * 8
+
+    @property
+    def picture(self) -> Image.Image:
+        """The colours at 8 bits."""
+        return Image.fromarray(to_bits(self.color, 8))
+
+    def with_color(self, color: Pixels, *notes: str) -> Photo:
+        """Returns the photo with other colours, at its own bit depth.
+
+        Args:
+            color: (H', W', 3) or (H', W', 4), uint8 or uint16. Transparency of the fourth channel
+                replaces the photo's, which is otherwise scaled to the new size.
+            notes: To add to the photo's.
+        """
+        pixels = to_bits(color, self.bits)
+        alpha = self.alpha
+        if pixels.shape[2] == 4:
+            alpha = pixels[..., 3]
+        elif alpha is not None and alpha.shape != pixels.shape[:2]:
+            alpha = _resize(alpha, (pixels.shape[1], pixels.shape[0]))
+        return replace(
+            self, color=pixels[..., :3], alpha=alpha, notes=tuple(dict.fromkeys(self.notes + notes))
+        )
+
+
+def to_bits(pixels: Pixels, bits: int) -> Pixels:
+    """Returns pixels at 8 or 16 bits; white stays white."""
+    if pixels.dtype.itemsize * 8 == bits:
+        return pixels
+    if bits == 16:
+        return pixels.astype(np.uint16) * 257
+    return ((pixels.astype(np.uint32) + 128) // 257).astype(np.uint8)
+
+
+def read_photo(path: Path, max_side: int = 0) -> Image.Image:
+    """Opens a photo upright, at 8 bits, and, if it is larger, shrinks it.
+
+    Args:
+        path: The file.
+        max_side: Longest side in pixels; 0 keeps the size.
+
+    Raises:
+        PhotoError: The file is missing or no picture.
+    """
+    return read(path, max_side).picture
+
+
+def read(path: Path, max_side: int = 0) -> Photo:
+    """Reads a photo with all that its result shall keep.
+
+    Args:
+        path: The file, of any format that Pillow knows.
+        max_side: Longest side in pixels; larger photos are shrunk; 0 keeps the size.
+
+    Raises:
+        PhotoError: The file is missing, no picture, or of a kind that cannot be restored.
+    """
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError as error:
+        raise PhotoError(f"there is no photo {path}") from error
+    except OSError as error:
+        raise PhotoError(f"{path} cannot be read: {error.strerror}") from error
+    try:
+        photo = _decode(path, data)
+    except PhotoError:
+        raise
+    except (OSError, Image.DecompressionBombError, *DAMAGED) as error:
+        # Pillow's own message names the stream in memory, not the file.
+        reason = "unknown format" if isinstance(error, Image.UnidentifiedImageError) else error
+        raise PhotoError(f"{path} is not a picture that can be read: {reason}") from error
+    if max_side and max(photo.color.shape[:2]) > max_side:
+        color = _shrink(photo.color, max_side)
+        alpha = None if photo.alpha is None else _shrink(photo.alpha, max_side)
+        photo = replace(photo, color=color, alpha=alpha)
+    return photo
+
+
+def write(path: Path, photo: Photo, record: Mapping[str, Any]) -> None:
+    """Writes a photo as TIFF (``.tif``) or PNG; the file is complete or not there.
+
+    Args:
+        path: The file; one of that name is replaced.
+        photo: What to write.
+        record: JSON for `read_record`, kept inside the file.
+
+    Raises:
+        PhotoError: The file cannot be written.
+    """
+    part = path.with_name(f".{path.name}.part")
+    note = json.dumps(record)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with part.open("wb") as stream:
+            (_write_tiff if path.suffix == ".tif" else _write_png)(stream, photo, note)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(part, path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise PhotoError(f"{path} cannot be written: {error.strerror}") from error
+
+
+def read_record(path: Path) -> dict[str, Any] | None:
+    """Returns the record of a file that `write` made, or ``None`` for every other file."""
+    try:
+        with Image.open(path, formats=("PNG", "TIFF")) as opened:
+            if isinstance(opened, TiffImagePlugin.TiffImageFile):
+                note = opened.tag_v2.get(RECORD_TAG)
+            else:
+                note = opened.info.get(RECORD_KEY)
+            record = json.loads(note) if isinstance(note, str) else None
+    except (OSError, Image.DecompressionBombError, *DAMAGED):
+        return None
+    return cast("dict[str, Any]", record) if isinstance(record, dict) else None
+
+
+def file_digest(path: Path) -> str:
+    """Returns the SHA-256 of a file, as in `Photo.digest`."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _decode(path: Path, data: bytes) -> Photo:
+    notes: list[str] = []
+    with Image.open(io.BytesIO(data)) as opened:
+        tiff = isinstance(opened, TiffImagePlugin.TiffImageFile)
+        frames = getattr(opened, "n_frames", 1)
+        if frames > 1 and opened.format != "MPO":  # the further pictures of MPO are previews
+            notes.append(f"only the first of {frames} pictures is restored")
+        exif, orientation = _exif(opened, notes)
+        icc, dpi = opened.info.get("icc_profile") or b"", _dpi(opened)
+        deep = _codec_of_deep_color(opened, data)
+        if deep:
+            # Pillow turns the pixels of a TIFF file upright itself.
+            pixels = UPRIGHT.get(orientation, np.asarray)(_deep_color(path, data, deep))
+        else:
+            opened.load()
+            turn = UPRIGHT.get(1 if tiff else orientation, np.asarray)
+            pixels = turn(_shallow(path, opened, icc, notes))
+    grey, alpha = pixels.ndim == 2 or pixels.shape[2] < 3, None
+    pixels = pixels.reshape(*pixels.shape[:2], -1)
+    if pixels.shape[2] in (2, 4):
+        alpha = np.ascontiguousarray(pixels[..., -1])
+    color = np.ascontiguousarray(np.repeat(pixels[..., :1], 3, 2) if grey else pixels[..., :3])
+    if icc and icc[16:20] != (b"GRAY" if grey else b"RGB "):
+        icc = b""
+        if not any("sRGB" in note for note in notes):
+            notes.append("its colour profile is not for its colours and is left out")
+    digest = hashlib.sha256(data).hexdigest()
+    return Photo(color, alpha, grey, exif, icc, dpi, digest, tuple(notes))
+
+
+def _shallow(path: Path, opened: Image.Image, icc: bytes, notes: list[str]) -> Pixels:
+    """(H, W) or (H, W, C) of what Pillow reads without loss."""
+    mode = opened.mode
+    if mode in DEEP_GREY or (mode == "I" and opened.format == "PNG"):  # I: Pillow before 11
+        return np.asarray(opened).astype(np.uint16)
+    if mode not in MODES:
+        raise PhotoError(
+            f"{path} has pixels of the kind {mode!r}; accepted are 8 and 16 bits per channel in "
+            "grey, RGB, CMYK or a palette. Save it as a 16-bit PNG or TIFF"
+        )
+    if mode == "CMYK":
+        notes.append("its CMYK colours become sRGB")
+        return np.asarray(_cmyk_to_srgb(opened, icc))
+    transparent = opened.has_transparency_data
+    if mode in ("1", "L", "LA", "La"):
+        return np.asarray(opened.convert("LA" if transparent else "L"))
+    return np.asarray(opened.convert("RGBA" if transparent else "RGB"))
+
+
+def _cmyk_to_srgb(opened: Image.Image, icc: bytes) -> Image.Image:
+    if icc:
+        try:
+            profile = ImageCms.ImageCmsProfile(io.BytesIO(icc))
+            srgb = ImageCms.createProfile("sRGB")
+            converted = ImageCms.profileToProfile(opened, profile, srgb, outputMode="RGB")
+            return cast("Image.Image", converted)
+        except (ImageCms.PyCMSError, OSError):
+            pass  # a damaged profile: convert as if there were none
+    return opened.convert("RGB")
+
+
+def _codec_of_deep_color(opened: Image.Image, data: bytes) -> str | None:
+    """PyAV's name of the codec, where Pillow would drop the lower half of 16 bits."""
+    if opened.mode in DEEP_GREY:
+        return None
+    if isinstance(opened, TiffImagePlugin.TiffImageFile):
+        return "tiff" if 16 in opened.tag_v2.get(258, ()) else None
+    # Byte 24 of a PNG file is the bit depth.
+    return "png" if opened.format == "PNG" and data[24] == 16 and opened.mode != "I" else None
+
+
+def _deep_color(path: Path, data: bytes, codec: str) -> Pixels:
+    try:
+        import av
+    except ImportError as error:
+        raise PhotoError(
+            f"{path} has 16 bits per channel, which needs the package av: pip install av"
+        ) from error
+    try:
+        context = cast("av.VideoCodecContext", av.CodecContext.create(codec, "r"))
+        frames = context.decode(av.Packet(data)) or context.decode(None)
+        # ya16, grey with transparency, has no array of its own.
+        name = frames[0].format.name
+        frame = frames[0].reformat(format="rgba64le") if name.startswith("ya16") else frames[0]
+        pixels = frame.to_ndarray()
+    except (av.FFmpegError, IndexError, ValueError) as error:
+        raise PhotoError(f"{path} is not a 16-bit picture that can be read: {error}") from error
+    if pixels.dtype != np.uint16:
+        raise PhotoError(f"{path} has 16 bits per channel in a layout that is not known: {name}")
+    return pixels[..., [0, 3]] if name.startswith("ya16") else pixels
+
+
+def _exif(opened: Image.Image, notes: list[str]) -> tuple[bytes, int]:
+    """EXIF with the upright orientation, and the orientation of the pixels (1: upright)."""
+    try:
+        if isinstance(opened, TiffImagePlugin.TiffImageFile):
+            return _describe_tiff(opened), int(opened.tag_v2.get(ORIENTATION, 1))
+        raw = opened.info.get("exif") or opened.getexif().tobytes()
+        raw = raw.removeprefix(EXIF_PREFIX)
+        return _turn_upright(raw) if raw else (b"", 1)
+    except DAMAGED:
+        notes.append("its EXIF is damaged and is left out")
+        return b"", 1
+
+
+def _turn_upright(exif: bytes) -> tuple[bytes, int]:
+    """Sets the orientation in place, so that maker notes keep their offsets.
+
+    Raises:
+        ValueError, struct.error: The structure is damaged.
+    """
+    order = {b"II*\x00": "<", b"MM\x00*": ">"}.get(exif[:4])
+    if order is None:
+        raise ValueError("no TIFF header")
+    turned, orientation = bytearray(exif), 1
+    (start,) = struct.unpack_from(f"{order}I", exif, 4)
+    (entries,) = struct.unpack_from(f"{order}H", exif, start)
+    for place in range(start + 2, start + 2 + 12 * entries, 12):
+        tag, kind, count, value = struct.unpack_from(f"{order}HHII", exif, place)
+        size = TYPE_SIZES[kind] * count
+        if size > 4 and value + size > len(exif):
+            raise ValueError(f"the value of tag {tag} lies outside")
+        if tag == ORIENTATION and kind == 3:
+            (orientation,) = struct.unpack_from(f"{order}H", exif, place + 8)
+            struct.pack_into(f"{order}H", turned, place + 8, 1)
+    return bytes(turned), orientation
+
+
+def _describe_tiff(opened: TiffImagePlugin.TiffImageFile) -> bytes:
+    """The tags that describe the photo, as EXIF; empty if there are none."""
+    known, kept = opened.getexif(), Image.Exif()
+    for tag in DESCRIPTIONS:
+        if tag in known:
+            kept[tag] = known[tag]
+    for tag in SUB_FOLDERS:
+        if folder := known.get_ifd(tag):
+            kept[tag] = folder
+    return kept.tobytes().removeprefix(EXIF_PREFIX) if len(kept) else b""
+
+
+def _dpi(opened: Image.Image) -> tuple[float, float] | None:
+    dpi = opened.info.get("dpi")
+    try:
+        across, down = (float(value) for value in dpi or ())
+    except (ValueError, TypeError, ZeroDivisionError):
+        return None
+    return (across, down) if 0 < across < 1e6 and 0 < down < 1e6 else None
+
+
+def _shrink(pixels: Pixels, max_side: int) -> Pixels:
+    small = Image.fromarray(to_bits(pixels, 8))
+    small.thumbnail((max_side, max_side), Image.Resampling.LANCZOS)
+    return np.asarray(small) if pixels.dtype == np.uint8 else _resize(pixels, small.size)
+
+
+def _resize(pixels: Pixels, size: tuple[int, int]) -> Pixels:
+    """Resizes to (width, height), at any bit depth."""
+    channels = [
+        Image.fromarray(channel.astype(np.float32)).resize(size, Image.Resampling.LANCZOS)
+        for channel in np.atleast_3d(pixels).transpose(2, 0, 1)
+    ]
+    highest = np.iinfo(pixels.dtype).max
+    resized = np.stack([np.asarray(channel) for channel in channels], 2).round().clip(0, highest)
+    return resized.astype(pixels.dtype).reshape(size[1], size[0], *pixels.shape[2:])
+
+
+def _channels(photo: Photo) -> Pixels:
+    """(H, W, C) as it is stored: grey or RGB, then transparency."""
+    color = photo.color
+    if photo.grey:
+        # Rec. 601, as Pillow's convert("L"); a restoration may tint what was grey.
+        luma = color @ np.array([0.299, 0.587, 0.114])
+        color = luma.round().astype(photo.color.dtype)[..., None]
+    return color if photo.alpha is None else np.concatenate([color, photo.alpha[..., None]], 2)
+
+
+def _write_png(stream: BinaryIO, photo: Photo, record: str) -> None:
+    def chunk(name: bytes, data: bytes) -> None:
+        stream.write(struct.pack(">I", len(data)) + name + data)
+        stream.write(struct.pack(">I", zlib.crc32(name + data)))
+
+    pixels = _channels(photo)
+    height, width, channels = pixels.shape
+    color_type = {1: 0, 2: 4, 3: 2, 4: 6}[channels]
+    stream.write(b"\x89PNG\r\n\x1a\n")
+    chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, photo.bits, color_type, 0, 0, 0))
+    if photo.icc:
+        chunk(b"iCCP", b"ICC profile\x00\x00" + zlib.compress(photo.icc))
+    if photo.dpi:
+        per_metre = [round(value / 0.0254) for value in photo.dpi]
+        chunk(b"pHYs", struct.pack(">IIB", *per_metre, 1))
+    if photo.exif:
+        chunk(b"eXIf", photo.exif)
+    chunk(b"tEXt", f"{RECORD_KEY}\x00{record}".encode("latin-1"))
+    rows = pixels.astype(f">u{photo.bits // 8}").view(np.uint8).reshape(height, -1)
+    packer = zlib.compressobj(6)
+    for top in range(0, height, BAND):
+        band = _filter(rows, top, min(top + BAND, height), channels * photo.bits // 8)
+        chunk(b"IDAT", packer.compress(band.tobytes()))
+    chunk(b"IDAT", packer.flush())
+    chunk(b"IEND", b"")
+
+
+def _filter(rows: Pixels, top: int, bottom: int, step: int) -> Pixels:
+    """Rows of bytes as differences to PNG's Paeth predictor (PNG specification, 9.4)."""
+    band = np.zeros((bottom - top + 1, rows.shape[1] + step), np.int16)
+    band[1:, step:] = rows[top:bottom]
+    if top:
+        band[0, step:] = rows[top - 1]
+    left, up, corner = band[1:, :-step], band[:-1, step:], band[:-1, :-step]
+    from_left, from_up = np.abs(up - corner), np.abs(left - corner)
+    from_corner = np.abs(left + up - 2 * corner)
+    best = np.where(from_up <= from_corner, up, corner)
+    best = np.where((from_left <= from_up) & (from_left <= from_corner), left, best)
+    filtered = np.full((bottom - top, rows.shape[1] + 1), 4, np.uint8)
+    filtered[:, 1:] = (band[1:, step:] - best).astype(np.uint8)
+    return filtered
+
+
+def _write_tiff(stream: BinaryIO, photo: Photo, record: str) -> None:
+    pixels = _channels(photo)
+    height, width, channels = pixels.shape
+    # Predictor 2: differences to the left neighbour.
+    differences = pixels.copy()
+    differences[:, 1:] -= pixels[:, :-1]
+    strip = zlib.compress(differences.astype(f"<u{photo.bits // 8}").tobytes())
+    folder = TiffImagePlugin.ImageFileDirectory_v2(prefix=b"II")
+    exif = Image.Exif()
+    if photo.exif:
+        exif.load(EXIF_PREFIX + photo.exif)
+    for tag in DESCRIPTIONS:
+        if tag in exif:
+            folder[tag] = exif[tag]
+    for tag in SUB_FOLDERS:
+        if sub_folder := exif.get_ifd(tag):
+            folder.tagtype[tag] = 4
+            folder[tag] = sub_folder
+    for tag, value in {
+        256: width,
+        257: height,
+        258: (photo.bits,) * channels,
+        259: 8,  # deflate
+        262: 1 if photo.grey else 2,  # black is zero, or RGB
+        273: 0,  # the place of the strip; Pillow adds the length of the folder
+        277: channels,
+        278: height,
+        279: len(strip),
+        284: 1,
+        317: 2,
+    }.items():
+        folder[tag] = value
+    if photo.alpha is not None:
+        folder[338] = (2,)  # not multiplied with the colours
+    if photo.dpi:
+        folder[282], folder[283] = photo.dpi
+        folder[296] = 2
+    if photo.icc:
+        folder.tagtype[34675] = 7
+        folder[34675] = photo.icc
+    folder.tagtype[RECORD_TAG] = 2
+    folder[RECORD_TAG] = record
+    folder.save(stream)
+    stream.write(strip)

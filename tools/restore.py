@@ -17,7 +17,7 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -159,8 +159,12 @@ def write_report(path: Path, jobs: Sequence[Job], workflow: Path, seconds: float
     os.replace(part, path)
 
 
-def run(options: argparse.Namespace) -> int:
+def run(options: argparse.Namespace, watch: Callable[[Event], None] = lambda event: None) -> int:
     """Restores what the options name; 0 if every photo is done, else 1.
+
+    Args:
+        options: From `parse`.
+        watch: Called with each event, in this thread.
 
     Raises:
         ClientError, HostError: Nothing can be restored.
@@ -179,8 +183,12 @@ def run(options: argparse.Namespace) -> int:
         display.tell(job)
     batch_options = Options(options.max_side, options.wait, options.attempts)
 
+    def on_event(event: Event) -> None:
+        display.show(event)
+        watch(event)
+
     def restore_on(servers: Sequence[Server]) -> None:
-        Batch(servers, workflow, jobs, batch_options).run(display.show)
+        Batch(servers, workflow, jobs, batch_options).run(on_event)
 
     try:
         if all(job.status != "pending" for job in jobs):
@@ -213,8 +221,8 @@ def _number(least: float, kind: type) -> Any:
     return parse
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point of ``python -m tools.restore``."""
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Reads the command line; ends the program with a message if it is wrong."""
     parser = argparse.ArgumentParser(prog="python -m tools.restore", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add = parser.add_argument
@@ -252,7 +260,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         metavar="N",
         help="fail a photo during which its server died N times (default %(default)s)",
     )
-    options = parser.parse_args(arguments)
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point of ``python -m tools.restore``."""
+    options = parse(arguments)
     exit_on_termination()
     try:
         return run(options)

@@ -122,7 +122,10 @@ class E2ENanImage:
 
 
 class E2EHold:
-    """Gives the image on; a line in ``<path>.log`` when it begins, then waits while `path` is."""
+    """Gives the image on, but waits while the file `path` is there and names this run, or none.
+
+    Runs are counted from 1 by lines in ``<path>.log``.
+    """
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802
@@ -133,9 +136,11 @@ class E2EHold:
     CATEGORY = "tests"
 
     def run(self, image: torch.Tensor, path: str) -> tuple[torch.Tensor]:
-        with Path(f"{path}.log").open("a") as log:
-            log.write("run\n")
-        while Path(path).exists():
+        hold, log = Path(path), Path(f"{path}.log")
+        with log.open("a") as lines:
+            lines.write("run\n")
+        own = len(log.read_text().splitlines())
+        while hold.exists() and hold.read_text() in ("", str(own)):
             comfy.model_management.throw_exception_if_processing_interrupted()
             time.sleep(0.02)
         return (image,)

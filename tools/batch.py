@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from tools import photo
+from tools import photo, photo_writer
 from tools.client import (
     Client,
     ClientError,
@@ -197,7 +197,7 @@ class Batch:
         job.kind, job.probabilities = restoration.kind, restoration.probabilities
         job.seconds, job.bits = round(restoration.seconds, 3), result.bits
         job.notes, job.error = list(result.notes), None
-        photo.write(job.output, result, job.record(source.digest, self.digest))
+        photo_writer.write(job.output, result, job.record(source.digest, self.digest))
         job.status = "done"
         self._land(client, job)
 

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tools.client import ClientError, Workflow
-from tools.photo import file_digest, read_record
+from tools.photo import file_digest
+from tools.photo_writer import read_record
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".webp", ".bmp", ".avif")
 """Photos in a folder; a file that is named itself may have any."""

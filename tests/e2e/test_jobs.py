@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.graph import make_photo
-from tools import photo
+from tools import photo, photo_writer
 from tools.client import ClientError
 from tools.jobs import Job, digest_workflow, find_photos, plan, settle
 
@@ -24,7 +24,7 @@ def finish(job: Job, workflow: str = WORKFLOW) -> None:
     """Writes the output of a job as a batch does."""
     source = photo.read(job.source)
     job.kind, job.probabilities, job.seconds, job.bits = "noise", {"noise": 1.0}, 1.5, 8
-    photo.write(job.output, source, job.record(source.digest, workflow))
+    photo_writer.write(job.output, source, job.record(source.digest, workflow))
 
 
 def outputs(jobs: list[Job], out: Path) -> dict[str, str]:

@@ -12,7 +12,7 @@ import tifffile
 from PIL import ExifTags, Image, ImageCms, ImageOps
 
 from tests.e2e.graph import make_photo
-from tools import photo
+from tools import photo, photo_writer
 from tools.photo import Photo, PhotoError
 
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
@@ -55,7 +55,7 @@ def test_pixels_survive(tmp_path: Path, suffix: str, channels: int, bits: int):
     pixels = photo.to_bits(deep_pixels(channels), bits)
     written = as_photo(pixels)
     path = tmp_path / f"photo{suffix}"
-    photo.write(path, written, {"who": "Jürgen"})
+    photo_writer.write(path, written, {"who": "Jürgen"})
     read = photo.read(path)
     assert np.array_equal(read.color, written.color)
     assert (read.grey, read.bits) == (channels < 3, bits)
@@ -64,13 +64,13 @@ def test_pixels_survive(tmp_path: Path, suffix: str, channels: int, bits: int):
     else:
         assert read.alpha is not None
         assert np.array_equal(read.alpha, written.alpha)
-    assert photo.read_record(path) == {"who": "Jürgen"}
+    assert photo_writer.read_record(path) == {"who": "Jürgen"}
 
 
 @pytest.mark.parametrize("channels", [1, 3, 4])
 def test_tifffile_reads_our_tiff(tmp_path: Path, channels: int):
     pixels = deep_pixels(channels)
-    photo.write(tmp_path / "photo.tif", as_photo(pixels), {})
+    photo_writer.write(tmp_path / "photo.tif", as_photo(pixels), {})
     assert np.array_equal(tifffile.imread(tmp_path / "photo.tif").reshape(pixels.shape), pixels)
 
 
@@ -103,7 +103,7 @@ def test_photo_is_turned_upright_once(tmp_path: Path, orientation: int, suffix: 
     make_photo(48, 32).save(path, exif=make_exif(orientation), lossless=True)
     with Image.open(path) as opened:
         upright = np.asarray(ImageOps.exif_transpose(opened).convert("RGB"))
-    photo.write(out, photo.read(path), {})
+    photo_writer.write(out, photo.read(path), {})
     with Image.open(out) as opened:
         assert np.array_equal(np.asarray(ImageOps.exif_transpose(opened)), upright)
         assert opened.getexif().get(ExifTags.Base.Orientation, 1) == 1
@@ -126,7 +126,7 @@ def test_exif_profile_and_resolution_are_kept(tmp_path: Path, suffix: str):
     path = tmp_path / f"photo{suffix}"
     make_photo().save(path, exif=make_exif(6), icc_profile=SRGB, dpi=(300, 300), lossless=True)
     out = tmp_path / ("out.tif" if suffix == ".tif" else "out.png")
-    photo.write(out, photo.read(path), {})
+    photo_writer.write(out, photo.read(path), {})
     with Image.open(out) as written:
         exif = written.getexif()
         assert exif[ExifTags.Base.Make] == "A camera"
@@ -181,7 +181,7 @@ def test_grey_stays_grey(tmp_path: Path):
     read = photo.read(path)
     tinted = read.color.copy()
     tinted[..., 0] += 100
-    photo.write(path, read.with_color(tinted), {})
+    photo_writer.write(path, read.with_color(tinted), {})
     with Image.open(path) as written:
         assert written.mode == "I;16"
         assert np.array_equal(np.asarray(written), values + 30)  # 0.299 of the red tint
@@ -207,7 +207,7 @@ def test_8_bits_fill_16():
 def test_large_photos_are_shrunk(tmp_path: Path, bits: int):
     path = tmp_path / "photo.png"
     pixels = photo.to_bits(np.asarray(make_photo(200, 100, mode="RGBA")), bits)
-    photo.write(path, as_photo(pixels), {})
+    photo_writer.write(path, as_photo(pixels), {})
     small = photo.read(path, 50)
     assert small.bits == bits
     assert small.color.shape == (25, 50, 3)
@@ -278,7 +278,7 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pyt
 
     monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(PhotoError, match=r"out\.png cannot be written: No space left"):
-        photo.write(path, as_photo(deep_pixels(3)), {})
+        photo_writer.write(path, as_photo(deep_pixels(3)), {})
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
 
@@ -286,5 +286,5 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pyt
 def test_files_of_others_have_no_record(tmp_path: Path):
     for name in ("photo.png", "photo.tif", "photo.jpg"):
         make_photo().save(tmp_path / name)
-        assert photo.read_record(tmp_path / name) is None
-    assert photo.read_record(tmp_path / "nowhere.png") is None
+        assert photo_writer.read_record(tmp_path / name) is None
+    assert photo_writer.read_record(tmp_path / "nowhere.png") is None

@@ -8,7 +8,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from tools import photo, photo_writer
@@ -26,6 +25,7 @@ from tools.restoration import restore_photo
 
 POLL_SECONDS = 0.5
 PROBE_TIMEOUT = 5.0
+STOP_TIMEOUT = 5.0
 
 
 @dataclass(frozen=True)
@@ -92,6 +92,8 @@ class Batch:
         self.changed = threading.Condition()
         self.stopped = threading.Event()
         """Nothing is left to do, or the run is being given up."""
+        self.fault: BaseException | None = None
+        """Of this program, in one of the threads."""
         self.events: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
 
     def run(self, on_event: Callable[[Event], None] = lambda event: None) -> None:
@@ -101,17 +103,24 @@ class Batch:
             on_event: Called in this thread. An exception in it ends the batch, as Ctrl-C does:
                 what is done is kept, the servers' runs are cancelled.
         """
-        with ThreadPoolExecutor(len(self.servers)) as pool:
-            threads = [pool.submit(self._serve, server) for server in self.servers]
-            try:
-                for _ in threads:
-                    while (event := self.events.get()) is not None:
-                        on_event(event)
-            except BaseException:
-                self._stop()
-                raise
+        # Daemons, so that a server which does not let go of its run cannot keep the program.
+        threads = [
+            threading.Thread(target=self._serve, args=(server,), daemon=True)
+            for server in self.servers
+        ]
         for thread in threads:
-            thread.result()  # raises what is a fault of this program
+            thread.start()
+        try:
+            for _ in threads:
+                while (event := self.events.get()) is not None:
+                    on_event(event)
+        except BaseException:
+            self._stop()
+            for thread in threads:
+                thread.join(STOP_TIMEOUT)
+            raise
+        if self.fault is not None:
+            raise self.fault
         reasons = "; ".join(f"{url} {reason}" for url, reason in self.given_up.items())
         for job in self.pending:
             job.fail(f"no server was left to restore it: {reasons}")
@@ -139,9 +148,9 @@ class Batch:
             while (job := self._take(client)) is not None:
                 if not self._try(client, job) and not self._wait_for(server):
                     return
-        except BaseException:
+        except BaseException as error:
+            self.fault = error
             self._stop()
-            raise
         finally:
             self.events.put(None)
 

@@ -60,7 +60,7 @@ class Display:
         self.settled = 0
         self.bar = tqdm(
             total=sum(job.status == "pending" for job in jobs),
-            bar_format="{desc}{percentage:3.0f}%|{bar}| {postfix} [{elapsed}<{remaining}]",
+            bar_format="{desc}{percentage:3.0f}%|{bar}| {elapsed}<{remaining}",
             dynamic_ncols=True,
             disable=None,
         )
@@ -80,8 +80,7 @@ class Display:
             self.settled += 1
             self.tell(job)
         self.bar.n = min(self.settled + sum(self.shares.values()), self.bar.total)
-        self.bar.set_postfix_str(f"{self.settled}/{self.bar.total} photos", refresh=False)
-        self.bar.refresh()
+        self.bar.set_description(f"{self.settled}/{self.bar.total} photos")
 
     def tell(self, job: Job) -> None:
         """Writes the line of a settled photo."""

@@ -175,6 +175,17 @@ def test_refused_workflow_is_no_fault_of_the_photos(runner: Runner, tmp_path: Pa
         assert "no such sampler" in str(job.error)
 
 
+def test_a_fault_of_the_program_is_not_swallowed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    jobs = plan(put_photos(tmp_path / "in", 2), tmp_path / "out")
+
+    def fail(path: Path, max_side: int) -> photo.Photo:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(photo, "read", fail)
+    with pytest.raises(ZeroDivisionError):
+        Batch([Server("http://127.0.0.1:1")], {}, jobs, Options()).run()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -169,6 +169,8 @@ def _decode(path: Path, data: bytes) -> Photo:
         if deep:
             # Pillow turns the pixels of a TIFF file upright itself.
             pixels = UPRIGHT.get(orientation, np.asarray)(_deep_color(path, data, deep))
+            if tiff and opened.tag_v2.get(338) == (1,):
+                pixels = _divide_by_alpha(pixels)
         else:
             opened.load()
             turn = UPRIGHT.get(1 if tiff else orientation, np.asarray)
@@ -190,7 +192,9 @@ def _shallow(path: Path, opened: Image.Image, icc: bytes, notes: list[str]) -> P
     """(H, W) or (H, W, C) of what Pillow reads without loss."""
     mode = opened.mode
     if mode in DEEP_GREY or (mode == "I" and opened.format == "PNG"):  # I: Pillow before 11
-        return np.asarray(opened).astype(np.uint16)
+        values = np.asarray(opened).astype(np.uint16)
+        inverted = isinstance(opened, TiffImagePlugin.TiffImageFile) and opened.tag_v2[262] == 0
+        return 65535 - values if inverted else values
     if mode not in MODES:
         raise PhotoError(
             f"{path} has pixels of the kind {mode!r}; accepted are 8 and 16 bits per channel in "
@@ -248,40 +252,56 @@ def _deep_color(path: Path, data: bytes, codec: str) -> Pixels:
     return pixels[..., [0, 3]] if name.startswith("ya16") else pixels
 
 
+def _divide_by_alpha(pixels: Pixels) -> Pixels:
+    """Undoes the multiplication of the colours with alpha that a TIFF file says it has."""
+    alpha = np.maximum(pixels[..., 3:].astype(np.float64), 1)
+    color = (pixels[..., :3] * (65535 / alpha)).round().clip(0, 65535).astype(np.uint16)
+    return np.concatenate([color, pixels[..., 3:]], 2)
+
+
 def _exif(opened: Image.Image, notes: list[str]) -> tuple[bytes, int]:
     """EXIF with the upright orientation, and the orientation of the pixels (1: upright)."""
+    exif, orientation = None, 1
     try:
         if isinstance(opened, TiffImagePlugin.TiffImageFile):
-            return _describe_tiff(opened), int(opened.tag_v2.get(ORIENTATION, 1))
-        raw = opened.info.get("exif") or opened.getexif().tobytes()
-        raw = raw.removeprefix(EXIF_PREFIX)
-        return _turn_upright(raw) if raw else (b"", 1)
+            orientation = int(opened.tag_v2.get(ORIENTATION, 1))
+            exif = _describe_tiff(opened)
+        else:
+            raw = opened.info.get("exif") or opened.getexif().tobytes()
+            exif, orientation = _turn_upright(raw.removeprefix(EXIF_PREFIX))
     except DAMAGED:
+        pass
+    if exif is None:
         notes.append("its EXIF is damaged and is left out")
-        return b"", 1
+    return exif or b"", orientation
 
 
-def _turn_upright(exif: bytes) -> tuple[bytes, int]:
+def _turn_upright(exif: bytes) -> tuple[bytes | None, int]:
     """Sets the orientation in place, so that maker notes keep their offsets.
 
-    Raises:
-        ValueError, struct.error: The structure is damaged.
+    Returns:
+        The EXIF, ``None`` if it is damaged, and the orientation that it had, even so.
     """
-    order = {b"II*\x00": "<", b"MM\x00*": ">"}.get(exif[:4])
-    if order is None:
-        raise ValueError("no TIFF header")
-    turned, orientation = bytearray(exif), 1
-    (start,) = struct.unpack_from(f"{order}I", exif, 4)
-    (entries,) = struct.unpack_from(f"{order}H", exif, start)
-    for place in range(start + 2, start + 2 + 12 * entries, 12):
-        tag, kind, count, value = struct.unpack_from(f"{order}HHII", exif, place)
-        size = TYPE_SIZES[kind] * count
-        if size > 4 and value + size > len(exif):
-            raise ValueError(f"the value of tag {tag} lies outside")
-        if tag == ORIENTATION and kind == 3:
-            (orientation,) = struct.unpack_from(f"{order}H", exif, place + 8)
-            struct.pack_into(f"{order}H", turned, place + 8, 1)
-    return bytes(turned), orientation
+    if not exif:
+        return b"", 1
+    turned: bytearray | None = bytearray(exif)
+    orientation = 1
+    try:
+        order = {b"II*\x00": "<", b"MM\x00*": ">"}[exif[:4]]
+        (start,) = struct.unpack_from(f"{order}I", exif, 4)
+        (entries,) = struct.unpack_from(f"{order}H", exif, start)
+        for place in range(start + 2, start + 2 + 12 * entries, 12):
+            tag, kind, count, value = struct.unpack_from(f"{order}HHII", exif, place)
+            size = TYPE_SIZES.get(kind, 0) * count
+            if kind not in TYPE_SIZES or (size > 4 and value + size > len(exif)):
+                turned = None
+            if tag == ORIENTATION and kind == 3:
+                (orientation,) = struct.unpack_from(f"{order}H", exif, place + 8)
+                if turned is not None:
+                    struct.pack_into(f"{order}H", turned, place + 8, 1)
+    except (KeyError, struct.error):
+        turned = None
+    return (None if turned is None else bytes(turned)), orientation
 
 
 def _describe_tiff(opened: TiffImagePlugin.TiffImageFile) -> bytes:

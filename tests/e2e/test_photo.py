@@ -174,6 +174,34 @@ def test_damaged_exif_is_left_out(tmp_path: Path, damage: Callable[[bytes], byte
     assert read.color.shape == (72, 96, 3)
 
 
+def test_damaged_exif_still_says_where_up_is(tmp_path: Path):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    exif[ExifTags.Base.Software] = "A name that is long enough to be cut off"
+    make_photo(48, 32).save(tmp_path / "photo.png", exif=exif.tobytes()[:-10])
+    read = photo.read(tmp_path / "photo.png")
+    assert np.array_equal(read.color, np.rot90(np.asarray(make_photo(48, 32)), -1))
+    assert (read.exif, len(read.notes)) == (b"", 1)
+
+
+def test_white_is_zero(tmp_path: Path):
+    values = deep_pixels(1)[..., 0]
+    tifffile.imwrite(tmp_path / "photo.tif", values, photometric="miniswhite")
+    assert np.array_equal(photo.read(tmp_path / "photo.tif").color[..., 0], 65535 - values)
+
+
+def test_multiplied_alpha_is_undone(tmp_path: Path):
+    pixels = deep_pixels(4)
+    pixels[..., 3] |= 0x8000
+    stored = pixels.copy()
+    stored[..., :3] = (pixels[..., :3] * (pixels[..., 3:] / 65535)).round()
+    path = tmp_path / "photo.tif"
+    tifffile.imwrite(path, stored, photometric="rgb", extrasamples=["assocalpha"])
+    read = photo.read(path)
+    assert np.abs(read.color.astype(int) - pixels[..., :3]).max() <= 1
+    assert np.array_equal(np.asarray(read.alpha), pixels[..., 3])
+
+
 def test_grey_stays_grey(tmp_path: Path):
     path = tmp_path / "grey.tif"
     values = np.arange(41 * 67, dtype=np.uint16).reshape(41, 67) * 20

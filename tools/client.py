@@ -190,7 +190,9 @@ class Client:
     async def _run(self, workflow: Workflow, on_progress: Callable[[Progress], None]) -> Result:
         begun = time.monotonic()
         while not await self._attend(workflow, on_progress):
-            # The connection broke. A server that still has the run goes on with it.
+            # The connection broke, and those that are kept for later requests with it.
+            self.session.close()
+            # A server that still has the run goes on with it.
             if not await asyncio.to_thread(self._is_known):
                 raise RunLostError(f"{self.server} was restarted during the run.")
             await asyncio.sleep(RECONNECT_SECONDS)

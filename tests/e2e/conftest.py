@@ -37,10 +37,13 @@ def nano(photo: str) -> Graph:
 
 
 @pytest.fixture
-def holding(tmp_path: Path) -> Holding:
+def holding(tmp_path: Path) -> Iterator[Holding]:
+    """A workflow of its own, which never stays held."""
     folder = tmp_path / "holding"
     folder.mkdir()
-    return Holding(folder)
+    holding = Holding(folder)
+    yield holding
+    holding.release()
 
 
 @pytest.fixture

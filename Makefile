@@ -13,10 +13,12 @@ LIMIT ?=
 ARGS ?=
 
 .DELETE_ON_ERROR:
-.PHONY: help demo serve test test-all lint nano evaluate ablate bench bench-train
+.PHONY: help demo demo-folder restore serve test test-all lint nano evaluate ablate bench bench-train
 
 help:
 	@echo "make demo  [IMAGE=photo.jpg] [OUT=demo_out] [GPU=1]   restore photos with Nano"
+	@echo "make demo-folder [OUT=demo_folder_out] [GPU=1]        20 photos, two servers, one of which dies"
+	@echo "make restore PHOTOS=folder [OUT=restored] [ARGS=..]   restore many photos"
 	@echo "make serve [PORT=8188] [DIR=folder] [GPU=1] [ARGS=..] ComfyUI with this pack"
 	@echo "make test | test-all | lint                           checks"
 	@echo "make nano  PHOTOS=folder [STEPS=tiny] [ARGS=..]       train Nano from clean photos"
@@ -36,6 +38,15 @@ endef
 demo:
 	$(call in_environment,run,"$$python" -m tools.demo --out "$(OUT)" \
 	  $(if $(IMAGE),--image "$(IMAGE)") $(if $(PORT),--port $(PORT)) $(if $(GPU),--gpu))
+
+demo-folder:
+	$(call in_environment,run,"$$python" -m tools.demo_folder \
+	  --out "$(if $(filter file,$(origin OUT)),demo_folder_out,$(OUT))" $(if $(GPU),--gpu))
+
+restore:
+	@test -n "$(PHOTOS)" || { echo "error: name a photo or a folder: make restore PHOTOS=/path" >&2; exit 1; }
+	$(call in_environment,run,exec "$$python" -m tools.restore "$(PHOTOS)" \
+	  --out "$(if $(filter file,$(origin OUT)),restored,$(OUT))" $(if $(GPU),--gpu) $(ARGS))
 
 serve:
 	$(call in_environment,run,exec "$$python" -m tools.host serve \

@@ -19,6 +19,9 @@ from PIL import Image
 
 Workflow = dict[str, dict[str, Any]]
 POLL_SECONDS = 5.0
+RECONNECT_SECONDS = 0.5
+# What a proxy answers for a server that is down.
+GATEWAY_ERRORS = (502, 503, 504)
 LARGEST_MESSAGE = 256 * 2**20
 
 
@@ -28,6 +31,10 @@ class ClientError(RuntimeError):
 
 class ServerUnreachableError(ClientError):
     """No ComfyUI answers at the address, or it stopped answering."""
+
+
+class RunLostError(ServerUnreachableError):
+    """The server died, stopped answering or was restarted during a run."""
 
 
 class WorkflowError(ClientError):
@@ -82,6 +89,8 @@ class Client:
         self.server = (server if "://" in server else f"http://{server}").rstrip("/")
         self.timeout = timeout
         self.id = uuid.uuid4().hex
+        self.prompt_id: str | None = None
+        """Of the last run, once it is queued."""
         self.session = requests.Session()
         # A proxy cannot reach a server on this machine.
         self.local = urlsplit(self.server).hostname in ("127.0.0.1", "localhost", "::1")
@@ -91,23 +100,39 @@ class Client:
         """Returns the JSON at a path such as ``/object_info``."""
         return self._request("GET", path).json()
 
-    def upload(self, data: bytes, name: str, *, overwrite: bool = True) -> str:
+    def require_nodes(self, workflow: Workflow) -> None:
+        """Checks that the server knows every node of a workflow.
+
+        Raises:
+            WorkflowError: It does not; the message names the nodes.
+            ServerUnreachableError: The server does not answer.
+        """
+        known = self.get("/object_info")
+        missing = sorted({node["class_type"] for node in workflow.values()} - set(known))
+        if missing:
+            raise WorkflowError(
+                f"{self.server} has no node {', '.join(missing)}, which the workflow needs. "
+                "Install the pack that brings it in that ComfyUI and restart it"
+            )
+
+    def upload(self, data: bytes, name: str, *, overwrite: bool = True, subfolder: str = "") -> str:
         """Uploads an image file and returns the value for ``LoadImage``'s ``image`` input.
 
         Args:
             data: Content of the file, in any format that the server can read.
             name: File name on the server.
             overwrite: Replace a file of that name; otherwise the server picks another name.
+            subfolder: Of the server's input folder; made when missing.
         """
         files = {"image": (name, data)}
-        fields = {"overwrite": "true" if overwrite else "false"}
+        fields = {"overwrite": "true" if overwrite else "false", "subfolder": subfolder}
         stored = self._request("POST", "/upload/image", files=files, data=fields).json()
         return "/".join(part for part in (stored["subfolder"], stored["name"]) if part)
 
     def run(
         self, workflow: Workflow, on_progress: Callable[[Progress], None] | None = None
     ) -> Result:
-        """Queues a workflow in API format and waits for its end.
+        """Queues a workflow in API format and waits for its end, also across lost connections.
 
         Args:
             workflow: Node id -> ``{"class_type", "inputs", ...}``.
@@ -117,9 +142,18 @@ class Client:
             PromptRejectedError: The server finds a fault in the workflow.
             ExecutionError: A node failed.
             PromptInterruptedError: The run was stopped or removed from the queue.
-            ServerUnreachableError: The server does not answer any more.
+            ServerUnreachableError: The server does not answer.
+            RunLostError: It was there and is gone, and the run with it.
         """
-        return asyncio.run(self._run(workflow, on_progress or (lambda progress: None)))
+        self.prompt_id = None
+        try:
+            return asyncio.run(self._run(workflow, on_progress or (lambda progress: None)))
+        except RunLostError:
+            raise
+        except ServerUnreachableError as error:
+            if self.prompt_id is None:
+                raise
+            raise RunLostError(str(error)) from error
 
     def cancel(self, prompt_id: str) -> None:
         """Stops a run if it is at work, or takes it out of the queue."""
@@ -145,33 +179,52 @@ class Client:
                 f"no ComfyUI answers at {self.server} ({type(error).__name__}). Start one with "
                 "`make serve`, or name another with --server."
             ) from error
+        if reply.status_code in GATEWAY_ERRORS:
+            raise ServerUnreachableError(
+                f"no ComfyUI answers at {self.server} (status {reply.status_code} of a proxy)"
+            )
         if not reply.ok and path != "/prompt":
             raise ClientError(f"{method} {path}: the server answered {reply.status_code}")
         return reply
 
     async def _run(self, workflow: Workflow, on_progress: Callable[[Progress], None]) -> Result:
-        address = f"{self.server.replace('http', 'ws', 1)}/ws?clientId={self.id}"
-        try:
-            async with (
-                aiohttp.ClientSession(trust_env=not self.local) as session,
-                # Connected before queueing, so that no message is missed.
-                session.ws_connect(address, max_msg_size=LARGEST_MESSAGE) as socket,
-            ):
-                begun = time.monotonic()
-                prompt_id = await asyncio.to_thread(self._queue, workflow)
-                try:
-                    await self._follow(socket, prompt_id, on_progress)
-                except asyncio.CancelledError:  # Ctrl-C
-                    self.cancel(prompt_id)
-                    raise
-                seconds = time.monotonic() - begun
-        except aiohttp.ClientError as error:
-            raise ServerUnreachableError(f"no ComfyUI answers at {self.server}: {error}") from error
-        entry = self._history(prompt_id)
+        begun = time.monotonic()
+        while not await self._attend(workflow, on_progress):
+            # The connection broke, and those that are kept for later requests with it.
+            self.session.close()
+            # A server that still has the run goes on with it.
+            if not await asyncio.to_thread(self._is_known):
+                raise RunLostError(f"{self.server} was restarted during the run.")
+            await asyncio.sleep(RECONNECT_SECONDS)
+        seconds = time.monotonic() - begun
+        entry = self._history()
         if entry is None:
-            raise PromptInterruptedError(f"run {prompt_id} was removed from the queue")
+            raise PromptInterruptedError(f"run {self.prompt_id} was removed from the queue")
         _check_status(entry["status"], workflow)
-        return Result(prompt_id, entry["outputs"], seconds)
+        return Result(str(self.prompt_id), entry["outputs"], seconds)
+
+    async def _attend(self, workflow: Workflow, on_progress: Callable[[Progress], None]) -> bool:
+        """Connects, queues what is not queued and follows it; whether the run has ended."""
+        try:
+            async with aiohttp.ClientSession(trust_env=not self.local) as session:
+                connecting = session.ws_connect(self._socket, max_msg_size=LARGEST_MESSAGE)
+                # Connected before queueing, so that no message is missed.
+                async with await asyncio.wait_for(connecting, self.timeout) as socket:
+                    if self.prompt_id is None:
+                        self.prompt_id = await asyncio.to_thread(self._queue, workflow)
+                    return await self._follow(socket, self.prompt_id, on_progress)
+        except (aiohttp.ClientError, asyncio.TimeoutError) as error:
+            if self.prompt_id is not None:
+                return False
+            raise ServerUnreachableError(f"no ComfyUI answers at {self.server}: {error}") from error
+        except asyncio.CancelledError:  # Ctrl-C
+            if self.prompt_id is not None:
+                self.cancel(self.prompt_id)
+            raise
+
+    @property
+    def _socket(self) -> str:
+        return f"{self.server.replace('http', 'ws', 1)}/ws?clientId={self.id}"
 
     def _queue(self, workflow: Workflow) -> str:
         reply = self._request("POST", "/prompt", json={"prompt": workflow, "client_id": self.id})
@@ -186,29 +239,37 @@ class Client:
             self.cancel(answer["prompt_id"])
         raise PromptRejectedError(_describe_rejection(answer))
 
-    def _history(self, prompt_id: str) -> dict[str, Any] | None:
-        return self.get(f"/history/{prompt_id}").get(prompt_id)
+    def _history(self) -> dict[str, Any] | None:
+        return self.get(f"/history/{self.prompt_id}").get(self.prompt_id)
 
-    def _is_queued(self, prompt_id: str) -> bool:
+    def _is_queued(self) -> bool:
         queue = self.get("/queue")
-        return any(item[1] == prompt_id for item in queue["queue_running"] + queue["queue_pending"])
+        items = queue["queue_running"] + queue["queue_pending"]
+        return any(item[1] == self.prompt_id for item in items)
+
+    def _is_known(self) -> bool:
+        return self._is_queued() or self._history() is not None
 
     async def _follow(
         self,
         socket: aiohttp.ClientWebSocketResponse[bool],
         prompt_id: str,
         on_progress: Callable[[Progress], None],
-    ) -> None:
-        """Returns once the server has written the run's history entry, or dropped the run."""
+    ) -> bool:
+        """Whether the run has ended or was dropped by the server, not just the connection."""
         while True:
             try:
                 message = await socket.receive(timeout=POLL_SECONDS)
             except asyncio.TimeoutError:
-                if not await asyncio.to_thread(self._is_queued, prompt_id):
-                    return
+                if not await asyncio.to_thread(self._is_queued):
+                    return True
                 continue
-            if message.type in (aiohttp.WSMsgType.CLOSED, aiohttp.WSMsgType.CLOSING):
-                raise ServerUnreachableError(f"{self.server} closed the connection during the run")
+            if message.type in (
+                aiohttp.WSMsgType.CLOSE,
+                aiohttp.WSMsgType.CLOSED,
+                aiohttp.WSMsgType.CLOSING,
+            ):
+                return False
             if message.type is not aiohttp.WSMsgType.TEXT:
                 continue
             event = json.loads(message.data)
@@ -216,7 +277,7 @@ class Client:
             if data.get("prompt_id") != prompt_id:
                 continue
             if event["type"] == "executing" and data["node"] is None:
-                return
+                return True
             if event["type"] == "executing":
                 on_progress(Progress(prompt_id, data["node"], 0, 0))
             elif event["type"] == "progress" and data.get("node"):

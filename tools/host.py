@@ -80,11 +80,9 @@ class Host:
 
     def __enter__(self) -> Host:
         try:
-            self._check_port()
             self._make_base()
-            self._start()
-            self._wait_until_ready()
-            self._check_pack()
+            self.log.unlink(missing_ok=True)
+            self._begin()
         except BaseException:
             self.stop()
             raise
@@ -100,6 +98,34 @@ class Host:
 
     def stop(self) -> None:
         """Ends the server, by force if it does not follow, and removes a temporary base."""
+        self._end()
+        if self.temporary:
+            shutil.rmtree(self.base, ignore_errors=True)
+
+    def restart(self) -> None:
+        """Starts the server again on its port and its base, whether it is alive or dead.
+
+        On Linux it ends with the thread that calls this.
+
+        Raises:
+            HostError: As on entering.
+        """
+        self._end()
+        self._begin()
+
+    def kill(self) -> None:
+        """Ends the server at once, as a crash would; everything else stays."""
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+
+    def _begin(self) -> None:
+        self._check_port()
+        self._start()
+        self._wait_until_ready()
+        self._check_pack()
+
+    def _end(self) -> None:
         process = self.process
         if process is not None and process.poll() is None:
             process.terminate()
@@ -109,8 +135,6 @@ class Host:
                 process.kill()
                 process.wait()
         self.process = None
-        if self.temporary:
-            shutil.rmtree(self.base, ignore_errors=True)
 
     def running(self) -> bool:
         return self.process is not None and self.process.poll() is None
@@ -152,7 +176,7 @@ class Host:
         command += ["--listen", "127.0.0.1", "--port", str(self.port)]
         command += ["--base-directory", str(self.base), "--disable-auto-launch"]
         command += ["--disable-api-nodes", "--database-url", "sqlite:///:memory:", *self.arguments]
-        with self.log.open("wb") as log:
+        with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 command,
                 cwd=root,

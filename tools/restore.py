@@ -1,152 +1,279 @@
-"""Restores photos through any running ComfyUI server that has Diff-Restorer.
+"""Restores photos and folders through ComfyUI servers that have Diff-Restorer.
 
-python -m tools.restore photo.jpg [more.png ...] [--server URL] [--out DIR]
+python -m tools.restore photo.jpg more.png             starts a ComfyUI of its own
+python -m tools.restore photos --recursive --out restored
+python -m tools.restore photos --server http://127.0.0.1:8188 --server http://10.0.0.7:8188
+
+Results are PNG files, and TIFF files for TIFF photos. They keep EXIF, ICC profile, resolution,
+transparency and 8 or 16 bits per channel, and are upright. A run that was stopped goes on where it
+was when it is called again. The report in the folder of the results says what became of each photo.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
-import io
 import json
+import os
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
+from tools.batch import Batch, Event, Options, Server
 from tools.client import (
     Client,
     ClientError,
-    Progress,
-    Result,
+    ServerUnreachableError,
     Workflow,
     find_node,
     load_workflow,
 )
-from tools.environment import ROOT
+from tools.host import Host, HostError, exit_on_termination
+from tools.jobs import Job, digest_workflow, plan, settle
+from tools.photo import read_photo
+from tools.restoration import INPUT_TITLE, NANO_WORKFLOW, OUTPUT_TITLE, Restoration, restore
 
-NANO_WORKFLOW = ROOT / "workflows/api/restore_nano.json"
-INPUT_TITLE = "Degraded photo"
-OUTPUT_TITLE = "Restored"
-CLASSIFIER = "DiffRestorerDegradationClassifier"
+__all__ = [
+    "INPUT_TITLE",
+    "NANO_WORKFLOW",
+    "OUTPUT_TITLE",
+    "Restoration",
+    "main",
+    "read_photo",
+    "restore",
+]
 
-
-@dataclass(frozen=True)
-class Restoration:
-    """What the server made of one photo."""
-
-    image: Image.Image
-    probabilities: dict[str, float]
-    """Degradation type -> probability; empty if the workflow has no classifier."""
-    seconds: float
-
-    @property
-    def kind(self) -> str | None:
-        """The most probable type."""
-        return max(self.probabilities, key=self.probabilities.__getitem__, default=None)
+REPORT_NAME = "diff-restorer-report.json"
 
 
-def read_photo(path: Path, max_side: int = 0) -> Image.Image:
-    """Opens a photo upright and, if it is larger, shrinks it.
+class Display:
+    """A progress bar over all photos, and a line for each; the bar only on a terminal."""
 
-    Args:
-        path: The file.
-        max_side: Longest side in pixels; 0 keeps the size.
-
-    Raises:
-        ClientError: The file is missing or no picture.
-    """
-    try:
-        with Image.open(path) as opened:
-            photo = ImageOps.exif_transpose(opened).convert("RGB")
-    except FileNotFoundError as error:
-        raise ClientError(f"there is no photo {path}") from error
-    except (UnidentifiedImageError, OSError) as error:
-        raise ClientError(f"{path} is not a picture that can be read: {error}") from error
-    if max_side and max(photo.size) > max_side:
-        photo.thumbnail((max_side, max_side), Image.Resampling.LANCZOS)
-    return photo
-
-
-def restore(client: Client, workflow: Workflow, photo: Image.Image, name: str) -> Restoration:
-    """Restores one photo, with a progress bar.
-
-    Args:
-        client: The server to use.
-        workflow: In API format, with a LoadImage node titled ``Degraded photo`` and a SaveImage
-            node titled ``Restored``; it is not changed.
-        photo: RGB picture.
-        name: Label of the progress bar and of the file on the server.
-
-    Raises:
-        ClientError: Anything that keeps the server from restoring it.
-    """
-    source = find_node(workflow, "LoadImage", INPUT_TITLE)
-    target = find_node(workflow, "SaveImage", OUTPUT_TITLE)
-    stream = io.BytesIO()
-    photo.save(stream, "PNG")
-    filled = copy.deepcopy(workflow)
-    stored = client.upload(stream.getvalue(), f"diff-restorer-{name}.png")
-    filled[source]["inputs"]["image"] = stored
-    # disable=None: no bar where the output is no terminal.
-    with tqdm(desc=name, leave=False, unit="step", dynamic_ncols=True, disable=None) as bar:
-        result = client.run(filled, lambda progress: _show(bar, filled, progress))
-    images = client.images(result, target)
-    if len(images) != 1:
-        raise ClientError(
-            f"node {target} ({OUTPUT_TITLE!r}) gave {len(images)} pictures instead of one"
+    def __init__(self, jobs: Sequence[Job]) -> None:
+        self.shares: dict[int, float] = {}
+        """Of each photo that is with a server: how much is done."""
+        self.settled = 0
+        self.bar = tqdm(
+            total=sum(job.status == "pending" for job in jobs),
+            bar_format="{desc}{percentage:3.0f}%|{bar}| {elapsed}<{remaining}",
+            dynamic_ncols=True,
+            disable=None,
         )
-    return Restoration(images[0].convert("RGB"), _probabilities(result, filled), result.seconds)
+
+    def show(self, event: Event) -> None:
+        if event.text:
+            self.write(event.text, sys.stderr)
+        job = event.job
+        if job is None:
+            return
+        if event.progress:
+            share = event.progress.step / max(event.progress.steps, 1)
+            # Nodes count one after another; the longest count is the sampler's.
+            self.shares[id(job)] = max(share, self.shares.get(id(job), 0.0))
+        else:
+            self.shares.pop(id(job), None)
+            self.settled += 1
+            self.tell(job)
+        self.bar.n = min(self.settled + sum(self.shares.values()), self.bar.total)
+        self.bar.set_description(f"{self.settled}/{self.bar.total} photos")
+
+    def tell(self, job: Job) -> None:
+        """Writes the line of a settled photo."""
+        if job.status == "failed":
+            error = str(job.error)
+            named = "" if str(job.source) in error else f"{job.source}: "
+            self.write(f"error: {named}{error}", sys.stderr)
+        elif job.status == "done":
+            seen = f", seen as {job.kind}" if job.kind else ""
+            notes = "".join(f"; {note}" for note in job.notes)
+            self.write(f"{job.output} ({job.seconds:.1f} s{seen}){notes}", sys.stdout)
+
+    def write(self, text: str, stream: Any) -> None:
+        # A file name may hold bytes that are no text.
+        self.bar.write(text.encode(errors="backslashreplace").decode(), file=stream)
 
 
-def _show(bar: tqdm, workflow: Workflow, progress: Progress) -> None:
-    node = workflow.get(progress.node, {})
-    bar.set_postfix_str(node.get("_meta", {}).get("title") or node.get("class_type", ""))
-    if progress.steps > 1:
-        bar.total = progress.steps
-        bar.n = progress.step
-    bar.refresh()
+@contextmanager
+def own_server(out: Path, *, cpu: bool) -> Iterator[Server]:
+    """Starts a ComfyUI for this run; it is started again if it dies.
+
+    Raises:
+        HostError: It does not start.
+    """
+    sys.stderr.write("Starting ComfyUI ...\n")
+    out.mkdir(parents=True, exist_ok=True)
+    with Host(cpu=cpu, log=out / "host.log") as host:
+
+        def revive() -> None:
+            try:
+                if not host.running():
+                    host.restart()
+            except HostError as error:
+                raise ServerUnreachableError(str(error)) from error
+
+        yield Server(host.url, revive=revive)
 
 
-def _probabilities(result: Result, workflow: Workflow) -> dict[str, float]:
-    for node_id, shown in result.outputs.items():
-        if workflow[node_id]["class_type"] == CLASSIFIER:
-            return json.loads("".join(shown["text"]))
-    return {}
+def find_servers(urls: Sequence[str], workflow: Workflow) -> list[Server]:
+    """Checks servers, each once.
+
+    Raises:
+        WorkflowError: One lacks a node of the workflow.
+        ServerUnreachableError: None answers.
+    """
+    servers: list[Server] = []
+    for url in dict.fromkeys(Client(url).server for url in urls):
+        try:
+            Client(url).require_nodes(workflow)
+            servers.append(Server(url))
+        except ServerUnreachableError:
+            if len(urls) == 1:
+                raise
+            servers.append(Server(url, answers=False))
+    if not any(server.answers for server in servers):
+        raise ServerUnreachableError(
+            f"no ComfyUI answers at any of {', '.join(server.url for server in servers)}. Start "
+            "one with `make serve`"
+        )
+    return servers
+
+
+def write_report(path: Path, jobs: Sequence[Job], workflow: Path, seconds: float) -> None:
+    """Writes what became of each photo as JSON, at once or not at all."""
+    counts = Counter(job.status for job in jobs)
+    report = {
+        "workflow": str(workflow),
+        "seconds": round(seconds, 3),
+        "counts": {status: counts[status] for status in ("done", "skipped", "failed", "pending")},
+        "photos": [job.report() for job in jobs],
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(json.dumps(report, indent=2) + "\n")
+    os.replace(part, path)
+
+
+def run(options: argparse.Namespace, watch: Callable[[Event], None] = lambda event: None) -> int:
+    """Restores what the options name; 0 if every photo is done, else 1.
+
+    Args:
+        options: From `parse`.
+        watch: Called with each event, in this thread.
+
+    Raises:
+        ClientError, HostError: Nothing can be restored.
+    """
+    begun = time.monotonic()
+    workflow = load_workflow(options.workflow)
+    find_node(workflow, "LoadImage", INPUT_TITLE)
+    find_node(workflow, "SaveImage", OUTPUT_TITLE)
+    jobs = plan(options.photos, options.out, recursive=options.recursive)
+    digest = digest_workflow(workflow, options.max_side)
+    for job in jobs:
+        if job.status == "pending":
+            settle(job, digest, overwrite=options.overwrite)
+    display = Display(jobs)
+    for job in jobs:
+        display.tell(job)
+    batch_options = Options(options.max_side, options.wait, options.attempts)
+
+    def on_event(event: Event) -> None:
+        display.show(event)
+        watch(event)
+
+    def restore_on(servers: Sequence[Server]) -> None:
+        Batch(servers, workflow, jobs, batch_options).run(on_event)
+
+    try:
+        if all(job.status != "pending" for job in jobs):
+            pass
+        elif options.server:
+            restore_on(find_servers(options.server, workflow))
+        else:
+            with own_server(options.out, cpu=not options.gpu) as server:
+                restore_on([server])
+    finally:
+        display.bar.close()
+        report = options.report or options.out / REPORT_NAME
+        write_report(report, jobs, options.workflow, time.monotonic() - begun)
+    counts = Counter(job.status for job in jobs)
+    sys.stderr.write(
+        f"{counts['done']} restored, {counts['skipped']} done before, {counts['failed']} failed. "
+        f"Report: {report}\n"
+    )
+    return 1 if counts["failed"] else 0
+
+
+def _number(least: float, kind: type) -> Any:
+    def parse(text: str) -> Any:
+        value = kind(text)
+        if not value >= least:
+            raise argparse.ArgumentTypeError(f"{text} is too small: {least:g} is the least")
+        return value
+
+    parse.__name__ = kind.__name__  # argparse's word for what it expects
+    return parse
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Reads the command line; ends the program with a message if it is wrong."""
+    parser = argparse.ArgumentParser(prog="python -m tools.restore", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    add = parser.add_argument
+    add("photos", nargs="+", type=Path, metavar="photo", help="photos and folders of photos")
+    add("--recursive", action="store_true", help="look into the folders' folders, too")
+    add("--out", type=Path, default=Path("restored"), metavar="DIR", help="default: restored")
+    add("--overwrite", action="store_true", help="restore all again, replace what is in --out")
+    add("--report", type=Path, metavar="FILE", help=f"default: {REPORT_NAME} in --out")
+    add(
+        "--server",
+        action="append",
+        metavar="URL",
+        help="a running ComfyUI, for several give it several times; without it one is started",
+    )
+    add("--gpu", action="store_true", help="let the ComfyUI that is started use a GPU")
+    add("--workflow", type=Path, default=NANO_WORKFLOW, metavar="FILE", help="in API format")
+    add(
+        "--max-side",
+        type=_number(0, int),
+        default=0,
+        metavar="PIXELS",
+        help="shrink larger photos first",
+    )
+    add(
+        "--wait",
+        type=_number(0, float),
+        default=Options.wait,
+        metavar="SECONDS",
+        help="how long a server that stopped answering may take to come back (default %(default)g)",
+    )
+    add(
+        "--attempts",
+        type=_number(1, int),
+        default=Options.attempts,
+        metavar="N",
+        help="fail a photo during which its server died N times (default %(default)s)",
+    )
+    return parser.parse_args(arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of ``python -m tools.restore``."""
-    parser = argparse.ArgumentParser(prog="python -m tools.restore", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("photos", nargs="+", type=Path, metavar="photo")
-    parser.add_argument("--server", default="http://127.0.0.1:8188", metavar="URL")
-    parser.add_argument("--out", type=Path, default=Path(), metavar="DIR")
-    parser.add_argument("--workflow", type=Path, default=NANO_WORKFLOW, metavar="FILE")
-    parser.add_argument(
-        "--max-side", type=int, default=0, metavar="PIXELS", help="shrink larger photos first"
-    )
-    options = parser.parse_args(arguments)
-    client = Client(options.server)
+    options = parse(arguments)
+    exit_on_termination()
     try:
-        workflow = load_workflow(options.workflow)
-        options.out.mkdir(parents=True, exist_ok=True)
-        for path in options.photos:
-            photo = read_photo(path, options.max_side)
-            restored = restore(client, workflow, photo, path.stem)
-            target = options.out / f"{path.stem}_restored.png"
-            restored.image.save(target)
-            seen = f", seen as {restored.kind}" if restored.kind else ""
-            sys.stdout.write(f"{target} ({restored.seconds:.1f} s{seen})\n")
-    except ClientError as error:
+        return run(options)
+    except (ClientError, HostError, OSError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 1
     except KeyboardInterrupt:
+        sys.stderr.write("interrupted; the same command goes on from here\n")
         return 130
-    return 0
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.graph import Graph, Runner, make_photo
+from tests.e2e.holding import Holding
 from tools.host import Host
 
 HOST_NODES = Path(__file__).parent / "host_nodes"
@@ -33,3 +34,23 @@ def photo(runner: Runner) -> str:
 def nano(photo: str) -> Graph:
     """The shipped Nano workflow on the photo, with few steps."""
     return Graph.load(photo=photo).set("KSampler", steps=3)
+
+
+@pytest.fixture
+def holding(tmp_path: Path) -> Iterator[Holding]:
+    """A workflow of its own, which never stays held."""
+    folder = tmp_path / "holding"
+    folder.mkdir()
+    holding = Holding(folder)
+    yield holding
+    holding.release()
+
+
+@pytest.fixture
+def host(comfyui_root: Path, tmp_path: Path) -> Iterator[Host]:
+    """A server that a test may kill."""
+    base = tmp_path / "server"
+    (base / "custom_nodes").mkdir(parents=True)
+    (base / "custom_nodes/e2e_host_nodes").symlink_to(HOST_NODES, target_is_directory=True)
+    with Host(base) as host:
+        yield host

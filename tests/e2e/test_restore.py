@@ -1,0 +1,202 @@
+"""The restore program with a real server: what it keeps, skips and refuses."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tifffile
+from PIL import ExifTags, Image
+
+from tests.e2e.graph import Runner, make_photo
+from tests.e2e.holding import Holding, pixels_of, put_photos, read_report, run
+from tools import photo, photo_writer, restore
+from tools.batch import Batch, Options, Server
+from tools.client import load_workflow
+from tools.host import free_port
+from tools.jobs import plan
+
+pytestmark = pytest.mark.comfy
+
+
+# What is kept.
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tif"])
+def test_16_bits_pass_through_the_server(
+    runner: Runner, holding: Holding, tmp_path: Path, suffix: str
+):
+    values = np.random.default_rng(0).integers(0, 65536, (48, 64, 3), dtype=np.uint16)
+    values[0, :4] = [[0] * 3, [65535] * 3, [1] * 3, [65534] * 3]
+    source = photo.Photo(values, None, False, b"", b"", None, "")
+    path, out = tmp_path / f"deep{suffix}", tmp_path / "out"
+    photo_writer.write(path, source, {})
+    assert run(holding, runner, path, "--out", out) == 0
+    restored = photo.read(out / f"deep_restored{suffix}")
+    assert restored.bits == 16
+    # SaveImage cuts 65280 steps, not 65535: one level of rounding at most.
+    assert np.abs(restored.color.astype(int) - values).max() <= 1
+    assert holding.runs == 1, "the second pass must come from the server's cache"
+    assert read_report(out)["photos"][0]["bits"] == 16
+
+
+def test_16_bit_grey_does_not_turn_white(runner: Runner, holding: Holding, tmp_path: Path):
+    values = np.linspace(0, 65535, 48 * 64).astype(np.uint16).reshape(48, 64)
+    tifffile.imwrite(tmp_path / "grey.tif", values)
+    assert run(holding, runner, tmp_path / "grey.tif", "--out", tmp_path / "out") == 0
+    restored = pixels_of(tmp_path / "out/grey_restored.tif")
+    assert restored.dtype == np.uint16
+    assert np.abs(restored.astype(int) - values).max() <= 1
+
+
+def test_8_bits_stay_8_bits(runner: Runner, holding: Holding, tmp_path: Path):
+    make_photo(40, 30).save(tmp_path / "photo.tif")
+    assert run(holding, runner, tmp_path / "photo.tif", "--out", tmp_path / "out") == 0
+    restored = pixels_of(tmp_path / "out/photo_restored.tif")
+    assert np.array_equal(restored, np.asarray(make_photo(40, 30)))
+
+
+def test_alpha_orientation_and_exif_are_kept(runner: Runner, holding: Holding, tmp_path: Path):
+    picture = make_photo(40, 30, mode="RGBA")
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation], exif[ExifTags.Base.Model] = 6, "A camera"
+    picture.save(tmp_path / "photo.png", exif=exif)
+    assert run(holding, runner, tmp_path / "photo.png", "--out", tmp_path / "out") == 0
+    with Image.open(tmp_path / "out/photo_restored.png") as restored:
+        upright = np.rot90(np.asarray(picture), -1)
+        assert np.array_equal(np.asarray(restored), upright)
+        assert restored.getexif()[ExifTags.Base.Model] == "A camera"
+        assert restored.getexif()[ExifTags.Base.Orientation] == 1
+
+
+def test_nano_restores_16_bits(runner: Runner, tmp_path: Path):
+    deep = photo.to_bits(np.asarray(make_photo(96, 72)), 16)
+    photo_writer.write(
+        tmp_path / "deep.png", photo.Photo(deep, None, False, b"", b"", None, ""), {}
+    )
+    make_photo(96, 72).save(tmp_path / "flat.png")
+    workflow = load_workflow(restore.NANO_WORKFLOW)
+    for node in workflow.values():
+        if node["class_type"] == "KSampler":
+            node["inputs"]["steps"] = 2
+    (tmp_path / "workflow.json").write_text(json.dumps(workflow))
+    arguments = [tmp_path / "deep.png", tmp_path / "flat.png", "--out", tmp_path / "out"]
+    arguments += ["--server", runner.host.url, "--workflow", tmp_path / "workflow.json"]
+    assert restore.main([str(argument) for argument in arguments]) == 0
+    restored = photo.read(tmp_path / "out/deep_restored.png")
+    flat = photo.read(tmp_path / "out/flat_restored.png")
+    assert restored.bits == 16
+    # More than 8 bits hold, and the same picture.
+    assert len(np.unique(restored.color % 257)) > 50
+    assert np.abs(restored.color / 257 - flat.color).max() < 2
+    for entry in read_report(tmp_path / "out")["photos"]:
+        assert sum(entry["probabilities"].values()) == pytest.approx(1, abs=1e-3)
+        assert entry["kind"] == max(entry["probabilities"], key=entry["probabilities"].get)
+
+
+# Many photos, bad ones among them, and a second run.
+
+
+def test_bad_photos_are_named_and_the_others_done(
+    runner: Runner, holding: Holding, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    folder, out = tmp_path / "in", tmp_path / "in/out"
+    put_photos(folder, 2)
+    (folder / "broken.jpg").write_bytes(b"no picture")
+    make_photo(20, 20).save(folder / "Überraschung & ämter 東京.png")
+    make_photo(20, 20).save(os.fsencode(folder) + b"/not \xff text.png", "PNG")
+    assert run(holding, runner, folder, "--recursive", "--out", out) == 1
+    printed = capsys.readouterr()
+    assert str(folder / "broken.jpg") in printed.err
+    assert "4 restored, 0 done before, 1 failed" in printed.err
+    report = read_report(out)
+    assert report["counts"] == {"done": 4, "skipped": 0, "failed": 1, "pending": 0}
+    assert (out / "Überraschung & ämter 東京_restored.png").exists()
+    (failed,) = (entry for entry in report["photos"] if entry["status"] == "failed")
+    assert failed["source"] == str(folder / "broken.jpg")
+    for entry in report["photos"]:
+        if entry is not failed:
+            assert (entry["server"], entry["attempts"]) == (runner.host.url, 1)
+            assert entry["seconds"] > 0
+            assert entry["error"] is None
+
+
+def test_second_run_does_only_what_is_missing(runner: Runner, holding: Holding, tmp_path: Path):
+    folder, out = tmp_path / "in", tmp_path / "in/out"
+    first, second, third = put_photos(folder, 3)
+    arguments = (folder, "--recursive", "--out", out)
+    assert run(holding, runner, *arguments) == 0
+    assert holding.runs == 3
+    (out / f"{second.stem}_restored.png").unlink()
+    before = read_report(out)["photos"]
+    assert run(holding, runner, *arguments) == 0
+    report = read_report(out)
+    assert report["counts"] == {"done": 1, "skipped": 2, "failed": 0, "pending": 0}
+    again = {Path(entry["source"]): entry for entry in report["photos"]}
+    assert set(again) == {first, second, third}
+    assert again[first]["seconds"] == before[0]["seconds"]
+    # The server answers a photo that it has just restored from its cache.
+    assert holding.runs <= 4
+
+
+def test_nothing_to_do_needs_no_server(runner: Runner, holding: Holding, tmp_path: Path):
+    (path,) = put_photos(tmp_path / "in", 1)
+    assert run(holding, runner, path, "--out", tmp_path / "out") == 0
+    gone = f"http://127.0.0.1:{free_port()}"
+    arguments = [path, "--out", tmp_path / "out", "--server", gone]
+    arguments += ["--workflow", holding.workflow]
+    assert restore.main([str(argument) for argument in arguments]) == 0
+    assert read_report(tmp_path / "out")["counts"]["skipped"] == 1
+
+
+def test_server_without_the_node_is_named(
+    runner: Runner, holding: Holding, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    (path,) = put_photos(tmp_path / "in", 1)
+    holding.workflow.write_text(holding.workflow.read_text().replace("E2EHold", "NoSuchNode"))
+    assert run(holding, runner, path, "--out", tmp_path / "out") == 1
+    printed = capsys.readouterr().err
+    assert runner.host.url in printed
+    assert "NoSuchNode" in printed
+
+
+def test_refused_workflow_is_no_fault_of_the_photos(runner: Runner, tmp_path: Path):
+    jobs = plan(put_photos(tmp_path / "in", 2), tmp_path / "out")
+    workflow = load_workflow(restore.NANO_WORKFLOW)
+    for node in workflow.values():
+        if node["class_type"] == "KSampler":
+            node["inputs"]["sampler_name"] = "no such sampler"
+    Batch([Server(runner.host.url)], workflow, jobs, Options()).run()
+    for job in jobs:
+        assert (job.status, job.attempts) == ("failed", 0)
+        assert "no such sampler" in str(job.error)
+
+
+def test_a_fault_of_the_program_is_not_swallowed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    jobs = plan(put_photos(tmp_path / "in", 2), tmp_path / "out")
+
+    def fail(path: Path, max_side: int) -> photo.Photo:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(photo, "read", fail)
+    with pytest.raises(ZeroDivisionError):
+        Batch([Server("http://127.0.0.1:1")], {}, jobs, Options()).run()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--wait", "-1"], "--wait: -1 is too small: 0 is the least"),
+        (["--attempts", "0"], "--attempts: 0 is too small: 1 is the least"),
+        (["--max-side", "x"], "--max-side: invalid int value: 'x'"),
+    ],
+)
+def test_bad_arguments_are_named(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+):
+    with pytest.raises(SystemExit, match="2"):
+        restore.main(["photo.jpg", *arguments])
+    assert message in capsys.readouterr().err

@@ -1,0 +1,216 @@
+"""Restores one photo through a ComfyUI workflow, at 8 or 16 bits per channel.
+
+The host's LoadImage and SaveImage know 8 bits only (16-bit grey even comes out white). For 16 bits
+the client adds stock nodes to the workflow; see `deepen_input` and `deepen_output`.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import io
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from tools.client import Client, ClientError, Progress, Result, Workflow, find_node
+from tools.environment import ROOT
+from tools.photo import Photo, Pixels, to_bits
+
+NANO_WORKFLOW = ROOT / "workflows/api/restore_nano.json"
+INPUT_TITLE = "Degraded photo"
+OUTPUT_TITLE = "Restored"
+CLASSIFIER = "DiffRestorerDegradationClassifier"
+UPLOADS = "diff-restorer"
+"""Subfolder of the server's input folder."""
+DOUBLINGS = 8
+
+
+@dataclass(frozen=True)
+class Restoration:
+    """What the server made of one photo."""
+
+    pixels: Pixels
+    """(H, W, 3) or (H, W, 4); uint16 for a photo of 16 bits and a result without alpha."""
+    probabilities: dict[str, float]
+    """Degradation type -> probability; empty if the workflow has no classifier."""
+    seconds: float
+
+    @property
+    def image(self) -> Image.Image:
+        """The colours at 8 bits."""
+        return Image.fromarray(np.ascontiguousarray(to_bits(self.pixels[..., :3], 8)))
+
+    @property
+    def kind(self) -> str | None:
+        """The most probable type."""
+        return max(self.probabilities, key=self.probabilities.__getitem__, default=None)
+
+
+def restore(client: Client, workflow: Workflow, photo: Image.Image, name: str) -> Restoration:
+    """Restores one photo, with a progress bar.
+
+    Args:
+        client: The server to use.
+        workflow: In API format, with a LoadImage node titled ``Degraded photo`` and a SaveImage
+            node titled ``Restored``; it is not changed.
+        photo: RGB picture.
+        name: Label of the progress bar.
+
+    Raises:
+        ClientError: Anything that keeps the server from restoring it.
+    """
+    # disable=None: no bar where the output is no terminal.
+    with tqdm(desc=name, leave=False, unit="step", dynamic_ncols=True, disable=None) as bar:
+        pixels = np.asarray(photo.convert("RGB"))
+        return run(client, workflow, pixels, lambda progress: _show(bar, workflow, progress))
+
+
+def restore_photo(
+    client: Client, workflow: Workflow, photo: Photo, on_progress: Callable[[Progress], None]
+) -> Restoration:
+    """Restores a photo with its transparency, which the workflow may use or not.
+
+    Args:
+        client: The server to use.
+        workflow: As for `restore`.
+        photo: From `tools.photo.read`.
+        on_progress: As for `Client.run`.
+
+    Raises:
+        ClientError: Anything that keeps the server from restoring it.
+    """
+    pixels = photo.color
+    if photo.alpha is not None:
+        pixels = np.concatenate([pixels, photo.alpha[..., None]], 2)
+    return run(client, workflow, pixels, on_progress)
+
+
+def run(
+    client: Client, workflow: Workflow, pixels: Pixels, on_progress: Callable[[Progress], None]
+) -> Restoration:
+    """Sends pixels through a workflow.
+
+    Args:
+        client: The server to use.
+        workflow: As for `restore`.
+        pixels: (H, W, 3) or (H, W, 4), uint8 or uint16.
+        on_progress: As for `Client.run`.
+
+    Raises:
+        ClientError: Anything that keeps the server from restoring it.
+    """
+    filled = copy.deepcopy(workflow)
+    source = find_node(filled, "LoadImage", INPUT_TITLE)
+    target = find_node(filled, "SaveImage", OUTPUT_TITLE)
+    deep = pixels.dtype == np.uint16
+    if deep:
+        upper, lower = (pixels >> 8).astype(np.uint8), (pixels & 255).astype(np.uint8)
+        filled[source]["inputs"]["image"] = _upload(client, upper)
+        deepen_input(filled, source, _upload(client, lower[..., :3]))
+    else:
+        filled[source]["inputs"]["image"] = _upload(client, pixels)
+    result = client.run(filled, on_progress)
+    restored = _fetch(client, result, target)
+    seconds = result.seconds
+    if deep and restored.shape[2] == 3:  # ImageBlend knows no transparency
+        height, width = restored.shape[:2]
+        deepen_output(filled, target, _upload(client, restored), width, height)
+        # The server has the rest of the graph in its cache.
+        rest = client.run(filled, lambda progress: None)
+        # SaveImage cuts off, so half a step is missing on average; 255 * 256 steps make white.
+        fine = restored.astype(np.float64) * 256 + _fetch(client, rest, target) + 0.5
+        restored = (fine * (65535 / 65280)).round().clip(0, 65535).astype(np.uint16)
+        seconds += rest.seconds
+    return Restoration(restored, _probabilities(result, filled), seconds)
+
+
+def deepen_input(workflow: Workflow, source: str, lower: str) -> None:
+    """Adds the lower bytes of a 16-bit photo to what a LoadImage node gives.
+
+    v / 65535 = (1 - 1/257) * upper / 255 + 1/257 * lower / 255, which ImageBlend computes in float.
+
+    Args:
+        workflow: Changed in place.
+        source: Id of the node that loads the upper bytes.
+        lower: The uploaded picture of the lower bytes.
+    """
+    loaded, blended = f"{source}-lower", f"{source}-16-bit"
+    _move_link(workflow, [source, 0], [blended, 0])
+    workflow[loaded] = {"class_type": "LoadImage", "inputs": {"image": lower}}
+    workflow[blended] = _blend([source, 0], [loaded, 0], "normal", 1 / 257)
+
+
+def deepen_output(workflow: Workflow, target: str, upper: str, width: int, height: int) -> None:
+    """Lets a SaveImage node save what it cut off the last time, enlarged by 256.
+
+    ImageBlend subtracts (``difference``) and doubles (``overlay`` with white), in float.
+
+    Args:
+        workflow: Changed in place.
+        target: Id of the node.
+        upper: The uploaded picture that it saved.
+        width: Of that picture, in pixels.
+        height: Of that picture, in pixels.
+    """
+    loaded, white = f"{target}-upper", f"{target}-white"
+    workflow[loaded] = {"class_type": "LoadImage", "inputs": {"image": upper}}
+    size = {"width": width, "height": height, "batch_size": 1, "color": 0xFFFFFF}
+    workflow[white] = {"class_type": "EmptyImage", "inputs": size}
+    link = workflow[target]["inputs"]["images"]
+    steps = [([loaded, 0], "difference"), *[([white, 0], "overlay")] * DOUBLINGS]
+    for index, (other, mode) in enumerate(steps):
+        name = f"{target}-rest{index}"
+        workflow[name] = _blend(link, other, mode, 1.0)
+        link = [name, 0]
+    workflow[target]["inputs"]["images"] = link
+
+
+def _blend(first: list[Any], second: list[Any], mode: str, factor: float) -> dict[str, Any]:
+    inputs = {"image1": first, "image2": second, "blend_mode": mode, "blend_factor": factor}
+    return {"class_type": "ImageBlend", "inputs": inputs}
+
+
+def _move_link(workflow: Workflow, old: list[Any], new: list[Any]) -> None:
+    for node in workflow.values():
+        for name, value in node["inputs"].items():
+            if value == old:
+                node["inputs"][name] = new
+
+
+def _upload(client: Client, pixels: Pixels) -> str:
+    stream = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(pixels)).save(stream, "PNG", compress_level=1)
+    data = stream.getvalue()
+    # Named by content: the same name never means another photo to a server that is shared.
+    return client.upload(data, f"{hashlib.sha256(data).hexdigest()[:24]}.png", subfolder=UPLOADS)
+
+
+def _fetch(client: Client, result: Result, target: str) -> Pixels:
+    images = client.images(result, target)
+    if len(images) != 1:
+        raise ClientError(
+            f"node {target} ({OUTPUT_TITLE!r}) gave {len(images)} pictures instead of one"
+        )
+    return np.asarray(images[0].convert("RGBA" if images[0].mode == "RGBA" else "RGB"))
+
+
+def _show(bar: tqdm, workflow: Workflow, progress: Progress) -> None:
+    node = workflow.get(progress.node, {})
+    bar.set_postfix_str(node.get("_meta", {}).get("title") or node.get("class_type", ""))
+    if progress.steps > 1:
+        bar.total = progress.steps
+        bar.n = progress.step
+    bar.refresh()
+
+
+def _probabilities(result: Result, workflow: Workflow) -> dict[str, float]:
+    for node_id, shown in result.outputs.items():
+        if workflow[node_id]["class_type"] == CLASSIFIER:
+            return json.loads("".join(shown["text"]))
+    return {}

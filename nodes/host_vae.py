@@ -35,12 +35,13 @@ AUTO_TILE, LEAST_TILE = 512, 128
 """Side of a tile in pixels, where tiles are needed and the user has not said which, and the side
 below which a lack of memory is not answered by smaller tiles."""
 MOST_FEATURES = 2**30
-"""Bytes of encoder features that a LATENT may carry; more are made again by the decode."""
+"""Bytes of encoder features that all LATENTs of a file may carry together, such as those of a
+folder of photos; more are made again by the decode."""
 EXACT, FAST = "exact", "fast"
 """Ways of tiling: as if the picture were whole, or tiles on their own and blended."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PhotoFeatures:
     """What the VAE's encoder saw in photos; travels with their latent to the decode."""
 
@@ -51,6 +52,11 @@ class PhotoFeatures:
     photos: bytes
     """Digest of the padded photos."""
     by_level: Features
+
+    @property
+    def size(self) -> int:
+        """In bytes."""
+        return sum(each.nbytes for each in self.by_level.values())
 
     def fits(self, vae: Any, padded: Tensor, levels: Collection[int]) -> bool:
         """Whether they are those of this VAE and these photos, at all these levels."""
@@ -83,10 +89,13 @@ def encode_photo(
         trunk = VaeTrunk.of(vae.first_stage_model)
     except UnsupportedVaeError:  # the decode will say so, where one is asked for
         levels = ()
-    if levels and _features_bytes(trunk, levels, padded, vae.vae_dtype) <= MOST_FEATURES:
+    carried = sum(each.size for each in restorer.carried)
+    if levels and carried + _features_bytes(trunk, levels, padded, vae.vae_dtype) <= MOST_FEATURES:
         try:
-            latent, features = _encode(vae, trunk, padded, levels)
-            return padded, latent, PhotoFeatures(weakref.ref(vae), digest(padded), features)
+            latent, by_level = _encode(vae, trunk, padded, levels)
+            features = PhotoFeatures(weakref.ref(vae), digest(padded), by_level)
+            restorer.carried.add(features)
+            return padded, latent, features
         except comfy.model_management.OOM_EXCEPTION:
             pass  # the host's own encode then takes tiles
     return padded, vae.encode(padded), None

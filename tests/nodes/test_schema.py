@@ -75,6 +75,7 @@ NODES = {
             "confidence": "FLOAT",
             "probabilities": "STRING",
             "degradation": "DEGRADATION",
+            "degraded": "BOOLEAN",
         },
     ),
     "DiffRestorerEditDegradation": (
@@ -130,6 +131,11 @@ NODES = {
             "locality": ("FLOAT", 1.0, 0.0, 1.0),
         },
         {"model": "MODEL", "map": "IMAGE"},
+    ),
+    "DiffRestorerSwitch": (
+        "Switch Image",
+        {"switch": "BOOLEAN", "on_false": "IMAGE", "on_true": "IMAGE"},
+        {"image": "IMAGE"},
     ),
 }
 SHOWING = ("DiffRestorerDegradationClassifier", "DiffRestorerMeasure")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from pathlib import Path
 from types import ModuleType
@@ -13,16 +14,28 @@ from PIL import Image
 pytestmark = pytest.mark.comfy
 
 FOLDER = Path(__file__).parents[2] / "workflows"
-NAMES = ("restore_large", "restore_nano", "restore_sd15", "restore_upscale_x2")
+NAMES = (
+    "compare_decoders", "measure_restoration", "restore_by_kind", "restore_folder",
+    "restore_if_degraded", "restore_large", "restore_nano", "restore_override", "restore_sd15",
+    "restore_upscale_x2",
+)  # fmt: skip
+# What programs cannot send a degraded photo to.
+OTHER_INPUTS = {"measure_restoration": "Clean photo", "restore_folder": "Folder of photos"}
 NOTES = ("Note", "MarkdownNote")
+# Files of the host's comfy_extras whose nodes the workflows use.
+EXTRAS = ("dataset", "images", "latent", "rebatch", "string")
 # What the front end stores beside the widgets of the schema.
 AFTER_SEED, UPLOAD = "fixed", {"upload": "image"}
 
 
 @pytest.fixture(scope="module")
-def info(pack: ModuleType) -> Any:
+def info(pack: ModuleType, comfyui_root: Path) -> Any:
     """/object_info of one node."""
     import nodes
+
+    for name in EXTRAS:
+        file = str(comfyui_root / f"comfy_extras/nodes_{name}.py")
+        assert asyncio.run(nodes.load_custom_node(file, module_parent="comfy_extras"))  # type: ignore
 
     def of(node_type: str) -> dict[str, Any]:
         node = nodes.NODE_CLASS_MAPPINGS[node_type]  # type: ignore
@@ -77,7 +90,8 @@ def test_api_format(info, name: str) -> None:
 def test_what_programs_rely_on(name: str) -> None:
     graph = load(name, api=True)
     titles = {node["_meta"]["title"]: node["class_type"] for node in graph.values()}
-    assert titles["Degraded photo"] == "LoadImage"
+    start = titles[OTHER_INPUTS.get(name, "Degraded photo")]
+    assert start == ("LoadImageDataSetFromFolder" if name == "restore_folder" else "LoadImage")
     assert titles["Restored"] == "SaveImage"
     assert "DiffRestorerDegradationClassifier" in titles.values()
     nodes = {node["class_type"]: node for node in graph.values()}
@@ -85,6 +99,8 @@ def test_what_programs_rely_on(name: str) -> None:
     settings = [sampler[key] for key in ("sampler_name", "steps", "cfg", "denoise")]
     assert settings in (["uni_pc", 20, 1.0, 1.0], ["ddim", 20, 1.0, 1.0])
     latent, slot = sampler["latent_image"]
+    if graph[latent]["class_type"] == "LatentBatchSeedBehavior":
+        latent, slot = graph[latent]["inputs"]["samples"]
     assert (graph[latent]["class_type"], slot) == ("DiffRestorerDegradationControl", 2)
 
 
@@ -131,7 +147,7 @@ def test_both_formats_describe_one_graph(name: str) -> None:
                 inputs[entry["name"]] = next(values)
                 if entry["name"] == "seed":
                     assert next(values) == AFTER_SEED
-            elif entry["link"] is not None:
+            if entry["link"] is not None:
                 _, source, slot, *_ = links[entry["link"]]
                 inputs[entry["name"]] = [str(source), slot]
         assert not list(values)
@@ -154,6 +170,8 @@ def test_widgets_are_in_the_order_of_the_schema(info, name: str) -> None:
             key for key, (kind, _) in entries_of(info(node["type"])).items() if is_widget(kind)
         ]
         assert [key for key in stored if key not in UPLOAD] == expected
+        fixed = sum(key == "seed" for key in stored)
+        assert len(node["widgets_values"]) == len(stored) + fixed, node["type"]
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from pathlib import Path
 
@@ -37,6 +38,8 @@ def comfyui(comfyui_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     assert Path(folder_paths.base_path) == base, "ComfyUI was imported before this fixture"
     for name in ("models", "input", "output", "custom_nodes"):
         (base / name).mkdir(exist_ok=True)
+    # As main.py does: nodes.py puts comfy/ in front, whose utils.py would hide this package.
+    importlib.import_module("utils.install_util")
     import nodes
 
     assert Path(nodes.__file__).parent == comfyui_root

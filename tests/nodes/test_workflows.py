@@ -11,9 +11,12 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from tests.e2e.graph import expand_blueprint
+
 pytestmark = pytest.mark.comfy
 
 FOLDER = Path(__file__).parents[2] / "workflows"
+BLUEPRINT = Path(__file__).parents[2] / "subgraphs/Restore photo.json"
 NAMES = (
     "compare_decoders", "measure_restoration", "restore_by_kind", "restore_folder",
     "restore_if_degraded", "restore_large", "restore_nano", "restore_override", "restore_sd15",
@@ -179,3 +182,47 @@ def test_thumbnails(name: str) -> None:
     with Image.open(FOLDER / f"{name}.jpg") as picture:
         assert picture.format == "JPEG"
         assert min(picture.size) >= 200
+
+
+def test_blueprint() -> None:
+    """One node at the root, links that agree with their ends, and the graph of restore_nano."""
+    blueprint = json.loads(BLUEPRINT.read_text())
+    (outer,), (inner,) = blueprint["nodes"], blueprint["definitions"]["subgraphs"]
+    assert outer["type"] == inner["id"]
+    for outside, inside in (("inputs", "inputs"), ("outputs", "outputs")):
+        assert [(each["name"], each["type"]) for each in outer[outside]] == [
+            (each["name"], each["type"]) for each in inner[inside]
+        ]
+    nodes = {node["id"]: node for node in inner["nodes"]}
+    assert len({link["id"] for link in inner["links"]}) == len(inner["links"])
+    assert inner["state"]["lastLinkId"] == max(link["id"] for link in inner["links"])
+    for link in inner["links"]:
+        number, kind = link["id"], link["type"]
+        if link["origin_id"] == inner["inputNode"]["id"]:
+            start = inner["inputs"][link["origin_slot"]]
+            assert number in start["linkIds"]
+        else:
+            start = nodes[link["origin_id"]]["outputs"][link["origin_slot"]]
+            assert number in start["links"]
+        if link["target_id"] == inner["outputNode"]["id"]:
+            end = inner["outputs"][link["target_slot"]]
+            assert number in end["linkIds"]
+        else:
+            end = nodes[link["target_id"]]["inputs"][link["target_slot"]]
+            assert number == end["link"]
+        assert start["type"] == end["type"] == kind
+    expanded, output = expand_blueprint(blueprint, image=["1", 0])
+    full = load("restore_nano", api=True)
+    assert output == [f"1:{full['10']['inputs']['images'][0]}", 0]
+    for name in ("1", "6", "10"):
+        del full[name]
+    expected = {}
+    for node_id, node in full.items():
+        inputs = {
+            key: [f"1:{value[0]}", value[1]]
+            if isinstance(value, list) and value != ["1", 0]
+            else value
+            for key, value in node["inputs"].items()
+        }
+        expected[f"1:{node_id}"] = {"class_type": node["class_type"], "inputs": inputs}
+    assert expanded == expected

@@ -178,6 +178,21 @@ def test_widgets_are_in_the_order_of_the_schema(info, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_nodes_do_not_overlap(name: str) -> None:
+    title = 30
+    boxes = [
+        (left, top - title, left + width, top + height)
+        for (left, top), (width, height) in (
+            (node["pos"], node["size"]) for node in load(name)["nodes"]
+        )
+    ]
+    for index, one in enumerate(boxes):
+        for other in boxes[:index]:
+            apart = (one[2] <= other[0], other[2] <= one[0], one[3] <= other[1], other[3] <= one[1])
+            assert any(apart), (one, other)
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_thumbnails(name: str) -> None:
     with Image.open(FOLDER / f"{name}.jpg") as picture:
         assert picture.format == "JPEG"

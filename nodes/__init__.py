@@ -15,6 +15,7 @@ from .degradations import (
     DiffRestorerSimulateDegradation,
 )
 from .loaders import DiffRestorerLoader, DiffRestorerNanoLoader
+from .routing import DiffRestorerSwitch
 from .tiled import DiffRestorerTiledDiffusion
 
 
@@ -35,4 +36,5 @@ class DiffRestorerExtension(ComfyExtension):
             DiffRestorerSimulateDegradation,
             DiffRestorerMeasure,
             DiffRestorerTiledDiffusion,
+            DiffRestorerSwitch,
         ]

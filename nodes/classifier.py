@@ -57,6 +57,13 @@ class DiffRestorerDegradationClassifier(io.ComfyNode):
                     display_name="degradation",
                     tooltip="How the photo is degraded, for the other Diff-Restorer nodes.",
                 ),
+                io.Boolean.Output(
+                    display_name="degraded",
+                    tooltip=(
+                        "Whether any of the photos is seen as something else than clean; for "
+                        "Switch Image. Always true if the file does not know clean photos."
+                    ),
+                ),
             ],
             is_output_node=True,
         )
@@ -72,4 +79,5 @@ class DiffRestorerDegradationClassifier(io.ComfyNode):
         # The front end takes one dictionary: pictures for the node, text for /history.
         shown = ui.PreviewImage(charts, cls=cls).as_dict() | ui.PreviewText(text).as_dict()
         label = degradation.types[int(best)]
-        return io.NodeOutput(label, float(confidence), text, degradation, ui=shown)
+        degraded = any(next(iter(row)) != "clean" for row in rows)
+        return io.NodeOutput(label, float(confidence), text, degradation, degraded, ui=shown)

@@ -46,6 +46,8 @@ class DiffRestorer:
         self.tuned_decoder: Any = (
             build_tuned_decoder(checkpoint) if checkpoint.has("decoder.vae.") else None
         )
+        self.carried: weakref.WeakSet[Any] = weakref.WeakSet()
+        """The `PhotoFeatures` that LATENTs carry at the moment."""
         self._last_tokens: tuple[weakref.ref[Any], bytes, tuple[Tensor, Tensor]] | None = None
 
     @property

@@ -37,12 +37,13 @@ AUTO_TILE, LEAST_TILE = 512, 128
 """Side of a tile in pixels, where tiles are needed and the user has not said which, and the side
 below which a lack of memory is not answered by smaller tiles."""
 MOST_FEATURES = 2**30
-"""Bytes of encoder features that a LATENT may carry; more are made again by the decode."""
+"""Bytes of encoder features that all LATENTs of a file may carry together, such as those of a
+folder of photos; more are made again by the decode."""
 EXACT, FAST = "exact", "fast"
 """Ways of tiling: as if the picture were whole, or tiles on their own and blended."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PhotoFeatures:
     """What the VAE's encoder saw in photos; travels with their latent to the decode."""
 
@@ -53,6 +54,11 @@ class PhotoFeatures:
     photos: bytes
     """Digest of the padded photos."""
     by_level: Features
+
+    @property
+    def size(self) -> int:
+        """In bytes."""
+        return sum(each.nbytes for each in self.by_level.values())
 
     def fits(self, vae: Any, padded: Tensor, levels: Collection[int]) -> bool:
         """Whether they are those of this VAE and these photos, at all these levels."""
@@ -87,11 +93,15 @@ def encode_photo(
         return padded, vae.encode(padded), None
     if not levels:
         return padded, vae.encode(padded), None
-    if _features_bytes(trunk, levels, padded, vae.vae_dtype) > MOST_FEATURES:
+    carried = sum(each.size for each in restorer.carried)
+    if carried + _features_bytes(trunk, levels, padded, vae.vae_dtype) > MOST_FEATURES:
         levels = ()
-    latent, features = _encode(vae, trunk, padded, levels)
-    known = PhotoFeatures(weakref.ref(vae), digest(padded), features) if levels else None
-    return padded, latent, known
+    latent, by_level = _encode(vae, trunk, padded, levels)
+    if not levels:
+        return padded, latent, None
+    features = PhotoFeatures(weakref.ref(vae), digest(padded), by_level)
+    restorer.carried.add(features)
+    return padded, latent, features
 
 
 def _features_bytes(

@@ -35,6 +35,8 @@ def import_host(root: Path, base: Path, *, cpu: bool) -> None:
         raise RuntimeError(f"ComfyUI was imported before, for {folder_paths.base_path}")
     for name in ("models", "input", "output", "custom_nodes"):
         (base / name).mkdir(exist_ok=True)
+    # As main.py does: nodes.py puts comfy/ in front, whose utils.py would hide this package.
+    importlib.import_module("utils.install_util")
     host_nodes = importlib.import_module("nodes")
     if Path(str(host_nodes.__file__)).parent != root:
         raise RuntimeError(f"`nodes` is {host_nodes.__file__} instead of ComfyUI's")

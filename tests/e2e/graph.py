@@ -65,6 +65,45 @@ class Graph:
         return self
 
 
+def expand_blueprint(blueprint: dict[str, Any], **sockets: Any) -> tuple[Workflow, list[Any]]:
+    """What the front end queues for the node of a blueprint.
+
+    Args:
+        blueprint: The file's content.
+        sockets: What is connected to the node's inputs.
+
+    Returns:
+        The inner nodes in API format, named as by the front end, and the link to the node's
+        only output.
+    """
+    (outer,), (inner,) = blueprint["nodes"], blueprint["definitions"]["subgraphs"]
+    widgets = [entry["name"] for entry in outer["inputs"] if "widget" in entry]
+    given = dict(zip(widgets, outer["widgets_values"], strict=True)) | sockets
+    links = {link["id"]: link for link in inner["links"]}
+
+    def source(number: int) -> Any:
+        link = links[number]
+        if link["origin_id"] == inner["inputNode"]["id"]:
+            return given[inner["inputs"][link["origin_slot"]]["name"]]
+        return [f"{outer['id']}:{link['origin_id']}", link["origin_slot"]]
+
+    nodes: Workflow = {}
+    for node in inner["nodes"]:
+        inputs: dict[str, Any] = {}
+        values = iter(node["widgets_values"])
+        for entry in node["inputs"]:
+            if "widget" in entry:
+                inputs[entry["name"]] = next(values)
+                if entry["name"] == "seed":
+                    next(values)  # what the front end does with it after a run
+            if entry["link"] is not None:
+                inputs[entry["name"]] = source(entry["link"])
+        assert not list(values)
+        nodes[f"{outer['id']}:{node['id']}"] = {"class_type": node["type"], "inputs": inputs}
+    (output,) = inner["outputs"]
+    return nodes, source(output["linkIds"][0])
+
+
 class Runner:
     """Uploads, runs and fetches, on one server."""
 
@@ -76,6 +115,12 @@ class Runner:
         stream = io.BytesIO()
         picture.save(stream, "PNG")
         return self.client.upload(stream.getvalue(), name)
+
+    def executed(self, graph: Graph) -> tuple[set[str], Result]:
+        """Runs a graph; the classes of the nodes that did not come from the cache."""
+        seen: set[str] = set()
+        result = self.run(graph, lambda report: seen.add(report.node))
+        return {graph.nodes[node]["class_type"] for node in seen}, result
 
     def run(self, graph: Graph, on_progress: OnProgress | None = None) -> Result:
         return self.client.run(graph.nodes, on_progress)

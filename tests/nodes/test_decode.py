@@ -121,6 +121,19 @@ def test_features_that_are_too_large_stay_behind(pack, decode, prepare, photo, m
     assert torch.equal(decode(photo(), samples=latent), expected)
 
 
+def test_features_of_many_photos_are_bounded(toy, pack, prepare, photo, monkeypatch) -> None:
+    """As of a folder, whose latents the host keeps all at once."""
+    key = pack.nodes.host_vae.PhotoFeatures.KEY
+    first = prepare(photo()).latent
+    carried = sum(each.size for each in toy.restorer.carried)
+    monkeypatch.setattr(pack.nodes.host_vae, "MOST_FEATURES", carried + first[key].size)
+    second = prepare(photo(seed=1)).latent
+    assert key in second
+    assert key not in prepare(photo(seed=2)).latent
+    del second
+    assert key in prepare(photo(seed=2)).latent
+
+
 def test_exact_tiles_read_carried_features(toy, decode, prepare, photo, calls) -> None:
     image = photo(100, 150, batch=2)
     restoration = prepare(image)

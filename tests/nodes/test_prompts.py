@@ -144,6 +144,24 @@ def test_text_joins(read, photo, batch: int) -> None:
     assert not negative[0][0].any()
 
 
+def test_text_reaches_the_unet(toy, read, photo, sample, calls) -> None:
+    """The UNet attends to text and P_S together, and another text gives another picture."""
+    generator = torch.Generator().manual_seed(5)
+    latent = {"samples": torch.zeros(1, 4, 8, 8)}
+    contexts = calls(toy.model.model.diffusion_model, "forward")
+    found, seen = [], []
+    for words in (None, *torch.randn(2, 1, 77, 32, generator=generator)):
+        text = None if words is None else [[words, {}]]
+        positive, negative, _ = read(photo(), text=text)
+        found.append(sample(positive, negative, latent))
+        seen.append(contexts[-1][1]["context"])
+        if words is not None:
+            assert torch.equal(seen[-1][:, :77], words)
+            assert torch.equal(seen[-1][:, 77:], seen[0])
+    assert not torch.equal(found[0], found[1])
+    assert not torch.equal(found[1], found[2])
+
+
 def test_text_of_another_family(read, photo) -> None:
     with pytest.raises(ValueError, match="text: its tokens are 2048 wide, P_S is 32 wide"):
         read(photo(), text=[[torch.zeros(1, 77, 2048), {}]])
@@ -185,7 +203,7 @@ def test_one_pixel(read, classify, photo) -> None:
 
 
 def test_classifier(classify, photo) -> None:
-    label, confidence, text, degradation = classify(photo())
+    label, confidence, text, degradation, _ = classify(photo())
     found = json.loads(text)
     assert set(found) == set(toy_weights.TYPES)
     assert sum(found.values()) == pytest.approx(1, abs=1e-5)
@@ -194,8 +212,25 @@ def test_classifier(classify, photo) -> None:
     assert degradation.prototypes.shape == (8, 32)
 
 
+def test_degraded_is_whatever_is_not_clean(pack: ModuleType, toy, photo, tmp_path, run) -> None:
+    """Any photo of a batch makes it degraded; a file without clean calls all photos so."""
+    entries = {"clip_vision": toy.clip_vision, "image": photo(batch=3)}
+    found = run("DiffRestorerDegradationClassifier", diff_restorer=toy.restorer, **entries)
+    assert found[4] is True
+    types = (*toy_weights.TYPES, "clean")
+    path = toy_weights.write_restorer(tmp_path / "nine.safetensors", types=types)
+    restorer = pack.nodes.host_models.load_restorer(path)
+    bias = restorer.prompt_processor.model.classifier.bias
+    for favoured, expected in (("clean", False), ("haze", True)):
+        bias.zero_()
+        bias[types.index(favoured)] = 1e6
+        found = run("DiffRestorerDegradationClassifier", diff_restorer=restorer, **entries)
+        assert found[0] == favoured
+        assert found[4] is expected
+
+
 def test_classifier_of_a_batch(classify, photo) -> None:
-    label, confidence, text, degradation = classify(photo(batch=3))
+    label, confidence, text, degradation, _ = classify(photo(batch=3))
     rows = json.loads(text)
     assert len(rows) == 3
     means = {name: sum(row[name] for row in rows) / 3 for name in toy_weights.TYPES}

@@ -75,6 +75,7 @@ NODES = {
             "confidence": "FLOAT",
             "probabilities": "STRING",
             "degradation": "DEGRADATION",
+            "degraded": "BOOLEAN",
         },
     ),
     "DiffRestorerEditDegradation": (
@@ -131,6 +132,11 @@ NODES = {
             "degradation": "DEGRADATION",
         },
         {"model": "MODEL", "map": "IMAGE", "degradation": "DEGRADATION"},
+    ),
+    "DiffRestorerSwitch": (
+        "Switch Image",
+        {"switch": "BOOLEAN", "on_false": "IMAGE", "on_true": "IMAGE"},
+        {"image": "IMAGE"},
     ),
 }
 SHOWING = ("DiffRestorerDegradationClassifier", "DiffRestorerMeasure")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from pathlib import Path
 from types import ModuleType
@@ -10,19 +11,34 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from tests.e2e.graph import expand_blueprint
+
 pytestmark = pytest.mark.comfy
 
 FOLDER = Path(__file__).parents[2] / "workflows"
-NAMES = ("restore_large", "restore_nano", "restore_sd15", "restore_upscale_x2")
+BLUEPRINT = Path(__file__).parents[2] / "subgraphs/Restore photo.json"
+NAMES = (
+    "compare_decoders", "measure_restoration", "restore_by_kind", "restore_folder",
+    "restore_if_degraded", "restore_large", "restore_nano", "restore_override", "restore_sd15",
+    "restore_upscale_x2",
+)  # fmt: skip
+# What programs cannot send a degraded photo to.
+OTHER_INPUTS = {"measure_restoration": "Clean photo", "restore_folder": "Folder of photos"}
 NOTES = ("Note", "MarkdownNote")
+# Files of the host's comfy_extras whose nodes the workflows use.
+EXTRAS = ("dataset", "images", "latent", "rebatch", "string")
 # What the front end stores beside the widgets of the schema.
 AFTER_SEED, UPLOAD = "fixed", {"upload": "image"}
 
 
 @pytest.fixture(scope="module")
-def info(pack: ModuleType) -> Any:
+def info(pack: ModuleType, comfyui_root: Path) -> Any:
     """/object_info of one node."""
     import nodes
+
+    for name in EXTRAS:
+        file = str(comfyui_root / f"comfy_extras/nodes_{name}.py")
+        assert asyncio.run(nodes.load_custom_node(file, module_parent="comfy_extras"))  # type: ignore
 
     def of(node_type: str) -> dict[str, Any]:
         node = nodes.NODE_CLASS_MAPPINGS[node_type]  # type: ignore
@@ -77,7 +93,8 @@ def test_api_format(info, name: str) -> None:
 def test_what_programs_rely_on(name: str) -> None:
     graph = load(name, api=True)
     titles = {node["_meta"]["title"]: node["class_type"] for node in graph.values()}
-    assert titles["Degraded photo"] == "LoadImage"
+    start = titles[OTHER_INPUTS.get(name, "Degraded photo")]
+    assert start == ("LoadImageDataSetFromFolder" if name == "restore_folder" else "LoadImage")
     assert titles["Restored"] == "SaveImage"
     assert "DiffRestorerDegradationClassifier" in titles.values()
     nodes = {node["class_type"]: node for node in graph.values()}
@@ -85,6 +102,8 @@ def test_what_programs_rely_on(name: str) -> None:
     settings = [sampler[key] for key in ("sampler_name", "steps", "cfg", "denoise")]
     assert settings in (["uni_pc", 20, 1.0, 1.0], ["ddim", 20, 1.0, 1.0])
     latent, slot = sampler["latent_image"]
+    if graph[latent]["class_type"] == "LatentBatchSeedBehavior":
+        latent, slot = graph[latent]["inputs"]["samples"]
     assert (graph[latent]["class_type"], slot) == ("DiffRestorerDegradationControl", 2)
 
 
@@ -131,7 +150,7 @@ def test_both_formats_describe_one_graph(name: str) -> None:
                 inputs[entry["name"]] = next(values)
                 if entry["name"] == "seed":
                     assert next(values) == AFTER_SEED
-            elif entry["link"] is not None:
+            if entry["link"] is not None:
                 _, source, slot, *_ = links[entry["link"]]
                 inputs[entry["name"]] = [str(source), slot]
         assert not list(values)
@@ -154,6 +173,23 @@ def test_widgets_are_in_the_order_of_the_schema(info, name: str) -> None:
             key for key, (kind, _) in entries_of(info(node["type"])).items() if is_widget(kind)
         ]
         assert [key for key in stored if key not in UPLOAD] == expected
+        fixed = sum(key == "seed" for key in stored)
+        assert len(node["widgets_values"]) == len(stored) + fixed, node["type"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_nodes_do_not_overlap(name: str) -> None:
+    title = 30
+    boxes = [
+        (left, top - title, left + width, top + height)
+        for (left, top), (width, height) in (
+            (node["pos"], node["size"]) for node in load(name)["nodes"]
+        )
+    ]
+    for index, one in enumerate(boxes):
+        for other in boxes[:index]:
+            apart = (one[2] <= other[0], other[2] <= one[0], one[3] <= other[1], other[3] <= one[1])
+            assert any(apart), (one, other)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -161,3 +197,47 @@ def test_thumbnails(name: str) -> None:
     with Image.open(FOLDER / f"{name}.jpg") as picture:
         assert picture.format == "JPEG"
         assert min(picture.size) >= 200
+
+
+def test_blueprint() -> None:
+    """One node at the root, links that agree with their ends, and the graph of restore_nano."""
+    blueprint = json.loads(BLUEPRINT.read_text())
+    (outer,), (inner,) = blueprint["nodes"], blueprint["definitions"]["subgraphs"]
+    assert outer["type"] == inner["id"]
+    for outside, inside in (("inputs", "inputs"), ("outputs", "outputs")):
+        assert [(each["name"], each["type"]) for each in outer[outside]] == [
+            (each["name"], each["type"]) for each in inner[inside]
+        ]
+    nodes = {node["id"]: node for node in inner["nodes"]}
+    assert len({link["id"] for link in inner["links"]}) == len(inner["links"])
+    assert inner["state"]["lastLinkId"] == max(link["id"] for link in inner["links"])
+    for link in inner["links"]:
+        number, kind = link["id"], link["type"]
+        if link["origin_id"] == inner["inputNode"]["id"]:
+            start = inner["inputs"][link["origin_slot"]]
+            assert number in start["linkIds"]
+        else:
+            start = nodes[link["origin_id"]]["outputs"][link["origin_slot"]]
+            assert number in start["links"]
+        if link["target_id"] == inner["outputNode"]["id"]:
+            end = inner["outputs"][link["target_slot"]]
+            assert number in end["linkIds"]
+        else:
+            end = nodes[link["target_id"]]["inputs"][link["target_slot"]]
+            assert number == end["link"]
+        assert start["type"] == end["type"] == kind
+    expanded, output = expand_blueprint(blueprint, image=["1", 0])
+    full = load("restore_nano", api=True)
+    assert output == [f"1:{full['10']['inputs']['images'][0]}", 0]
+    for name in ("1", "6", "10"):
+        del full[name]
+    expected = {}
+    for node_id, node in full.items():
+        inputs = {
+            key: [f"1:{value[0]}", value[1]]
+            if isinstance(value, list) and value != ["1", 0]
+            else value
+            for key, value in node["inputs"].items()
+        }
+        expected[f"1:{node_id}"] = {"class_type": node["class_type"], "inputs": inputs}
+    assert expanded == expected

@@ -1,0 +1,162 @@
+"""The shipped workflows and the blueprint on a running ComfyUI."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.e2e.graph import Graph, Runner, expand_blueprint, make_photo
+from tools import demo
+from tools.client import find_node
+from tools.environment import ROOT
+from tools.host import PACK_NAME
+
+pytestmark = pytest.mark.comfy
+
+API = ROOT / "workflows/api"
+BLUEPRINT = ROOT / "subgraphs/Restore photo.json"
+CLASSIFIER = "DiffRestorerDegradationClassifier"
+SURE = ("noise", "low_light")
+ONE_PHOTO = (
+    "compare_decoders", "measure_restoration", "restore_by_kind", "restore_if_degraded",
+    "restore_large", "restore_nano", "restore_override", "restore_upscale_x2",
+)  # fmt: skip
+
+
+def load(name: str, photo: str = "", steps: int = 2) -> Graph:
+    return Graph.load(API / f"{name}.json", photo).set("KSampler", steps=steps)
+
+
+def small(photo: Image.Image) -> Image.Image:
+    return photo.convert("RGB").resize((192, 192), Image.Resampling.LANCZOS)
+
+
+@pytest.fixture(scope="module")
+def photos(runner: Runner) -> dict[str, str]:
+    """Name -> uploaded photo: all of the demo clean, and those degraded that Nano knows best."""
+    found = {}
+    for sample in demo.SAMPLES:
+        pictures = {f"clean_{sample.kind}": small(Image.open(sample.photo))}
+        if sample.kind in SURE:
+            clean = pictures[f"clean_{sample.kind}"]
+            pictures[f"lq_{sample.kind}"] = demo.degrade_photo(clean, sample)
+        for name, picture in pictures.items():
+            found[name] = runner.upload(picture, f"{name}.png")
+    return found
+
+
+def write_folder(runner: Runner, name: str, photos: list[Image.Image]) -> Graph:
+    folder = runner.host.base / "input" / name
+    folder.mkdir()
+    for index, photo in enumerate(photos):
+        photo.save(folder / f"{index}.png")
+    return load("restore_folder").set("LoadImageDataSetFromFolder", folder=name)
+
+
+@pytest.mark.parametrize("name", ONE_PHOTO)
+def test_workflow_runs(runner: Runner, photo: str, name: str) -> None:
+    (restored,) = runner.pictures(load(name, photo))
+    factor = 2 if name == "restore_upscale_x2" else 1
+    assert restored.shape == (72 * factor, 96 * factor, 3)
+    assert np.isfinite(restored).all()
+
+
+def test_clean_photos_are_not_sampled(runner: Runner, photos: dict[str, str]) -> None:
+    """Nor encoded; the classifier decides, which is right about some of each kind."""
+    labels = {}
+    for name, photo in photos.items():
+        graph = load("restore_if_degraded", photo)
+        executed, result = runner.executed(graph)
+        text = result.outputs[graph.node(CLASSIFIER)]["text"][0]
+        labels[name] = next(iter(json.loads(text)))
+        skipped = labels[name] == "clean"
+        expensive = {"DiffRestorerDegradationControl", "KSampler", "DiffRestorerAwareVAEDecode"}
+        assert executed & expensive == (set() if skipped else expensive), name
+        if skipped:
+            (out,) = runner.client.images(result, find_node(graph.nodes, "SaveImage", "Restored"))
+            sent = Image.open(runner.host.base / "input" / photo)
+            assert np.array_equal(np.asarray(out), np.asarray(sent))
+    assert any(label == "clean" for name, label in labels.items() if name.startswith("clean"))
+    for kind in SURE:
+        assert labels[f"lq_{kind}"] == kind
+
+
+def test_only_one_way_runs(runner: Runner, photos: dict[str, str]) -> None:
+    ways = set()
+    for name in ("lq_noise", "lq_low_light"):
+        graph = load("restore_by_kind", photos[name])
+        executed, result = runner.executed(graph)
+        text = result.outputs[graph.node(CLASSIFIER)]["text"][0]
+        label = next(iter(json.loads(text)))
+        matched = "DiffRestorerColorFix" in executed
+        assert matched == (label in ("noise", "blur", "jpeg"))
+        ways.add(matched)
+    assert ways == {True, False}
+
+
+def test_override_changes_the_result(runner: Runner, photos: dict[str, str]) -> None:
+    graph = load("restore_override", photos["lq_noise"])
+    edit = "DiffRestorerEditDegradation"
+    (same,) = runner.pictures(graph.copy().set(edit, mode="mix", weight=0.0))
+    (plain,) = runner.pictures(load("restore_nano", photos["lq_noise"]))
+    (told,) = runner.pictures(graph.copy().set(edit, type="blur", mode="mix", weight=1.0))
+    assert np.array_equal(same, plain)
+    assert np.abs(told - plain).mean() > 1
+
+
+def test_decoders_are_side_by_side(runner: Runner, photos: dict[str, str]) -> None:
+    graph = load("compare_decoders", photos["lq_noise"])
+    result = runner.run(graph)
+    both = find_node(graph.nodes, "SaveImage", "Stock decode, aware decode")
+    (stitched,) = (np.asarray(each) for each in runner.client.images(result, both))
+    (aware,) = runner.client.images(result, find_node(graph.nodes, "SaveImage", "Restored"))
+    assert stitched.shape == (192, 192 + 8 + 192, 3)
+    assert np.array_equal(stitched[:, 200:], np.asarray(aware))
+    assert not np.array_equal(stitched[:, :192], np.asarray(aware))
+
+
+def test_measures_are_reported(runner: Runner, photos: dict[str, str]) -> None:
+    graph = load("measure_restoration", photos["clean_noise"])
+    shown = runner.run(graph).outputs[graph.node("DiffRestorerMeasure")]
+    report = json.loads(shown["text"][0])
+    assert report["gain"] == pytest.approx(report["psnr"] - report["psnr_lq"], abs=1e-3)
+    assert shown["images"]
+
+
+def test_folder_of_unequal_photos(runner: Runner) -> None:
+    photos = [make_photo(*size) for size in ((96, 72), (53, 61), (64, 64))]
+    restored = runner.pictures(write_folder(runner, "unequal", photos))
+    shapes = sorted(each.shape[:2] for each in restored)
+    assert shapes == sorted((photo.height, photo.width) for photo in photos)
+
+
+def test_same_noise_for_all_frames(runner: Runner) -> None:
+    """Three equal frames, two at once: fixed gives equal results, random does not."""
+    graph = write_folder(runner, "frames", [make_photo()] * 3).set("RebatchImages", batch_size=2)
+    for behavior, least, most in (("fixed", 0.0, 0.5), ("random", 0.01, 255.0)):
+        first, second, third = runner.pictures(
+            graph.copy().set("LatentBatchSeedBehavior", seed_behavior=behavior)
+        )
+        assert least <= np.abs(first - second).mean() <= most
+        assert np.abs(first - third).mean() <= 0.5  # the first of its batch
+
+
+def test_blueprint_is_offered_and_runs(runner: Runner, photo: str, tmp_path: Path) -> None:
+    listed = runner.client.get("/global_subgraphs")
+    (number,) = (key for key, each in listed.items() if each["name"] == BLUEPRINT.stem)
+    assert listed[number]["info"]["node_pack"] == f"custom_nodes.{PACK_NAME}"
+    sent = json.loads(runner.client.get(f"/global_subgraphs/{number}")["data"])
+    assert sent == json.loads(BLUEPRINT.read_text())
+    plain = load("restore_nano", photo, steps=20)
+    nodes, output = expand_blueprint(sent, image=[plain.node("LoadImage"), 0])
+    graph = Graph({key: plain.nodes[key] for key in (plain.node("LoadImage"),)} | nodes)
+    graph.nodes["save"] = {
+        "class_type": "SaveImage",
+        "inputs": {"images": output, "filename_prefix": "blueprint"},
+        "_meta": {"title": "Restored"},
+    }
+    assert np.array_equal(runner.pictures(graph)[0], runner.pictures(plain)[0])

@@ -85,8 +85,8 @@ class Config:
     """Variant -> file that was trained that way."""
     variants: tuple[str, ...] = tuple(VARIANTS)
     """Which to run; `full` always runs."""
-    steps: int = 20
-    """Sampling steps; the workflow's default is 20."""
+    steps: int = 5
+    """Sampling steps; Nano's workflows have 5."""
     bf16: bool = True
     """Run the networks in bf16 autocast; else fp32."""
 

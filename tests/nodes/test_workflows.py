@@ -99,8 +99,9 @@ def test_what_programs_rely_on(name: str) -> None:
     assert "DiffRestorerDegradationClassifier" in titles.values()
     nodes = {node["class_type"]: node for node in graph.values()}
     sampler = nodes["KSampler"]["inputs"]
-    settings = [sampler[key] for key in ("sampler_name", "steps", "cfg", "denoise")]
-    assert settings in (["uni_pc", 20, 1.0, 1.0], ["ddim", 20, 1.0, 1.0])
+    settings = [sampler[key] for key in ("sampler_name", "scheduler", "steps", "cfg", "denoise")]
+    nano = ["euler", "sgm_uniform", 5, 1.0, 1.0]
+    assert settings == (["uni_pc", "normal", 20, 1.0, 1.0] if name == "restore_sd15" else nano)
     latent, slot = sampler["latent_image"]
     if graph[latent]["class_type"] == "LatentBatchSeedBehavior":
         latent, slot = graph[latent]["inputs"]["samples"]

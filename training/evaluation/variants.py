@@ -54,7 +54,7 @@ VARIANTS: Mapping[str, Variant] = {
     "fidelity_0": Variant("aware decoder, fidelity 0", fidelity=0.0),
     "fidelity_0.5": Variant("aware decoder, fidelity 0.5", fidelity=0.5),
     "no_diffusion": Variant("without diffusion (LQ latent)", latent="lq"),
-    "steps_5": Variant("5 sampling steps", steps=5),
+    "steps_20": Variant("20 sampling steps", steps=20),
     "gt_latent": Variant("GT latent (bound of any sampler)", latent="gt"),
 }
 """Every variant under its name on the command line."""

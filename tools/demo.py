@@ -19,15 +19,21 @@ import numpy as np
 import skimage
 import sklearn
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from diff_restorer.degradations import degrade
 from tools import sheet
 from tools.client import Client, ClientError, Workflow, load_workflow
+from tools.environment import ROOT
 from tools.host import Host, HostError, exit_on_termination
 from tools.restore import NANO_WORKFLOW, Restoration, read_photo, restore
 
 LONG_SIDE = 512
+LARGE_WORKFLOW = ROOT / "workflows/api/restore_large.json"
+LARGE = 1.5e6
+"""Pixels from which a photo is sampled in tiles, and shown smaller with a piece at full size."""
+SHOWN, PIECE = 960, 720
+"""Sides of what is shown of large photos."""
 SKIMAGE = Path(skimage.__file__).parent / "data"
 SKLEARN = Path(sklearn.__file__).parent / "datasets/images"
 
@@ -139,15 +145,38 @@ def restore_samples(client: Client, workflow: Workflow, out: Path) -> None:
     print(f"{'mean':<10} {means['psnr_lq']:5.2f} -> {means['psnr_restored']:5.2f} dB")
 
 
-def restore_own(client: Client, workflow: Workflow, path: Path, max_side: int, out: Path) -> None:
+def restore_own(client: Client, host: Host | None, path: Path, max_side: int, out: Path) -> None:
     """Restores the user's photo and writes it with a before/after sheet."""
     photo = read_photo(path, max_side)
+    large = photo.width * photo.height > LARGE
+    workflow, before = load_workflow(LARGE_WORKFLOW if large else NANO_WORKFLOW), _memory(host)
     restoration = restore(client, workflow, photo, path.stem)
-    restoration.image.save(out / f"{path.stem}_restored.png")
-    cells = [("your photo", photo), (f"restored ({restoration.seconds:.1f} s)", restoration.image)]
-    drawn = sheet.row(f"{path.name}: {_prediction(restoration)}", cells)
+    restored, title = restoration.image, f"{path.name}: {_prediction(restoration)}"
+    restored.save(out / f"{path.stem}_restored.png")
+    cells = [("your photo", photo), (f"restored ({restoration.seconds:.1f} s)", restored)]
+    if large:
+        shown = [(name, ImageOps.contain(picture, (SHOWN, SHOWN))) for name, picture in cells]
+        pieces = [(f"{name}, a piece", ImageOps.fit(picture.crop(_middle(picture)), (PIECE, PIECE)))
+                  for name, picture in cells]  # fmt: skip
+        drawn = sheet.stack([sheet.row(title, shown), sheet.row("at full size", pieces)])
+    else:
+        drawn = sheet.row(title, cells)
     drawn.save(out / f"{path.stem}_sheet.png")
-    print(f"{path.name}: {_prediction(restoration)}, {restoration.seconds:.1f} s")
+    print(f"{title}, {restoration.seconds:.1f} s")
+    if before is not None:
+        print(
+            f"ComfyUI held {before:.2f} GB before, at most {_memory(host, peak=True):.2f} GB then"
+        )
+
+
+def _middle(picture: Image.Image) -> tuple[int, int, int, int]:
+    """The box of a piece in the middle."""
+    left, top = max(0, picture.width - PIECE) // 2, max(0, picture.height - PIECE) // 2
+    return left, top, min(picture.width, left + PIECE), min(picture.height, top + PIECE)
+
+
+def _memory(host: Host | None, peak: bool = False) -> float | None:
+    return host.memory(peak) if host else None
 
 
 def _prediction(restoration: Restoration) -> str:
@@ -161,7 +190,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tools.demo", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--image", type=Path, metavar="PHOTO", help="restore this photo instead")
-    parser.add_argument("--max-side", type=int, default=1024, metavar="PIXELS")
+    parser.add_argument(
+        "--max-side", type=int, default=0, metavar="PIXELS", help="shrink a larger photo first"
+    )
     parser.add_argument("--out", type=Path, default=Path("demo_out"), metavar="DIR")
     parser.add_argument("--server", metavar="URL", help="use this server instead of starting one")
     parser.add_argument("--port", type=int, help="port of the server (default: a free one)")
@@ -169,7 +200,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     exit_on_termination()
     try:
-        workflow = load_workflow(NANO_WORKFLOW)
         options.out.mkdir(parents=True, exist_ok=True)
         server: AbstractContextManager[Host | None]
         if options.server:
@@ -180,9 +210,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with server as host:
             client = Client(host.url if host else options.server)
             if options.image:
-                restore_own(client, workflow, options.image, options.max_side, options.out)
+                restore_own(client, host, options.image, options.max_side, options.out)
             else:
-                restore_samples(client, workflow, options.out)
+                restore_samples(client, load_workflow(NANO_WORKFLOW), options.out)
     except (ClientError, HostError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -139,6 +139,14 @@ class Host:
     def running(self) -> bool:
         return self.process is not None and self.process.poll() is None
 
+    def memory(self, peak: bool = False) -> float | None:
+        """GB of memory that ComfyUI holds, or held at most; None where Linux does not tell."""
+        status = Path(f"/proc/{self.process.pid if self.process else 'none'}/status")
+        if not status.exists():
+            return None
+        kilobytes = status.read_text().split("VmHWM:" if peak else "VmRSS:")[1].split()[0]
+        return int(kilobytes) * 1024 / 1e9
+
     def log_tail(self, lines: int = 30) -> str:
         if not self.log.exists():
             return "(no log)"

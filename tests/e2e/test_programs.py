@@ -69,6 +69,23 @@ def test_demo_of_own_photo(runner: Runner, tmp_path: Path):
     assert (tmp_path / "own_sheet.png").exists()
 
 
+def test_demo_of_a_large_photo_goes_in_tiles(
+    runner: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here large is small: the sheet shows all of it and a piece."""
+    monkeypatch.setattr(demo, "LARGE", 1000)
+    monkeypatch.setattr(demo, "SHOWN", 60)
+    monkeypatch.setattr(demo, "PIECE", 48)
+    photo = tmp_path / "own.png"
+    make_photo(120, 90).save(photo)
+    arguments = ["--server", runner.host.url, "--out", str(tmp_path), "--image", str(photo)]
+    assert demo.main(arguments) == 0
+    with Image.open(tmp_path / "own_restored.png") as restored:
+        assert restored.size == (120, 90)
+    with Image.open(tmp_path / "own_sheet.png") as drawn:
+        assert drawn.height > 45 + 48
+
+
 def test_demo_improves_photos(runner: Runner, tmp_path: Path):
     assert demo.main(["--server", runner.host.url, "--out", str(tmp_path)]) == 0
     report = json.loads((tmp_path / "metrics.json").read_text())

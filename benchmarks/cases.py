@@ -168,7 +168,7 @@ def _large(
     Raises:
         MemoryError: The picture should have been decoded `whole`, and the host took tiles.
     """
-    pack = open_host(setting.folder)
+    pack = open_host(setting.folder, "fp32")
     graph = Graph(*pack.nodes.host_nano.load_nano(setting.folder / LARGE_FILE))
     decode_one, log = decode_of(graph), _Log()
     logging.getLogger().addHandler(log)
@@ -215,7 +215,7 @@ class _Photo:
 
 def area(setting: Setting) -> Figures:
     """Nano's graph for large photos, as in workflows/restore_large.json."""
-    open_host(setting.folder, bf16=False)
+    open_host(setting.folder, "own")
     graph = nano()
     for side in (128, setting.side):  # the first one warms up
         image = picture(side, side)
@@ -233,7 +233,7 @@ def _restore_large(graph: Graph, image: Tensor) -> Tensor:
 
 def peak(setting: Setting) -> Figures:
     """What share of the device's bf16 peak Nano's networks reach on a tile of 512 px."""
-    open_host(setting.folder, bf16=False)
+    open_host(setting.folder, "own")
     graph, image = nano(), picture(512, 512)
     found = graph.control(image)
     device = importlib.import_module("comfy.model_management").get_torch_device()
@@ -294,7 +294,7 @@ def levers(setting: Setting) -> Figures:
     from tools.demo import LONG_SIDE, SAMPLES, degrade_photo
     from tools.restore import read_photo
 
-    open_host(setting.folder, bf16=False)
+    open_host(setting.folder, "own")
     graph = nano()
     rows: dict[str, Any] = {
         name: {"seconds": 0.0, "psnr": []} for name in ("degraded photo", *LEVERS)

@@ -82,7 +82,7 @@ def write_report(results: Results, out: Path) -> None:
         f"`make bench` on {machine['device']}, {machine['threads']} threads, torch "
         f"{machine['torch']}, code {machine['revision']}. Ratios of medians within one run. "
         "Weights are random at the size of SD 1.5, in bf16, but for Nano (a CPU computes UNet and "
-        "ControlNets in fp32 all the same). Large pictures are decoded by a VAE of "
+        "ControlNets in fp32 all the same). Large pictures are decoded in fp32 by a VAE of "
         f"{machine['vae_width']} channels (SD 1.5 has 128). Memory is that of the device; on a CPU "
         "the process's own pages, without those of files.",
         "",

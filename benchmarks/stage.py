@@ -9,7 +9,7 @@ from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import save_file
@@ -30,18 +30,19 @@ SAMPLER, SCHEDULER = "euler", "sgm_uniform"
 LARGE_FILE = "models/diff_restorer/large_random.safetensors"
 
 
-def open_host(folder: Path, *, bf16: bool = True) -> ModuleType:
+def open_host(folder: Path, precision: Literal["half", "fp32", "own"] = "half") -> ModuleType:
     """ComfyUI and the pack, whose root module it returns.
 
     Args:
         folder: Base directory of ComfyUI; weights that `write_models` makes lie in it.
-        bf16: On a CPU let the host keep weights in bf16, too, as it does on GPUs; Nano decides for
-            itself.
+        precision: `half` lets the host keep weights in bf16 on a CPU, too, as it does on GPUs;
+            `fp32` is for pictures that shall be compared; `own` leaves it to Nano and the host.
     """
     in_process.import_host(comfyui_root(), folder, cpu=not on_gpu())
     from comfy.cli_args import args
 
-    args.bf16_unet = args.bf16_vae = bf16 and not on_gpu()
+    args.bf16_unet = args.bf16_vae = precision == "half" and not on_gpu()
+    args.fp32_unet = args.fp32_vae = precision == "fp32"
     return in_process.load_pack()
 
 

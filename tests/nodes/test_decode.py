@@ -362,16 +362,18 @@ def test_too_large_for_memory_uses_tiles_at_once(decode, photo, monkeypatch, cap
 
 
 def test_maps_that_are_too_large_for_memory_go_to_the_temporary_folder(
-    toy, decode, photo, monkeypatch
+    toy, decode, prepare, photo, monkeypatch
 ) -> None:
     import comfy.model_management
     import folder_paths
 
-    expected, folders = decode(photo(64, 64), tile_size=64), []
+    known, folders = prepare(photo(64, 64)), []
+    inputs = {"samples": known.latent, "degradation": known.degradation, "tile_size": 64}
+    expected = decode(photo(64, 64), **inputs)
     find = folder_paths.get_temp_directory
     monkeypatch.setattr(folder_paths, "get_temp_directory", lambda: folders.append(1) or find())
     monkeypatch.setattr(comfy.model_management, "get_free_memory", lambda *_, **__: 2**20)
-    assert torch.equal(decode(photo(64, 64), tile_size=64), expected)
+    assert torch.equal(decode(photo(64, 64), **inputs), expected)
     assert folders
 
 

@@ -32,9 +32,6 @@ class Config:
     brightness and contrast: the kind alone would not tell the decoder how dark a photo was."""
     mild: float = 0.2
     """Severity below which a sample counts less in the cross-entropy."""
-    classifier_only: bool = False
-    """Leave P_CLIP and P_D as they are and fit the classifier alone, where other parts of a model
-    are already used to them."""
 
 
 MEASURES = ("severity", *(f"{what} {c}" for what in ("brightness", "contrast") for c in "RGB"))
@@ -110,11 +107,9 @@ def main(config: Config) -> Path:
         start_as_spectrum(models.vision, validation["native_view"])
     ruler = nn.Linear(models.prompt.config.context_width, len(MEASURES)).to(home())
     validation = to_home(validation)
-    parts = [models.prompt.classifier]
-    if not config.classifier_only:
-        parts += [models.vision, models.prompt.degradation, ruler]
-    models.requires_grad_(False)
-    trainable = nn.ModuleList(parts).requires_grad_(True)
+    trainable = nn.ModuleList(
+        [models.vision, models.prompt.degradation, models.prompt.classifier, ruler]
+    )
 
     def read(view: Tensor) -> tuple[Tensor, Tensor]:
         prompt = models.prompt(clip_tokens(models.vision, view))
@@ -128,7 +123,7 @@ def main(config: Config) -> Path:
         target = measures(batch)
         wrong = torch.where(target.isnan(), 0, measured - target.nan_to_num()).square().mean()
         accuracy = (logits.argmax(dim=1) == batch["label"]).float().mean()
-        total = kinds if config.classifier_only else kinds + config.measure_weight * wrong
+        total = kinds + config.measure_weight * wrong
         return {"loss": total, "ce": kinds, "measures": wrong, "accuracy": accuracy}
 
     @torch.no_grad()
@@ -145,13 +140,13 @@ def main(config: Config) -> Path:
             "measures": float((measured - measures(validation)).square().nanmean()),
         }
 
-    written = ("base.clip_vision.", "prompt_processor.")
+    parts = ("base.clip_vision.", "prompt_processor.")
 
     def export(path: Path, settings: dict[str, Any]) -> None:
-        models.save(path, written, checkpoint_info(models, settings), torch.float32)
+        models.save(path, parts, checkpoint_info(models, settings), torch.float32)
 
     def check(path: Path) -> None:
-        compare_file(path, models.file_tensors(written, torch.float32))
+        compare_file(path, models.file_tensors(parts, torch.float32))
 
     return run(Stage(trainable, loss, validate, export, check=check), train, config.loop, config)
 

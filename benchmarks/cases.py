@@ -309,22 +309,38 @@ def levers(setting: Setting) -> Figures:
         warm = graph.control(lq)
         sample(graph.model, warm.positive, warm.negative, warm.latent, 1)
         for name, given in LEVERS.items():
-            options = {"steps": 8} | given
-            control, bare = options.pop("control", {}), options.pop("bare_negative", False)
-            found = graph.control(lq, **control)
-            negative = found.prompts[1] if bare else found.negative
-            latent: dict[str, Any] = {}
-
-            def run() -> None:
-                latent.update(sample(  # noqa: B023
-                    graph.model, found.positive, negative, found.latent, **options,  # noqa: B023
-                ))  # fmt: skip
-
-            rows[name]["seconds"] += timed(run) / len(SAMPLES)
-            rows[name]["psnr"].append(_psnr(graph.decode(found, latent), gt))
+            seconds, picture = _restored(graph, lq, **given)
+            rows[name]["seconds"] += seconds / len(SAMPLES)
+            rows[name]["psnr"].append(_psnr(picture, gt))
     for row in rows.values():
         row["mean_psnr"] = float(np.mean(row["psnr"]))
     return {"kinds": [each.kind for each in SAMPLES], "rows": rows}
+
+
+def _restored(
+    graph: Graph,
+    lq: Tensor,
+    steps: int = 8,
+    control: Mapping[str, float] | None = None,
+    bare_negative: bool = False,
+    **sampling: Any,
+) -> tuple[float, Tensor]:
+    """Seconds of the sampling, and the restored picture.
+
+    Args:
+        control: Settings of Degradation Control.
+        bare_negative: Give the sampler the negative prompt without control.
+        sampling: Settings of `sample`.
+    """
+    found, latent = graph.control(lq, **(control or {})), {}
+    negative = found.prompts[1] if bare_negative else found.negative
+
+    def run() -> None:
+        latent.update(
+            sample(graph.model, found.positive, negative, found.latent, steps, **sampling)
+        )
+
+    return timed(run), graph.decode(found, latent)
 
 
 def _psnr(image: Tensor, reference: Tensor) -> float:

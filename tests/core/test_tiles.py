@@ -52,7 +52,7 @@ class Decoder:
         for parameter in self.fusion.parameters():
             nn.init.normal_(parameter, std=0.05)
         self.photo = photo_of(height, width)
-        self.pooled: torch.Tensor | LocalPooled = torch.randn(1, 16)
+        self.pooled: Tensor | LocalPooled = torch.randn(1, 16)
         channels = self.trunk.latent_channels
         self.latent = torch.randn(1, channels, height // 8, width // 8)
 
@@ -113,6 +113,7 @@ def test_tiles_know_the_degradation_of_their_place(kind: str) -> None:
     one = decoder.whole(1.0)
     columns = torch.linspace(-2, 3, 24).clamp(0, 1)
     columns = torch.stack([1 - columns, columns])
+    assert isinstance(decoder.pooled, Tensor)
     tiles = decoder.pooled[:, :, None, None].expand(-1, -1, 1, 2).clone()
     decoder.pooled = LocalPooled(tiles, torch.ones(1, 16), columns)
     torch.testing.assert_close(decoder.whole(1.0), one, rtol=1e-4, atol=1e-4)

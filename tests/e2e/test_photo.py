@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -77,7 +78,9 @@ def test_tifffile_reads_our_tiff(tmp_path: Path, channels: int):
 @pytest.mark.parametrize("channels", [1, 3, 4])
 @pytest.mark.parametrize("compression", [None, "zlib"])
 @pytest.mark.parametrize("order", ["<", ">"])
-def test_tiff_of_others(tmp_path: Path, channels: int, compression: str | None, order: str):
+def test_tiff_of_others(
+    tmp_path: Path, channels: int, compression: str | None, order: Literal["<", ">"]
+):
     pixels = deep_pixels(channels)
     kind = "minisblack" if channels == 1 else "rgb"
     stored = pixels[..., 0] if channels == 1 else pixels

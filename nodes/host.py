@@ -106,6 +106,16 @@ def for_cpu(module: nn.Module, dtype: torch.dtype | None) -> None:
         cast(Any, module).to(memory_format=torch.channels_last)
 
 
+def at_once(needed: float, device: torch.device) -> int:
+    """How many things that need so many bytes each fit into a device's free memory; 0: not one.
+
+    A CPU is asked for half of it only: it has no error of lacking memory to go on from, and the
+    rest of the system lives there, too.
+    """
+    free = cast(int, comfy.model_management.get_free_memory(device))
+    return int(free / (2 if comfy.model_management.is_device_cpu(device) else 1) // needed)
+
+
 def map_folder(size: int) -> Path | None:
     """Where large intermediate results of `size` bytes go: memory (None), or the host's temporary
     folder where they would take more than a quarter of the free memory."""

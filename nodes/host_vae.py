@@ -6,7 +6,7 @@ import logging
 import weakref
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import comfy.model_management
 import comfy.utils
@@ -25,7 +25,7 @@ from ..diff_restorer import (
 from ..diff_restorer.decoder import PIXELS, Features
 from ..diff_restorer.tiled_vae import plan_decode, plan_encode, plan_features
 from ..diff_restorer.tiles import Cut, Map, Plan
-from .host import check_interrupt, map_folder
+from .host import at_once, check_interrupt, map_folder
 from .host_build import with_tuned_decoder
 from .host_models import DiffRestorer
 from .images import digest, pad_to_multiple, to_batch
@@ -120,10 +120,9 @@ def _encode(
     comfy.model_management.load_models_gpu(
         [vae.patcher], memory_required=needed, force_full_load=vae.disable_offload
     )
-    free = cast(int, comfy.model_management.get_free_memory(vae.device))
-    if needed <= free:
+    if count := at_once(needed, vae.device):
         try:
-            return _encode_whole(vae, trunk, pixels, levels, int(free // needed))
+            return _encode_whole(vae, trunk, pixels, levels, count)
         except comfy.model_management.OOM_EXCEPTION:
             # Handled below: the exception keeps tensors alive as long as it is handled.
             logging.warning("Degradation Control: out of memory, encoding again in tiles.")
@@ -150,11 +149,11 @@ def _in_smaller_tiles(side: int, work: Callable[[int], Result], done: str) -> Re
 
 
 def _encode_whole(
-    vae: Any, trunk: VaeTrunk, pixels: Tensor, levels: Collection[int], at_once: int
+    vae: Any, trunk: VaeTrunk, pixels: Tensor, levels: Collection[int], count: int
 ) -> tuple[Tensor, Features]:
     dtype, device, home = vae.vae_dtype, vae.device, vae.output_device
     latents, parts = [], []
-    for some in pixels.split(at_once):
+    for some in pixels.split(count):
         check_interrupt()
         moments, features = encode_with_features(
             trunk, vae.process_input(some).to(dtype).to(device), levels
@@ -255,19 +254,18 @@ class AwareDecoder:
         trunk = self._trunk()
         known = self._known(photo)
         needed = self._load(latent, known)
-        photo = to_batch(photo, len(latent))
         if isinstance(pooled, LocalPooled):
             pooled = replace(pooled, tiles=to_batch(pooled.tiles, len(latent)))
         else:
             pooled = to_batch(pooled, len(latent))
         known = {level: to_batch(value, len(latent)) for level, value in known.items()}
-        free = cast(int, comfy.model_management.get_free_memory(self.vae.device))
-        if tile == 0 and needed > free:
+        given = _Given(trunk, latent, to_batch(photo, len(latent)).movedim(-1, 1), pooled, known)
+        count = at_once(needed, self.vae.device)
+        if tile == 0 and not count:
             logging.info("Aware VAE Decode: the picture is too large at once, using tiles.")
         elif tile == 0:
             try:
-                at_once = int(free // needed)
-                images = self._whole(trunk, latent, photo, pooled, known, at_once)
+                images = self._whole(given, count)
                 return images.to(self.vae.output_device).movedim(1, -1)
             except comfy.model_management.OOM_EXCEPTION:
                 # Handled below: the exception keeps tensors alive as long as it is handled.
@@ -275,8 +273,8 @@ class AwareDecoder:
 
         def in_tiles(side: int) -> Tensor:
             if tiling == EXACT:
-                return self._exact(trunk, latent, photo, pooled, known, side)
-            return self._blended(trunk, latent, photo, pooled, side, min(overlap, side // 2))
+                return self._exact(given, side)
+            return self._blended(given, side, min(overlap, side // 2))
 
         done = f"Aware VAE Decode: decoded in {tiling}"
         images = _in_smaller_tiles(tile or AUTO_TILE, in_tiles, done)
@@ -329,97 +327,58 @@ class AwareDecoder:
         )
         return needed
 
-    def _pixels(
-        self,
-        trunk: VaeTrunk,
-        latent: Tensor,
-        photo: Tensor,
-        pooled: Tensor | LocalPooled,
-        known: Features,
-    ) -> Tensor:
+    def _pixels(self, given: _Given) -> Tensor:
         """One evaluation on the device; (B, 3, 8h, 8w) around [-1, 1]."""
         check_interrupt()
         vae, dtype, device = self.vae, self.vae.vae_dtype, self.vae.device
         features, fusion = {}, None
         if self._fuses:
             fusion = self.restorer.fusion.model
-            pixels = vae.process_input(photo).to(dtype).to(device)
-            if known:
-                features = {level: value.to(device) for level, value in known.items()}
+            pixels = vae.process_input(given.photo).to(dtype).to(device)
+            if given.known:
+                features = {level: value.to(device) for level, value in given.known.items()}
                 features[PIXELS] = pixels
             else:
-                features = encoder_features(trunk, pixels, fusion.levels)
-        raw = latent.to(dtype).to(device)
-        return aware_decode(
-            trunk,
-            fusion,
-            raw,
-            features,
-            pooled.to(raw),
-            self.fidelity,
-        )
+                features = encoder_features(given.trunk, pixels, fusion.levels)
+        raw = given.latent.to(dtype).to(device)
+        return aware_decode(given.trunk, fusion, raw, features, given.pooled.to(raw), self.fidelity)
 
-    def _whole(
-        self,
-        trunk: VaeTrunk,
-        latent: Tensor,
-        photo: Tensor,
-        pooled: Tensor | LocalPooled,
-        known: Features,
-        at_once: int,
-    ) -> Tensor:
-        progress = comfy.utils.ProgressBar(latent.shape[0])
-        done = []
-        for start in range(0, len(latent), at_once):
-            rows = slice(start, start + at_once)
-            parts = latent[rows], photo.movedim(-1, 1)[rows], pooled[rows]
-            some = {level: value[rows] for level, value in known.items()}
-            pixels = self._pixels(trunk, *parts, some).to(self.vae.output_device).float()
+    def _whole(self, given: _Given, count: int) -> Tensor:
+        """Whole pictures, `count` at once."""
+        total = len(given.latent)
+        progress, done = comfy.utils.ProgressBar(total), []
+        for start in range(0, total, count):
+            some = given.rows(slice(start, start + count))
+            pixels = self._pixels(some).to(self.vae.output_device).float()
             done.append(self.vae.process_output(pixels))
             progress.update(len(pixels))
         return torch.cat(done)
 
-    def _exact(
-        self,
-        trunk: VaeTrunk,
-        latent: Tensor,
-        photo: Tensor,
-        pooled: Tensor | LocalPooled,
-        known: Features,
-        tile: int,
-    ) -> Tensor:
+    def _exact(self, given: _Given, tile: int) -> Tensor:
         """Tiles that give the same as the whole picture."""
-        vae = self.vae
-        pixels = vae.process_input(photo.movedim(-1, 1))
-        report, done = _Report(len(latent)), []
-        for index in range(len(latent)):
-            here = slice(index, index + 1)
+        vae, trunk = self.vae, given.trunk
+        fusion = self.restorer.fusion.model if self._fuses else None
+        report, done = _Report(len(given.latent)), []
+        for index in range(len(given.latent)):
+            one = given.rows(slice(index, index + 1))
+            pixels = vae.process_input(one.photo)
             cut = _cut(vae, trunk, pixels, tile, report)
-            fusion = self.restorer.fusion.model if self._fuses else None
-            features = {level: Map(v[here], SCALE >> level) for level, v in known.items()}
+            features = {level: Map(value, SCALE >> level) for level, value in one.known.items()}
             if fusion is not None and not features:
-                plan = plan_features(trunk, pixels[here], fusion.levels, cut)
+                plan = plan_features(trunk, pixels, fusion.levels, cut)
                 report.start(plan, index, 0.0, 0.3)
                 features = dict(enumerate(plan.run()))
+            pooled = one.pooled.to(cut.like)
             plan = plan_decode(
-                trunk, fusion, latent[here], pixels[here], features, pooled[here].to(cut.like),
-                self.fidelity, cut,
-            )  # fmt: skip
+                trunk, fusion, one.latent, pixels, features, pooled, self.fidelity, cut
+            )
             report.start(plan, index, 0.3, 1.0)
             *_, image = plan.run()
             done.append(image.whole().float())
         report.finish()
         return vae.process_output(torch.cat(done))
 
-    def _blended(
-        self,
-        trunk: VaeTrunk,
-        latent: Tensor,
-        photo: Tensor,
-        pooled: Tensor | LocalPooled,
-        tile: int,
-        overlap: int,
-    ) -> Tensor:
+    def _blended(self, given: _Given, tile: int, overlap: int) -> Tensor:
         """Overlapping tiles, blended by the host.
 
         The host passes tiles without their position, so the photo and what is known of each place
@@ -427,23 +386,25 @@ class AwareDecoder:
         attention: tiles differ a little from the whole picture, which the overlap hides.
         """
         side, margin = tile // SCALE, overlap // SCALE
-        height, width = latent.shape[2:]
-        parts = [latent, F.pixel_unshuffle(photo.movedim(-1, 1), SCALE)]
-        if isinstance(pooled, LocalPooled):
-            parts += [each.expand(len(latent), -1, -1, -1) for each in pooled.weights]
+        batch, _, height, width = given.latent.shape
+        parts = [given.latent, F.pixel_unshuffle(given.photo, SCALE)]
+        if isinstance(given.pooled, LocalPooled):
+            parts += [each.expand(batch, -1, -1, -1) for each in given.pooled.weights]
         sizes = [part.shape[1] for part in parts]
         steps = comfy.utils.get_tiled_scale_steps(width, height, side, side, margin)
-        progress = comfy.utils.ProgressBar(latent.shape[0] * steps)
-        stacked = torch.cat([part.to(latent) for part in parts], dim=1)
+        progress = comfy.utils.ProgressBar(batch * steps)
+        stacked = torch.cat([part.to(given.latent) for part in parts], dim=1)
         done = []
-        for index in range(len(latent)):
+        for index in range(batch):
+            one = given.rows(slice(index, index + 1))
 
-            def decode(part: Tensor, index: int = index) -> Tensor:
-                piece, photo_piece, *weights = part.split(sizes, dim=1)
-                pixels, here = F.pixel_shuffle(photo_piece, SCALE), pooled[index : index + 1]
-                if isinstance(here, LocalPooled):
-                    here = here.within(*weights)
-                return self._pixels(trunk, piece, pixels, here, {}).float()
+            def decode(part: Tensor, one: _Given = one) -> Tensor:
+                latent, photo, *weights = part.split(sizes, dim=1)
+                pooled = one.pooled
+                if isinstance(pooled, LocalPooled):
+                    pooled = pooled.within(*weights)
+                photo = F.pixel_shuffle(photo, SCALE)
+                return self._pixels(_Given(one.trunk, latent, photo, pooled, {})).float()
 
             done.append(
                 comfy.utils.tiled_scale(
@@ -459,6 +420,26 @@ class AwareDecoder:
                 )
             )
         return self.vae.process_output(torch.cat(done))
+
+
+@dataclass(frozen=True)
+class _Given:
+    """What a decode works on: all photos of a batch, or some, or a part of one."""
+
+    trunk: VaeTrunk
+    latent: Tensor
+    """Unscaled, (B, C, h, w)."""
+    photo: Tensor
+    """(B, 3, 8h, 8w) in [0, 1]."""
+    pooled: Tensor | LocalPooled
+    known: Features
+    """The photo's encoder features where they came with the latent, else empty."""
+
+    def rows(self, photos: slice) -> _Given:
+        """Some of the photos."""
+        known = {level: value[photos] for level, value in self.known.items()}
+        latent, photo, pooled = self.latent[photos], self.photo[photos], self.pooled[photos]
+        return _Given(self.trunk, latent, photo, pooled, known)
 
 
 class _Report:

@@ -23,8 +23,6 @@ import torch
 import tyro
 from tqdm import tqdm
 
-from tools.environment import ROOT
-
 from .cases import CASES, LARGE, NANO, Setting
 from .measuring import on_gpu
 from .pictures import compare
@@ -77,7 +75,9 @@ def main(config: Config) -> None:
         results = json.loads(path.read_text(encoding="utf-8"))
     vae_width = config.vae_width or (128 if on_gpu() else 32)
     machine = _machine(vae_width, config.rounds)
-    results["machine"] = machine | {"revision": _revision()}
+    from training.common import git_revision  # here, for measured processes need not load it
+
+    results["machine"] = machine | {"revision": git_revision()}
     jobs = [job for job in _plan(config) if not config.cases or job[0] in config.cases]
     missing = [
         job for job in jobs if config.again or results.get(_key(*job), {}).get("on") != machine
@@ -85,8 +85,8 @@ def main(config: Config) -> None:
     with tempfile.TemporaryDirectory(prefix="diff-restorer-bench-") as folder:
         if any(name not in (*NANO, *LARGE) for name, _ in missing):
             log.info("writing random weights at the size of SD 1.5 (4 GB)")
-            write_models(Path(folder), vae_width)
-        else:
+            write_models(Path(folder))
+        if any(name in LARGE for name, _ in missing):
             write_large(Path(folder), vae_width)
         for name, side in tqdm(missing, unit="case", disable=None):
             key = _key(name, side)
@@ -147,15 +147,6 @@ def _machine(vae_width: int, rounds: int) -> dict[str, Any]:
         "vae_width": vae_width,
         "rounds": rounds,
     }
-
-
-def _revision() -> str:
-    command = ["git", "rev-parse", "--short", "HEAD"]
-    with contextlib.suppress(OSError, subprocess.CalledProcessError):
-        return subprocess.run(
-            command, cwd=ROOT, capture_output=True, text=True, check=True
-        ).stdout.strip()
-    return "unknown"
 
 
 def _cpu_name() -> str:

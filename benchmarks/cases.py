@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import logging
-import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -294,7 +293,7 @@ def levers(setting: Setting) -> Figures:
     from tools.demo import LONG_SIDE, SAMPLES, degrade_photo
     from tools.restore import read_photo
 
-    open_host(setting.folder, "own")
+    psnr = open_host(setting.folder, "own").nodes.measures.psnr
     graph = nano()
     rows: dict[str, Any] = {
         name: {"seconds": 0.0, "psnr": []} for name in ("degraded photo", *LEVERS)
@@ -305,13 +304,13 @@ def levers(setting: Setting) -> Figures:
             torch.from_numpy(np.asarray(photo, np.float32) / 255)[None]
             for photo in (degrade_photo(clean, each), clean)
         )
-        rows["degraded photo"]["psnr"].append(_psnr(lq, gt))
+        rows["degraded photo"]["psnr"].append(psnr(lq, gt))
         warm = graph.control(lq)
         sample(graph.model, warm.positive, warm.negative, warm.latent, 1)
         for name, given in LEVERS.items():
             seconds, picture = _restored(graph, lq, **given)
             rows[name]["seconds"] += seconds / len(SAMPLES)
-            rows[name]["psnr"].append(_psnr(picture, gt))
+            rows[name]["psnr"].append(psnr(picture.float().cpu(), gt))
     for row in rows.values():
         row["mean_psnr"] = float(np.mean(row["psnr"]))
     return {"kinds": [each.kind for each in SAMPLES], "rows": rows}
@@ -341,11 +340,6 @@ def _restored(
         )
 
     return timed(run), graph.decode(found, latent)
-
-
-def _psnr(image: Tensor, reference: Tensor) -> float:
-    error = float((image.float().cpu() - reference).square().mean())
-    return -10 * math.log10(max(error, 1e-10))
 
 
 LARGE = tuple(case.__name__ for case in (untiled, stock_untiled, exact, fast, stock_tiled))

@@ -46,24 +46,26 @@ def open_host(folder: Path, precision: Literal["half", "fp32", "own"] = "half") 
     return in_process.load_pack()
 
 
-def write_models(folder: Path, vae_width: int) -> None:
-    """Random weights: checkpoint, CLIP ViT-L, Diff-Restorer and ControlNet at the size of SD 1.5,
-    and a self-contained file whose VAE is for large pictures.
+def write_models(folder: Path) -> None:
+    """Random checkpoint, CLIP ViT-L, Diff-Restorer and ControlNet at the size of SD 1.5.
 
     Args:
         folder: Base directory of ComfyUI.
-        vae_width: Channels of that VAE; SD 1.5 has 128.
     """
     toy_weights.write_sd15(folder)
     control = folder / "models/controlnet/control_random.safetensors"
     control.parent.mkdir(parents=True, exist_ok=True)
     state = toy_weights.random_state(_controlnet(), "control_model.", 14, torch.bfloat16)
     save_file(state, control)
-    write_large(folder, vae_width)
 
 
 def write_large(folder: Path, vae_width: int) -> None:
-    """Only the file for large pictures, with SD 1.5's kind of VAE at this width."""
+    """A random self-contained file for large pictures.
+
+    Args:
+        folder: Base directory of ComfyUI.
+        vae_width: Channels of its VAE, which is of SD 1.5's kind; that one has 128.
+    """
     path = folder / LARGE_FILE
     path.parent.mkdir(parents=True, exist_ok=True)
     sizes = toy_weights.VaeSizes(vae_width, (1, 2, 4, 4), 2)

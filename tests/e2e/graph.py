@@ -17,6 +17,8 @@ from tools.host import Host
 from tools.restore import NANO_WORKFLOW, OUTPUT_TITLE
 
 OnProgress = Callable[[Progress], None]
+AFTER_SEED = "fixed"
+"""What the front end does with a seed after a run."""
 
 
 @dataclass
@@ -65,6 +67,26 @@ class Graph:
         return self
 
 
+def inputs_of(node: dict[str, Any], source: Callable[[int], Any]) -> dict[str, Any]:
+    """The inputs of a node of the UI's format, as the API has them.
+
+    Args:
+        node: Its widgets' values stand in the order of the widgets.
+        source: Number of a link -> what it gives.
+    """
+    inputs: dict[str, Any] = {}
+    values = iter(node["widgets_values"])
+    for entry in node["inputs"]:
+        if "widget" in entry:
+            inputs[entry["name"]] = next(values)
+            if entry["name"] == "seed":
+                assert next(values) == AFTER_SEED
+        if entry["link"] is not None:
+            inputs[entry["name"]] = source(entry["link"])
+    assert not list(values)
+    return inputs
+
+
 def expand_blueprint(blueprint: dict[str, Any], **sockets: Any) -> tuple[Workflow, list[Any]]:
     """What the front end queues for the node of a blueprint.
 
@@ -89,16 +111,7 @@ def expand_blueprint(blueprint: dict[str, Any], **sockets: Any) -> tuple[Workflo
 
     nodes: Workflow = {}
     for node in inner["nodes"]:
-        inputs: dict[str, Any] = {}
-        values = iter(node["widgets_values"])
-        for entry in node["inputs"]:
-            if "widget" in entry:
-                inputs[entry["name"]] = next(values)
-                if entry["name"] == "seed":
-                    next(values)  # what the front end does with it after a run
-            if entry["link"] is not None:
-                inputs[entry["name"]] = source(entry["link"])
-        assert not list(values)
+        inputs = inputs_of(node, source)
         nodes[f"{outer['id']}:{node['id']}"] = {"class_type": node["type"], "inputs": inputs}
     (output,) = inner["outputs"]
     return nodes, source(output["linkIds"][0])

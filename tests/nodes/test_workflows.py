@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from tests.e2e.graph import expand_blueprint
+from tests.e2e.graph import expand_blueprint, inputs_of
 
 pytestmark = pytest.mark.comfy
 
@@ -28,7 +28,7 @@ NOTES = ("Note", "MarkdownNote")
 # Files of the host's comfy_extras whose nodes the workflows use.
 EXTRAS = ("dataset", "images", "latent", "rebatch", "string")
 # What the front end stores beside the widgets of the schema.
-AFTER_SEED, UPLOAD = "fixed", {"upload": "image"}
+UPLOAD = {"upload": "image"}
 
 
 @pytest.fixture(scope="module")
@@ -139,22 +139,12 @@ def test_ui_format(info, name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_both_formats_describe_one_graph(name: str) -> None:
     ui, api = load(name), load(name, api=True)
-    links = {link[0]: link for link in ui["links"]}
+    links = {number: [str(origin), slot] for number, origin, slot, *_ in ui["links"]}
     rebuilt = {}
     for node in ui["nodes"]:
         if node["type"] in NOTES:
             continue
-        inputs: dict[str, Any] = {}
-        values = iter(node["widgets_values"])
-        for entry in node["inputs"]:
-            if "widget" in entry:
-                inputs[entry["name"]] = next(values)
-                if entry["name"] == "seed":
-                    assert next(values) == AFTER_SEED
-            if entry["link"] is not None:
-                _, source, slot, *_ = links[entry["link"]]
-                inputs[entry["name"]] = [str(source), slot]
-        assert not list(values)
+        inputs = inputs_of(node, links.__getitem__)
         if node["type"] == "LoadImage":
             inputs = {
                 key: value for key, value in inputs.items() if (key, value) not in UPLOAD.items()

@@ -142,7 +142,7 @@ def _machine(vae_width: int, rounds: int) -> dict[str, Any]:
     name = torch.cuda.get_device_name() if on_gpu() else _cpu_name()
     return {
         "device": name,
-        "threads": os.cpu_count(),
+        "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "vae_width": vae_width,
         "rounds": rounds,

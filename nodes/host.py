@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, cast
@@ -13,6 +12,8 @@ import folder_paths
 import torch
 from comfy.cli_args import args
 from torch import nn
+
+from ..diff_restorer.native import has_native_bf16
 
 MODEL_FOLDER = "diff_restorer"
 NANO_FILE = Path(__file__).parents[1] / "models" / "diff_restorer_nano.safetensors"
@@ -67,22 +68,10 @@ def file_stamp(path: Path) -> str:
     return f"{path}:{stat.st_size}:{stat.st_mtime_ns}"
 
 
-def cpu_has_native_bf16() -> bool:
-    """Whether the CPU multiplies bf16 in hardware (AVX512-BF16, AMX, Arm BF16).
-
-    oneDNN's own check also accepts x86 CPUs that emulate bf16 slowly, so there the instruction
-    sets are asked for by name.
-    """
-    if platform.machine().lower() in ("aarch64", "arm64"):
-        return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    tests = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    return any(getattr(torch.cpu, test, bool)() for test in tests)
-
-
 def _bf16_or_host(device: torch.device, flags: Iterable[str]) -> torch.dtype | None:
     asked = any(getattr(args, flag, False) for flag in flags)
     on_cpu = comfy.model_management.is_device_cpu(device)
-    return torch.bfloat16 if on_cpu and not asked and cpu_has_native_bf16() else None
+    return torch.bfloat16 if on_cpu and not asked and has_native_bf16(device) else None
 
 
 def nano_unet_dtype() -> torch.dtype | None:

@@ -8,7 +8,7 @@ import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from torch.utils.data import default_collate
 
 from diff_restorer.checkpoint import EPSILON, CheckpointInfo, read_checkpoint
 from diff_restorer.degradations import ALL_KINDS, KINDS
+from diff_restorer.native import has_native_bf16
 from diff_restorer.prompt_processor import DEFAULT_TYPES
 from diff_restorer.views import WHOLE
 
@@ -25,6 +26,9 @@ from .networks import Sizes, sizes_of
 from .pairs import PairedPhotos
 from .photos import CleanPhotos, PhotoStore
 from .pretrained import Sd15Config, open_base
+
+Precision = Literal["auto", "no", "bf16", "fp16"]
+"""Mixed precision; `auto` is bf16 where the device computes in it, else `no`. fp16 needs a GPU."""
 
 
 @dataclass(frozen=True)
@@ -128,9 +132,17 @@ def home() -> torch.device:
     return torch.device("cpu")
 
 
-def half(precision: str) -> torch.dtype:
-    """The dtype of frozen networks under accelerate's mixed precision `no`, `bf16` or `fp16`."""
-    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
+def mixed_precision(precision: Precision) -> str:
+    """accelerate's name for it: `no`, `bf16` or `fp16`."""
+    if precision != "auto":
+        return precision
+    return "bf16" if has_native_bf16(home()) else "no"
+
+
+def half(precision: Precision) -> torch.dtype:
+    """The dtype of frozen networks under that mixed precision."""
+    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "no": torch.float32}
+    return dtypes[mixed_precision(precision)]
 
 
 def to_home(batch: dict[str, Tensor]) -> dict[str, Tensor]:

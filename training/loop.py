@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 from . import config as record
 from .average import Average
 from .checkpoints import Checkpoints, state_bytes, write_failure
+from .common import Precision, mixed_precision
 from .data import StepSampler, seeded
 from .interruption import Interruption, ignore_interrupts
 from .nonfinite import NonFiniteError, describe
@@ -61,8 +62,8 @@ class LoopConfig:
     """Decay of the exponential moving average that is validated and exported."""
     clip: float = 1.0
     """Gradient norm limit."""
-    precision: Literal["no", "bf16", "fp16"] = "bf16"
-    """Mixed precision; fp16 needs a GPU."""
+    precision: Precision = "auto"
+    """Mixed precision; auto is bf16 where the device computes in it, else no. fp16 needs a GPU."""
     compile: bool = False
     """torch.compile the networks: two minutes at the start, then up to twice as fast."""
     seed: int = 0
@@ -354,7 +355,7 @@ class _Run:
 
 def _start_accelerate(config: LoopConfig) -> Accelerator:
     accelerator = Accelerator(
-        mixed_precision=config.precision,
+        mixed_precision=mixed_precision(config.precision),
         cpu=not torch.cuda.is_available(),
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=config.accumulate),
         kwargs_handlers=[

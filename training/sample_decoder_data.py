@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from diff_restorer.checkpoint import open_safetensors
 
-from .common import DataConfig, ModelConfig, half, home, open_data, open_models, to_home
+from .common import DataConfig, ModelConfig, Precision, half, home, open_data, open_models, to_home
 from .config import parse
 from .data import seeded
 from .diffusion import sample
@@ -47,8 +47,8 @@ class Config:
     """Samples at once."""
     steps: int = 20
     """Sampling steps: as many as the decoder will see, 20 in the workflow for SD 1.5."""
-    precision: str = "bf16"
-    """Mixed precision: no, bf16 or fp16."""
+    precision: Precision = "auto"
+    """Mixed precision; auto is bf16 where the device computes in it, else no."""
     seed: int = 0
     """Seed of the data set (stage 2 must use the same) and of the noise."""
     first_index: int = 10_000_000

@@ -17,7 +17,7 @@ def noise(image: Tensor, severity: Tensor, generator: torch.Generator) -> Tensor
     """Gaussian noise (colour or grey), Poisson noise, film grain or developed camera noise.
 
     Sigma runs from 5/255 to 75/255; the benchmark's 50/255 lies at severity 0.64. Developed camera
-    noise has half of it.
+    noise has a third of it.
     """
     draw = Draw(image, generator)
     sigma = lerp(5 / 255, 75 / 255, severity)
@@ -60,7 +60,7 @@ def _developed(added: Tensor, image: Tensor, sigma: Tensor, generator: torch.Gen
         coarse = F.avg_pool2d(added, side, ceil_mode=True)
         coarse = F.interpolate(coarse, size=added.shape[-2:], mode="bilinear")
         blotches = blotches + side * weight * coarse
-    return blotches / 2 * (0.4 + 1.2 * image).clamp(max=1)
+    return blotches / 3 * (0.4 + 1.2 * image).clamp(max=1)
 
 
 def low_light(image: Tensor, severity: Tensor, generator: torch.Generator) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from diff_restorer.native import has_native_bf16
 from tests import toy_weights
 
 pytestmark = pytest.mark.comfy
@@ -211,7 +212,7 @@ def test_bf16_only_where_it_pays(pack: ModuleType, monkeypatch) -> None:
     from comfy.cli_args import args
 
     host = pack.nodes.host
-    monkeypatch.setattr(host, "cpu_has_native_bf16", lambda: True)
+    monkeypatch.setattr(host, "has_native_bf16", lambda device: True)
     assert host.nano_unet_dtype() == host.nano_vae_dtype() == torch.bfloat16
     for flag in ("fp32_unet", "fp16_unet", "force_fp32"):
         with monkeypatch.context() as patch:
@@ -224,14 +225,14 @@ def test_bf16_only_where_it_pays(pack: ModuleType, monkeypatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(comfy.model_management, "get_torch_device", lambda: torch.device("cuda"))
         assert host.nano_unet_dtype() is None
-    monkeypatch.setattr(host, "cpu_has_native_bf16", lambda: False)
+    monkeypatch.setattr(host, "has_native_bf16", lambda device: False)
     assert host.nano_unet_dtype() is None
 
 
-def test_the_feature_test_agrees_with_the_kernel(pack: ModuleType) -> None:
+def test_the_feature_test_agrees_with_the_kernel() -> None:
     cpuinfo = Path("/proc/cpuinfo")
     if not cpuinfo.exists():
         pytest.skip("needs Linux")
     flags = cpuinfo.read_text()
     listed = "avx512_bf16" in flags or "amx_bf16" in flags or " bf16" in flags
-    assert pack.nodes.host.cpu_has_native_bf16() == listed
+    assert has_native_bf16(torch.device("cpu")) == listed

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 import tomllib
+import torch
 
-from training import sample_decoder_data, train_control, train_decoder
+from training import common, sample_decoder_data, train_control, train_decoder
 from training.common import DataConfig
 from training.config import PRESETS, load, parse, settings, table_name, write
 from training.loop import LoopConfig, count_steps, learning_rate
@@ -127,6 +128,13 @@ def test_the_paper_preset_has_the_published_settings() -> None:
     assert (first.loop.lr, first.loop.batch_size, first.loop.epochs) == (1e-5, 16, 100)
     assert (second.loop.lr, second.loop.batch_size, second.loop.epochs) == (1e-5, 4, 25)
     assert (first.ce_weight, first.data.crop, first.loop.precision) == (0.1, 512, "bf16")
+
+
+def test_auto_precision_is_what_the_device_computes_in(monkeypatch) -> None:
+    for native, name, dtype in ((True, "bf16", torch.bfloat16), (False, "no", torch.float32)):
+        monkeypatch.setattr(common, "has_native_bf16", lambda _, native=native: native)
+        assert (common.mixed_precision("auto"), common.half("auto")) == (name, dtype)
+    assert (common.mixed_precision("fp16"), common.half("fp16")) == ("fp16", torch.float16)
 
 
 def test_epochs_count_passes_over_the_photos_whoever_shares_them() -> None:

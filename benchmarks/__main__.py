@@ -24,7 +24,7 @@ import tyro
 from tqdm import tqdm
 
 from .cases import CASES, LARGE, NANO, Setting
-from .measuring import on_gpu
+from .measuring import computes_bf16, on_gpu
 from .pictures import compare
 from .report import summary, write_report
 from .stage import write_large, write_models
@@ -144,6 +144,7 @@ def _machine(vae_width: int, rounds: int) -> dict[str, Any]:
         "device": name,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
+        "format": "bf16" if computes_bf16() else "fp32",
         "vae_width": vae_width,
         "rounds": rounds,
     }

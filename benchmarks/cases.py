@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tools import in_process
 
-from .measuring import PeakMemory, interleaved, on_gpu, timed
+from .measuring import PeakMemory, computes_bf16, interleaved, on_gpu, timed
 from .stage import LARGE_FILE, Graph, Prompts, Sd15, nano, open_host, picture, sample, stock
 
 Figures = dict[str, Any]
@@ -231,13 +231,14 @@ def _restore_large(graph: Graph, image: Tensor) -> Tensor:
 
 
 def peak(setting: Setting) -> Figures:
-    """What share of the device's bf16 peak Nano's networks reach on a tile of 512 px."""
+    """What share of the device's peak Nano's networks reach on a tile of 512 px."""
     open_host(setting.folder, "own")
     graph, image = nano(), picture(512, 512)
     found = graph.control(image)
     device = importlib.import_module("comfy.model_management").get_torch_device()
     side = 4096 if on_gpu() else 2048
-    a, b = (torch.randn(side, side, device=device).bfloat16() for _ in range(2))
+    dtype = torch.bfloat16 if computes_bf16() else torch.float32
+    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     rate = 2 * side**3 / interleaved({"matmul": lambda: a @ b}, 3 * setting.rounds)["matmul"]
     prompts = {
         "UNet and control, a step": (found.positive, found.negative), "UNet, a step": found.prompts,
@@ -259,7 +260,7 @@ def peak(setting: Setting) -> Figures:
         }
         for name in flops
     }
-    return {"peak_gflops": rate / 1e9, "parts": parts}
+    return {"peak_gflops": rate / 1e9, "format": str(dtype).partition(".")[2], "parts": parts}
 
 
 def _flops(run: Callable[[], Any]) -> int:

@@ -12,10 +12,17 @@ from typing import Any
 
 import torch
 
+from diff_restorer.native import has_native_bf16
+
 
 def on_gpu() -> bool:
     """Whether the host will compute on a GPU."""
     return torch.cuda.is_available()
+
+
+def computes_bf16() -> bool:
+    """Whether the device does so in hardware."""
+    return has_native_bf16(torch.device("cuda" if on_gpu() else "cpu"))
 
 
 def timed(function: Callable[[], Any]) -> float:

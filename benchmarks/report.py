@@ -81,10 +81,10 @@ def write_report(results: Results, out: Path) -> None:
         "",
         f"`make bench` on {machine['device']}, {machine['threads']} threads, torch "
         f"{machine['torch']}, code {machine['revision']}. Ratios of medians within one run. "
-        "Weights are random at the size of SD 1.5, in bf16, but for Nano (a CPU computes UNet and "
-        "ControlNets in fp32 all the same). Large pictures are decoded in fp32 by a VAE of "
-        f"{machine['vae_width']} channels (SD 1.5 has 128). Memory is that of the device; on a CPU "
-        "the process's own pages, without those of files.",
+        f"Weights are random at the size of SD 1.5, in {machine['format']}, but for Nano (a CPU "
+        "computes UNet and ControlNets in fp32 all the same). Large pictures are decoded in fp32 "
+        f"by a VAE of {machine['vae_width']} channels (SD 1.5 has 128). Memory is that of the "
+        "device; on a CPU the process's own pages, without those of files.",
         "",
         summary(results),
     ]
@@ -132,7 +132,7 @@ def _areas(results: Results, out: Path) -> list[str]:
         parts = results["peak"]["parts"]
         work = 5 * parts["UNet and control, a step"]["gflop"] + parts["decoder"]["gflop"]
         limit = work / (512**2 / 1e6) / results["peak"]["peak_gflops"]
-        left.plot(area, limit * area, ":", label="at the bf16 peak")
+        left.plot(area, limit * area, ":", label=f"at the peak in {results['peak']['format']}")
         left.legend()
     figure.savefig(out / "benchmarks_area.png", dpi=100)
     lines = [
@@ -153,7 +153,8 @@ def _peak(results: Results) -> list[str]:
     if not entry or "error" in entry:
         return []
     rate = f"{entry['peak_gflops']:.0f} GFLOP/s"
-    lines = ["", f"A bf16 matrix product reaches {rate} here. On a tile of 512 px:", ""]
+    peak = f"A matrix product in {entry['format']} reaches {rate} here."
+    lines = ["", f"{peak} On a tile of 512 px:", ""]
     lines += ["| part | GFLOP | seconds | share of that |", "| --- | ---: | ---: | ---: |"]
     for name, part in entry["parts"].items():
         share = f"{100 * part['share']:.0f} %"

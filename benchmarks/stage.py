@@ -21,7 +21,7 @@ from tests import toy_weights
 from tools import in_process
 from tools.environment import comfyui_root
 
-from .measuring import on_gpu
+from .measuring import computes_bf16, on_gpu
 
 Conditioning = list[list[Any]]
 Prompts = tuple[Conditioning, Conditioning]
@@ -35,13 +35,14 @@ def open_host(folder: Path, precision: Literal["half", "fp32", "own"] = "half") 
 
     Args:
         folder: Base directory of ComfyUI; weights that `write_models` makes lie in it.
-        precision: `half` lets the host keep weights in bf16 on a CPU, too, as it does on GPUs;
-            `fp32` is for pictures that shall be compared; `own` leaves it to Nano and the host.
+        precision: `half` lets the host keep weights in bf16 on a CPU that computes in it, too, as
+            it does on GPUs; `fp32` is for pictures that shall be compared; `own` leaves it to Nano
+            and the host.
     """
     in_process.import_host(comfyui_root(), folder, cpu=not on_gpu())
     from comfy.cli_args import args
 
-    args.bf16_unet = args.bf16_vae = precision == "half" and not on_gpu()
+    args.bf16_unet = args.bf16_vae = precision == "half" and not on_gpu() and computes_bf16()
     args.fp32_unet = args.fp32_vae = precision == "fp32"
     return in_process.load_pack()
 

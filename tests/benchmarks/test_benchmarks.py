@@ -16,7 +16,14 @@ from benchmarks.pictures import compare
 from benchmarks.report import rows, summary, write_report
 
 ROOT = Path(__file__).parents[2]
-MACHINE = {"device": "a CPU", "threads": 2, "torch": "2", "vae_width": 32, "revision": "0"}
+MACHINE = {
+    "device": "a CPU",
+    "threads": 2,
+    "torch": "2",
+    "vae_width": 32,
+    "revision": "0",
+    "format": "fp32",
+}
 
 
 def decoded(seconds: float, gigabytes: float) -> dict[str, float]:

@@ -261,6 +261,10 @@ def _die_with_parent() -> Callable[[], None] | None:
 def serve(base: Path, port: int, cpu: bool, arguments: Sequence[str]) -> int:
     """Runs a server in the foreground until it ends or Ctrl-C; returns its exit code."""
     sys.stderr.write(f"Starting ComfyUI in {base} ...\n")
+    if not (base / "input/example.png").exists():
+        from tools.examples import write_examples  # needs packages that the set-up has not
+
+        write_examples(base / "input")
     with Host(base, port, cpu=cpu, arguments=arguments) as host:
         sys.stderr.write(
             f"\nComfyUI with Diff-Restorer: {host.url}\n"

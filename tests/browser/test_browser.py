@@ -1,0 +1,133 @@
+"""What someone sees who opens ComfyUI in a browser; screenshots are kept in browser_out/."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+
+import pytest
+
+from tests.browser.editor import Editor
+from tools.environment import ROOT
+from tools.host import PACK_NAME
+
+pytestmark = [pytest.mark.comfy, pytest.mark.browser]
+
+WORKFLOWS = sorted(path.stem for path in (ROOT / "workflows").glob("*.json"))
+NEEDS_FILES = "restore_sd15"
+CLASSIFIER = "DiffRestorerDegradationClassifier"
+
+
+def test_templates_list_the_pack(editor: Editor) -> None:
+    editor.open_templates()
+    for name in WORKFLOWS:
+        editor.page.get_by_text(name, exact=True).first.scroll_into_view_if_needed()
+        editor.page.wait_for_function(
+            'name => document.querySelector(`[role=dialog] img[alt="${name}"]`)?.naturalWidth > 0',
+            arg=name,
+        )
+    editor.page.get_by_text(WORKFLOWS[0], exact=True).first.scroll_into_view_if_needed()
+    editor.screenshot("templates")
+    assert editor.errors == []
+
+
+@pytest.mark.parametrize("name", WORKFLOWS)
+def test_workflow_opens_and_runs(editor: Editor, name: str) -> None:
+    """By clicking alone; each shows its restored picture."""
+    editor.open_template(name)
+    nodes = editor.nodes()
+    assert [node["type"] for node in nodes if not node["known"]] == []
+    assert editor.page.get_by_text("Missing Node", exact=False).count() == 0
+    if name == NEEDS_FILES:
+        return
+    entry = editor.run()
+    assert entry["status"]["status_str"] == "success"
+    assert editor.shown_pictures("SaveImage")
+    assert [node for node in editor.nodes() if node["red"] or node["redSockets"]] == []
+    editor.fit()
+    editor.screenshot(name)
+    assert editor.errors == []
+
+
+def test_missing_files_are_named_with_source_and_folder(editor: Editor) -> None:
+    """The front end's own dialog, from what the workflow says of its models."""
+    editor.open_template(NEEDS_FILES)
+    dialog = editor.page.get_by_role("dialog").filter(has_text="v1-5-pruned-emaonly-fp16")
+    dialog.wait_for()
+    told = dialog.inner_text()
+    for folder, file in (
+        ("checkpoints", "v1-5-pruned-emaonly-fp16.safetensors"),
+        ("clip_vision", "clip-vit-large-patch14.safetensors"),
+    ):
+        assert folder in told
+        assert file in told
+    editor.screenshot(NEEDS_FILES)
+
+
+def test_the_classifier_shows_a_chart(editor: Editor) -> None:
+    editor.open_template("restore_nano")
+    editor.run()
+    assert editor.shown_pictures(CLASSIFIER) == [[480, 294]]
+    editor.screenshot("classifier", editor.place_of(CLASSIFIER))
+
+
+def add_node(editor: Editor, words: str) -> None:
+    """Find a node by words in the search box of the canvas, and add it."""
+    editor.page.evaluate("app.graph.clear()")
+    editor.page.mouse.dblclick(900, 450)
+    editor.page.keyboard.type(words)
+    editor.page.get_by_text(f"restoration > {PACK_NAME}").first.click()
+    editor.page.wait_for_function("app.graph.nodes.length === 1")
+
+
+def test_a_node_shows_its_help(editor: Editor) -> None:
+    add_node(editor, "degradation classifier")
+    editor.page.evaluate("app.canvas.selectNode(app.graph.nodes[0])")
+    editor.page.get_by_test_id("info-button").first.click()
+    editor.page.get_by_text("Says how a photo is degraded").first.wait_for()
+    editor.page.get_by_text("It shares its look at the photo").first.wait_for()
+    pictures = editor.page.locator(f'img[src*="{CLASSIFIER}"]')
+    loaded = "each => each.complete && each.naturalWidth > 0"
+    editor.page.wait_for_function(loaded, arg=pictures.first.element_handle())
+    editor.screenshot("help")
+    assert editor.errors == []
+
+
+def test_a_widget_shows_its_tooltip(editor: Editor) -> None:
+    add_node(editor, "degradation control")
+    place = editor.page.evaluate(
+        """() => {
+            const node = app.graph.nodes[0], scale = app.canvas.ds.scale;
+            const [x, y] = app.canvas.ds.offset;
+            const widget = node.widgets.find(each => each.name === 'strength');
+            const canvas = app.canvas.canvas.getBoundingClientRect();
+            return [canvas.x + (node.pos[0] + x + node.size[0] / 2) * scale,
+                    canvas.y + (node.pos[1] + y + widget.last_y + 10) * scale];
+        }"""
+    )
+    node = "DiffRestorerDegradationControl"
+    inputs = editor.host.get(f"/object_info/{node}")[node]["input"]
+    text = inputs["required"]["strength"][1]["tooltip"]
+    editor.page.mouse.move(place[0] - 3, place[1])
+    editor.page.mouse.move(*place)
+    editor.page.get_by_text(text).first.wait_for()
+    editor.screenshot("tooltip")
+
+
+def test_chinese_names(open_editor: Callable[..., Editor]) -> None:
+    editor = open_editor(**{"Comfy.Locale": "zh"})
+    names = json.loads((ROOT / "locales/zh/nodeDefs.json").read_text(encoding="utf-8"))
+    editor.page.evaluate(
+        """types => types.forEach((type, index) => {
+            const node = LiteGraph.createNode(type);
+            node.pos = [60 + 400 * (index % 3), 160 + 330 * Math.floor(index / 3)];
+            app.graph.add(node);
+        })""",
+        list(names),
+    )
+    shown = {node["type"]: node["title"] for node in editor.nodes()}
+    editor.fit()
+    editor.screenshot("chinese")
+    if shown[CLASSIFIER] == "Degradation Classifier":
+        pytest.skip("this front end forgets the packs' languages (it merges them too early)")
+    assert shown == {key: value["display_name"] for key, value in names.items()}

@@ -1,0 +1,151 @@
+"""Draws the templates' thumbnails by running them: python -m tools.thumbnails [names].
+
+Square, as ComfyUI's dialog shows them: the degraded photo left of a line, the restored one right.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from io import BytesIO
+
+import numpy as np
+from PIL import Image
+
+from tools.client import Client, Workflow, find_node, load_workflow
+from tools.demo import LONG_SIDE, SAMPLES, Sample, degrade_photo
+from tools.environment import ROOT
+from tools.host import Host
+from tools.restore import read_photo, restore
+
+SIDE = 480
+LINE = 3
+FOLDER = ROOT / "workflows"
+
+
+Pair = tuple[Image.Image, Image.Image]
+"""What is shown left and right."""
+
+
+def square(photo: Image.Image, side: int = SIDE) -> Image.Image:
+    """The middle of a photo, `side` pixels wide and high."""
+    short = min(photo.size)
+    left, top = (photo.width - short) // 2, (photo.height - short) // 2
+    middle = photo.crop((left, top, left + short, top + short))
+    return middle.resize((side, side), Image.Resampling.LANCZOS)
+
+
+def restored(client: Client, workflow: Workflow, photo: Image.Image) -> Image.Image:
+    """The picture of the node titled Restored."""
+    return restore(client, workflow, photo, "thumbnail").image
+
+
+def before_after(client: Client, workflow: Workflow, clean: Image.Image, lq: Image.Image) -> Pair:
+    """The degraded and the restored photo."""
+    return lq, restored(client, workflow, lq)
+
+
+def enlarged(client: Client, workflow: Workflow, clean: Image.Image, lq: Image.Image) -> Pair:
+    """A small clean photo with its pixels, and the same at twice the size."""
+    small = square(clean, SIDE // 4)
+    large = restored(client, workflow, small)
+    return small.resize((SIDE, SIDE), Image.Resampling.NEAREST), large
+
+
+def decoders(client: Client, workflow: Workflow, clean: Image.Image, lq: Image.Image) -> Pair:
+    """The stock decode and the aware one."""
+    photo = find_node(workflow, "LoadImage", "Degraded photo")
+    workflow[photo]["inputs"]["image"] = upload(client, lq, "thumbnail.png")
+    result = client.run(workflow)
+    saved = (find_node(workflow, "SaveImage", title) for title in (BOTH, "Restored"))
+    stock, aware = (client.images(result, node)[0] for node in saved)
+    return stock.crop((0, 0, *lq.size)), aware
+
+
+def measured(client: Client, workflow: Workflow, clean: Image.Image, lq: Image.Image) -> Pair:
+    """What the workflow makes of a clean photo: degraded, and restored."""
+    photo = find_node(workflow, "LoadImage", "Clean photo")
+    workflow[photo]["inputs"]["image"] = upload(client, clean, "thumbnail.png")
+    result = client.run(workflow)
+    (measure,) = (key for key, node in workflow.items() if node["class_type"] == MEASURE)
+    (row,) = client.images(result, measure)  # degraded, restored, clean
+    third = row.width // 3
+    return row.crop((0, 0, third, row.height)), row.crop((third, 0, 2 * third, row.height))
+
+
+def folder_of(client: Client, workflow: Workflow, clean: Image.Image, lq: Image.Image) -> Pair:
+    """Four photos of a folder, before and after."""
+    samples = [sample for sample in SAMPLES if sample.kind in FOUR]
+    before = [square(degrade_photo(square(read(each)), each), SIDE // 2) for each in samples]
+    for index, photo in enumerate(before):
+        upload(client, photo, f"{index}.png", "thumbnail_photos")
+    loader = find_node(workflow, "LoadImageDataSetFromFolder", "Folder of photos")
+    workflow[loader]["inputs"]["folder"] = "thumbnail_photos"
+    result = client.run(workflow)
+    after = client.images(result, find_node(workflow, "SaveImage", "Restored"))
+    return grid(before), grid(after)
+
+
+def upload(client: Client, photo: Image.Image, name: str, folder: str = "") -> str:
+    """Upload a picture as PNG; the value for a loader."""
+    file = BytesIO()
+    photo.save(file, "PNG")
+    return client.upload(file.getvalue(), name, subfolder=folder)
+
+
+def grid(photos: Sequence[Image.Image]) -> Image.Image:
+    """Four photos of half the side."""
+    rows = [np.hstack([np.asarray(each) for each in photos[row : row + 2]]) for row in (0, 2)]
+    return Image.fromarray(np.vstack(rows))
+
+
+def read(sample: Sample) -> Image.Image:
+    """The clean photo of a sample."""
+    return read_photo(sample.photo, LONG_SIDE)
+
+
+BOTH = "Stock decode, aware decode"
+MEASURE = "DiffRestorerMeasure"
+FOUR = ("noise", "haze", "rain", "snow")
+Maker = Callable[[Client, Workflow, Image.Image, Image.Image], Pair]
+THUMBNAILS: dict[str, tuple[str, Maker]] = {
+    "compare_decoders": ("rain", decoders),
+    "measure_restoration": ("jpeg", measured),
+    "restore_by_kind": ("low_light", before_after),
+    "restore_folder": ("noise", folder_of),
+    "restore_if_degraded": ("snow", before_after),
+    "restore_large": ("noise", before_after),
+    "restore_nano": ("rain", before_after),
+    "restore_override": ("haze", before_after),
+    "restore_upscale_x2": ("raindrop", enlarged),
+}
+"""Workflow -> kind of the demo's sample, and how the pictures are made of (client, workflow, clean
+photo, degraded photo). All but restore_sd15, whose weights do not exist yet."""
+
+
+def draw(client: Client, name: str) -> Image.Image:
+    """One thumbnail."""
+    kind, maker = THUMBNAILS[name]
+    (sample,) = (each for each in SAMPLES if each.kind == kind)
+    clean = square(read(sample))
+    workflow = load_workflow(FOLDER / f"api/{name}.json")
+    left, right = (
+        square(each) for each in maker(client, workflow, clean, degrade_photo(clean, sample))
+    )
+    middle = SIDE // 2
+    left.paste(right.crop((middle, 0, SIDE, SIDE)), (middle, 0))
+    left.paste("white", (middle - LINE // 2, 0, middle + LINE - LINE // 2, SIDE))
+    return left
+
+
+def main(names: Sequence[str]) -> None:
+    """Draw those named, or all, with a server of our own."""
+    with Host() as host:
+        client = Client(host.url)
+        for name in names or THUMBNAILS:
+            draw(client, name).save(FOLDER / f"{name}.jpg", quality=88)
+            sys.stdout.write(f"{name}\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -21,6 +21,8 @@ from .measuring import PeakMemory, computes_bf16, interleaved, on_gpu, timed
 from .stage import LARGE_FILE, Graph, Prompts, Sd15, nano, open_host, picture, sample, stock
 
 Figures = dict[str, Any]
+LEVER_SIDE = 256
+"""Longer side of the photos that the levers are tried on: many runs are needed."""
 NANO_STEPS = 5
 """Of Nano's workflows."""
 
@@ -291,7 +293,7 @@ LEVERS: dict[str, dict[str, Any]] = {
 
 def levers(setting: Setting) -> Figures:
     """What each lever does to time and PSNR: Nano on the eight degraded photos of the demo."""
-    from tools.demo import LONG_SIDE, SAMPLES, degrade_photo
+    from tools.demo import SAMPLES, degrade_photo
     from tools.restore import read_photo
 
     psnr = open_host(setting.folder, "own").nodes.measures.psnr
@@ -300,7 +302,7 @@ def levers(setting: Setting) -> Figures:
         name: {"seconds": 0.0, "psnr": []} for name in ("degraded photo", *LEVERS)
     }
     for each in SAMPLES:
-        clean = read_photo(each.photo, LONG_SIDE)
+        clean = read_photo(each.photo, LEVER_SIDE)
         lq, gt = (
             torch.from_numpy(np.asarray(photo, np.float32) / 255)[None]
             for photo in (degrade_photo(clean, each), clean)

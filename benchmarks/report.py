@@ -181,7 +181,7 @@ def _levers(results: Results, out: Path) -> list[str]:
     axes.set_ylabel("PSNR, dB")
     axes.legend(fontsize=7)
     figure.savefig(out / "benchmarks_levers.png", dpi=100)
-    lines = ["", "## What each lever does: Nano on the demo's eight photos", ""]
+    lines = ["", "## What each lever does: Nano on the demo's eight photos, 256 px", ""]
     lines += [f"Degraded photos: {before:.2f} dB.", "", "![Levers](benchmarks_levers.png)", ""]
     lines += ["| sampling | seconds per photo | PSNR, dB |", "| --- | ---: | ---: |"]
     lines += [f"| {n} | {r['seconds']:.2f} | {r['mean_psnr']:.2f} |" for n, r in found.items()]

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from io import BytesIO
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from tools.client import Client, Workflow, find_node, load_workflow
 from tools.demo import LONG_SIDE, SAMPLES, Sample, degrade_photo
@@ -29,10 +30,7 @@ Pair = tuple[Image.Image, Image.Image]
 
 def square(photo: Image.Image, side: int = SIDE) -> Image.Image:
     """The middle of a photo, `side` pixels wide and high."""
-    short = min(photo.size)
-    left, top = (photo.width - short) // 2, (photo.height - short) // 2
-    middle = photo.crop((left, top, left + short, top + short))
-    return middle.resize((side, side), Image.Resampling.LANCZOS)
+    return ImageOps.fit(photo, (side, side))
 
 
 def restored(client: Client, workflow: Workflow, photo: Image.Image) -> Image.Image:
@@ -74,16 +72,18 @@ def measured(client: Client, workflow: Workflow, clean: Image.Image, lq: Image.I
 
 
 def folder_of(client: Client, workflow: Workflow, clean: Image.Image, lq: Image.Image) -> Pair:
-    """Four photos of a folder, before and after."""
-    samples = [sample for sample in SAMPLES if sample.kind in FOUR]
-    before = [square(degrade_photo(square(read(each)), each), SIDE // 2) for each in samples]
+    """Two photos of a folder, before and after."""
+    samples = [sample for sample in SAMPLES if sample.kind in TWO]
+    before = [strip(degrade_photo(read(each), each)) for each in samples]
     for index, photo in enumerate(before):
         upload(client, photo, f"{index}.png", "thumbnail_photos")
     loader = find_node(workflow, "LoadImageDataSetFromFolder", "Folder of photos")
     workflow[loader]["inputs"]["folder"] = "thumbnail_photos"
     result = client.run(workflow)
-    after = client.images(result, find_node(workflow, "SaveImage", "Restored"))
-    return grid(before), grid(after)
+    results = client.images(result, find_node(workflow, "SaveImage", "Restored"))
+    # They come in the order in which the server's folder lists them.
+    after = [min(results, key=partial(difference, photo)) for photo in before]
+    return stack(before), stack(after)
 
 
 def upload(client: Client, photo: Image.Image, name: str, folder: str = "") -> str:
@@ -93,10 +93,19 @@ def upload(client: Client, photo: Image.Image, name: str, folder: str = "") -> s
     return client.upload(file.getvalue(), name, subfolder=folder)
 
 
-def grid(photos: Sequence[Image.Image]) -> Image.Image:
-    """Four photos of half the side."""
-    rows = [np.hstack([np.asarray(each) for each in photos[row : row + 2]]) for row in (0, 2)]
-    return Image.fromarray(np.vstack(rows))
+def strip(photo: Image.Image) -> Image.Image:
+    """The middle of a photo, twice as wide as high."""
+    return ImageOps.fit(photo, (SIDE, SIDE // 2))
+
+
+def stack(photos: Sequence[Image.Image]) -> Image.Image:
+    """Strips, one below the other."""
+    return Image.fromarray(np.vstack([np.asarray(each) for each in photos]))
+
+
+def difference(one: Image.Image, other: Image.Image) -> float:
+    """Mean absolute difference of two photos of one size."""
+    return float(np.abs(np.asarray(one, np.float32) - np.asarray(other, np.float32)).mean())
 
 
 def read(sample: Sample) -> Image.Image:
@@ -106,7 +115,7 @@ def read(sample: Sample) -> Image.Image:
 
 BOTH = "Stock decode, aware decode"
 MEASURE = "DiffRestorerMeasure"
-FOUR = ("noise", "haze", "rain", "snow")
+TWO = ("haze", "rain")
 Maker = Callable[[Client, Workflow, Image.Image, Image.Image], Pair]
 THUMBNAILS: dict[str, tuple[str, Maker]] = {
     "compare_decoders": ("rain", decoders),

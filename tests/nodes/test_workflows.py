@@ -133,7 +133,10 @@ def test_ui_format(info, name: str) -> None:
         for entry in sockets:
             assert entry["type"] == entries[entry["name"]][0]
             assert entry["link"] is not None or not entries[entry["name"]][1], entry["name"]
-        assert [entry["type"] for entry in node["outputs"]] == described["output"]
+        outputs = [entry["type"] for entry in node["outputs"]]
+        # Newer hosts have added outputs to nodes of theirs.
+        ours = node["type"].startswith("DiffRestorer")
+        assert outputs == described["output"][: None if ours else len(outputs)]
 
 
 @pytest.mark.parametrize("name", NAMES)

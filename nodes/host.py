@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, cast
@@ -16,7 +17,11 @@ from torch import nn
 from ..diff_restorer.native import has_native_bf16
 
 MODEL_FOLDER = "diff_restorer"
-NANO_FILE = Path(__file__).parents[1] / "models" / "diff_restorer_nano.safetensors"
+# Whoever has trained another Nano names it in the environment; saved workflows stay as they are.
+NANO_FILE = Path(
+    os.environ.get("DIFF_RESTORER_NANO")
+    or Path(__file__).parents[1] / "models" / "diff_restorer_nano.safetensors"
+)
 
 # The user's own choice of number format, which goes before ours.
 _UNET_FLAGS = (

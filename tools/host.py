@@ -50,6 +50,7 @@ class Host:
         arguments: Further command-line arguments for ComfyUI.
         python: Interpreter of the environment that holds ComfyUI's packages.
         log: File for ComfyUI's output; default ``<base>/host.log``.
+        nano: File that Load Diff-Restorer Nano opens; default the shipped one.
 
     Raises:
         HostError: On entering, if the server or the pack does not come up; carries the log's end.
@@ -64,6 +65,7 @@ class Host:
         arguments: Sequence[str] = (),
         python: str = sys.executable,
         log: Path | None = None,
+        nano: Path | None = None,
     ) -> None:
         self.temporary = base is None
         self.base = Path(base or tempfile.mkdtemp(prefix="diff-restorer-")).resolve()
@@ -72,6 +74,7 @@ class Host:
         self.arguments = arguments
         self.python = python
         self.log = log or self.base / "host.log"
+        self.nano = nano
         self.process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -191,11 +194,14 @@ class Host:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, "PYTHONUNBUFFERED": "1"},
+                env={**os.environ, "PYTHONUNBUFFERED": "1", **self._nano_variable()},
                 # Ctrl-C reaches this program only, which then stops the server in order.
                 start_new_session=True,
                 preexec_fn=_die_with_parent(),
             )
+
+    def _nano_variable(self) -> dict[str, str]:
+        return {} if self.nano is None else {"DIFF_RESTORER_NANO": str(self.nano.resolve())}
 
     def _wait_until_ready(self) -> None:
         deadline = time.monotonic() + START_TIMEOUT

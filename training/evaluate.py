@@ -85,7 +85,8 @@ class Config:
     workflow: Path = NANO_WORKFLOW
     """Workflow in API format, with nodes titled `Degraded photo` and `Restored`."""
     file: Path = ROOT / "models/diff_restorer_nano.safetensors"
-    """The model file that the workflow loads: its digest and t-SNE features go into the report."""
+    """Nano's file, which the server loads that is started; with `--server`, the one that it loads.
+    Its digest and t-SNE features go into the report."""
     server: str | None = None
     """URL of a ComfyUI with this pack; without it, one is started."""
     gpu: bool = False
@@ -160,7 +161,7 @@ def restore_all(config: Config, cases: list[Case]) -> dict[str, str]:
     server: AbstractContextManager[Host | None] = nullcontext()
     if config.server is None:
         log.info("starting ComfyUI ...")
-        server = Host(cpu=not config.gpu, log=config.out / "host.log")
+        server = Host(cpu=not config.gpu, log=config.out / "host.log", nano=config.file)
     with server as host:
         client = Client(host.url if host else config.server or "")
         for batch, todo in zip(batches, pending, strict=True):

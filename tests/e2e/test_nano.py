@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from tests.e2e.graph import Graph, Runner, make_photo
-from tools.client import Progress, PromptInterruptedError
+from tools.client import ClientError, Progress, PromptInterruptedError
 from tools.environment import ROOT
-from tools.host import PACK_NAME
+from tools.host import PACK_NAME, Host
 
 pytestmark = pytest.mark.comfy
 
@@ -149,3 +150,12 @@ def test_interrupt_and_queue_again(runner: Runner, nano: Graph):
     assert np.array_equal(again, undisturbed)
     (resumed,) = runner.pictures(other.set("KSampler", steps=3))
     assert resumed.shape == (128, 160, 3)
+
+
+def test_another_nano_is_named_in_the_environment(comfyui_root: Path, tmp_path: Path) -> None:
+    other = tmp_path / "mine.safetensors"
+    with Host(tmp_path / "server", nano=other) as host:
+        runner = Runner(host)
+        graph = Graph.load(photo=runner.upload(make_photo(), "photo.png"))
+        with pytest.raises(ClientError, match=r"there is no .*mine\.safetensors"):
+            runner.pictures(graph)

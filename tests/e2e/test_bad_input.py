@@ -81,7 +81,7 @@ CASES: dict[str, tuple[Change, tuple[str, ...]]] = {
     "pickle": (load_file("pickle.safetensors"), ("pickle.safetensors", "safetensors")),
     "file of another kind": (load_file("vae.safetensors"), ("vae.safetensors", "models/vae")),
     "file of a newer format": (load_file("newer.safetensors"), ("newer.safetensors", "99")),
-    "missing file": (load_file("nowhere.safetensors"), ("nowhere.safetensors", "diff_restorer")),
+    "missing file": (load_file("nowhere.safetensors"), ("nowhere.safetensors", "file")),
     "wrong CLIP width": (use_output_of("E2EToyModels", 1, 1), ("clip_vision", "128")),
     "VAE of another kind": (
         use_output_of("E2EToyModels", 2, 2, "kl.safetensors"),

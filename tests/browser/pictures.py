@@ -66,7 +66,8 @@ def draw_templates(editor: Editor) -> None:
     """The pack's page in the templates dialog."""
     editor.open_templates()
     editor.page.wait_for_timeout(3000)
-    few_colors(editor.screenshot("templates"), DOCS / "templates.png", 128)
+    photo = Image.open(editor.screenshot("templates")).convert("RGB")
+    photo.save(DOCS / "templates.jpg", quality=85)
 
 
 def draw_workflow(editor: Editor) -> None:

@@ -18,7 +18,8 @@ LONG_SIDE = 320
 """Of the photos, pixels."""
 
 
-@pytest.fixture(scope="session")
+# Not for the session: Playwright's event loop runs in this thread, where the client needs its own.
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
     try:
         chromium = find_or_install()
@@ -30,7 +31,7 @@ def browser() -> Iterator[Browser]:
         browser.close()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def server(comfyui_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
     """As `make serve` runs it."""
     base = tmp_path_factory.mktemp("browser")

@@ -8,13 +8,13 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
-from playwright.sync_api import Browser, ConsoleMessage, Page
+from playwright.sync_api import Browser, ConsoleMessage, Page, ViewportSize
 
 from tools.environment import ROOT
 from tools.host import PACK_NAME, Host
 
 SCREENSHOTS = ROOT / "browser_out"
-VIEW = {"width": 1600, "height": 1000}
+VIEW: ViewportSize = {"width": 1600, "height": 1000}
 SECONDS = 1000.0
 READY = "window.app?.graph && window.app.extensionManager?.setting"
 # What the front end itself asks of other servers, which this one forbids; the pack has no scripts.

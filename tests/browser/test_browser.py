@@ -108,9 +108,13 @@ def test_a_widget_shows_its_tooltip(editor: Editor) -> None:
     node = "DiffRestorerDegradationControl"
     inputs = editor.host.get(f"/object_info/{node}")[node]["input"]
     text = inputs["required"]["strength"][1]["tooltip"]
-    editor.page.mouse.move(place[0] - 3, place[1])
-    editor.page.mouse.move(*place)
-    editor.page.get_by_text(text).first.wait_for()
+    tooltip = editor.page.get_by_text(text).first
+    for shift in range(20):  # it comes once the pointer, having moved, rests
+        editor.page.mouse.move(place[0] + shift, place[1])
+        editor.page.wait_for_timeout(1000)
+        if tooltip.is_visible():
+            break
+    assert tooltip.is_visible()
     editor.screenshot("tooltip")
 
 

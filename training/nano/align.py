@@ -5,12 +5,11 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader
-
-from diff_restorer.prompt_processor import PromptProcessor
 
 from ..common import DataConfig, ModelConfig, checkpoint_info, open_data, open_models, to_home
 from ..config import parse, settings
@@ -70,8 +69,8 @@ def fit(inputs: Tensor, targets: Tensor, ridge: float) -> Affine:
 
 
 @torch.no_grad()
-def fold(prompt: PromptProcessor, tokens: Affine, degradation: Affine) -> None:
-    """Multiply the maps of P_CLIP and of P_D into a prompt processor."""
+def fold(prompt: Any, tokens: Affine, degradation: Affine) -> None:
+    """Multiply the maps of P_CLIP and of P_D into a `PromptProcessor`."""
     first, last, classifier = prompt.semantic[0], prompt.degradation[-1], prompt.classifier
     matrix, offset = tokens
     _set(first, first.weight @ matrix, first.bias + first.weight @ offset)
@@ -81,7 +80,7 @@ def fold(prompt: PromptProcessor, tokens: Affine, degradation: Affine) -> None:
     _set(classifier, inverse, classifier.bias - inverse @ offset)
 
 
-def _set(layer: nn.Module, weight: Tensor, bias: Tensor) -> None:
+def _set(layer: Any, weight: Tensor, bias: Tensor) -> None:
     layer.weight.copy_(weight)
     layer.bias.copy_(bias)
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable
 
 import pytest
+from playwright.sync_api import TimeoutError
 
 from tests.browser.editor import Editor
 from tools.environment import ROOT
@@ -74,9 +76,16 @@ def test_the_classifier_shows_a_chart(editor: Editor) -> None:
 def add_node(editor: Editor, words: str) -> None:
     """Find a node by words in the search box of the canvas, and add it."""
     editor.page.evaluate("app.graph.clear()")
-    editor.page.mouse.dblclick(900, 450)
-    editor.page.keyboard.type(words)
-    editor.page.get_by_text(f"restoration > {PACK_NAME}").first.click()
+    found = editor.page.get_by_text(f"restoration > {PACK_NAME}").first
+    for _ in range(6):  # the box may open only after the canvas has drawn
+        editor.page.mouse.dblclick(900, 450)
+        editor.page.wait_for_timeout(1000)
+        editor.page.keyboard.type(words, delay=20)
+        with contextlib.suppress(TimeoutError):
+            found.wait_for(timeout=8000)
+            break
+        editor.page.keyboard.press("Escape")
+    found.click()
     editor.page.wait_for_function("app.graph.nodes.length === 1")
 
 

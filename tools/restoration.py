@@ -111,16 +111,16 @@ def run(
     deep = pixels.dtype == np.uint16
     if deep:
         upper, lower = (pixels >> 8).astype(np.uint8), (pixels & 255).astype(np.uint8)
-        filled[source]["inputs"]["image"] = _upload(client, upper)
-        deepen_input(filled, source, _upload(client, lower[..., :3]))
+        filled[source]["inputs"]["image"] = upload(client, upper)
+        deepen_input(filled, source, upload(client, lower[..., :3]))
     else:
-        filled[source]["inputs"]["image"] = _upload(client, pixels)
+        filled[source]["inputs"]["image"] = upload(client, pixels)
     result = client.run(filled, on_progress)
     restored = _fetch(client, result, target)
     seconds = result.seconds
     if deep and restored.shape[2] == 3:  # ImageBlend knows no transparency
         height, width = restored.shape[:2]
-        deepen_output(filled, target, _upload(client, restored), width, height)
+        deepen_output(filled, target, upload(client, restored), width, height)
         # The server has the rest of the graph in its cache.
         rest = client.run(filled, lambda progress: None)
         # SaveImage cuts off, so half a step is missing on average; 255 * 256 steps make white.
@@ -183,12 +183,13 @@ def _move_link(workflow: Workflow, old: list[Any], new: list[Any]) -> None:
                 node["inputs"][name] = new
 
 
-def _upload(client: Client, pixels: Pixels) -> str:
+def upload(client: Client, pixels: Pixels, subfolder: str = UPLOADS) -> str:
+    """Uploads pixels into a subfolder of the server's input; the value for ``LoadImage``."""
     stream = io.BytesIO()
     Image.fromarray(np.ascontiguousarray(pixels)).save(stream, "PNG", compress_level=1)
     data = stream.getvalue()
     # Named by content: the same name never means another photo to a server that is shared.
-    return client.upload(data, f"{hashlib.sha256(data).hexdigest()[:24]}.png", subfolder=UPLOADS)
+    return client.upload(data, f"{hashlib.sha256(data).hexdigest()[:24]}.png", subfolder=subfolder)
 
 
 def _fetch(client: Client, result: Result, target: str) -> Pixels:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
-from io import BytesIO
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -17,6 +16,7 @@ from tools.client import Client, Workflow, find_node, load_workflow
 from tools.demo import LONG_SIDE, SAMPLES, Sample, degrade_photo
 from tools.environment import ROOT
 from tools.host import Host
+from tools.restoration import upload
 from tools.restore import read_photo, restore
 
 SIDE = 480
@@ -53,7 +53,7 @@ def enlarged(client: Client, workflow: Workflow, clean: Image.Image, lq: Image.I
 def decoders(client: Client, workflow: Workflow, clean: Image.Image, lq: Image.Image) -> Pair:
     """The stock decode and the aware one."""
     photo = find_node(workflow, "LoadImage", "Degraded photo")
-    workflow[photo]["inputs"]["image"] = upload(client, lq, "thumbnail.png")
+    workflow[photo]["inputs"]["image"] = upload(client, np.asarray(lq))
     result = client.run(workflow)
     saved = (find_node(workflow, "SaveImage", title) for title in (BOTH, "Restored"))
     stock, aware = (client.images(result, node)[0] for node in saved)
@@ -63,7 +63,7 @@ def decoders(client: Client, workflow: Workflow, clean: Image.Image, lq: Image.I
 def measured(client: Client, workflow: Workflow, clean: Image.Image, lq: Image.Image) -> Pair:
     """What the workflow makes of a clean photo: degraded, and restored."""
     photo = find_node(workflow, "LoadImage", "Clean photo")
-    workflow[photo]["inputs"]["image"] = upload(client, clean, "thumbnail.png")
+    workflow[photo]["inputs"]["image"] = upload(client, np.asarray(clean))
     result = client.run(workflow)
     (measure,) = (key for key, node in workflow.items() if node["class_type"] == MEASURE)
     (row,) = client.images(result, measure)  # degraded, restored, clean
@@ -75,8 +75,8 @@ def folder_of(client: Client, workflow: Workflow, clean: Image.Image, lq: Image.
     """Two photos of a folder, before and after."""
     samples = [sample for sample in SAMPLES if sample.kind in TWO]
     before = [strip(degrade_photo(read(each), each)) for each in samples]
-    for index, photo in enumerate(before):
-        upload(client, photo, f"{index}.png", "thumbnail_photos")
+    for photo in before:
+        upload(client, np.asarray(photo), "thumbnail_photos")
     loader = find_node(workflow, "LoadImageDataSetFromFolder", "Folder of photos")
     workflow[loader]["inputs"]["folder"] = "thumbnail_photos"
     result = client.run(workflow)
@@ -84,13 +84,6 @@ def folder_of(client: Client, workflow: Workflow, clean: Image.Image, lq: Image.
     # They come in the order in which the server's folder lists them.
     after = [min(results, key=partial(difference, photo)) for photo in before]
     return stack(before), stack(after)
-
-
-def upload(client: Client, photo: Image.Image, name: str, folder: str = "") -> str:
-    """Upload a picture as PNG; the value for a loader."""
-    file = BytesIO()
-    photo.save(file, "PNG")
-    return client.upload(file.getvalue(), name, subfolder=folder)
 
 
 def strip(photo: Image.Image) -> Image.Image:

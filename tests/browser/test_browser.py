@@ -141,6 +141,7 @@ def test_chinese_names(open_editor: Callable[..., Editor]) -> None:
     shown = {node["type"]: node["title"] for node in editor.nodes()}
     editor.fit()
     editor.screenshot("chinese")
+    assert editor.host.get("/i18n")["zh"]["nodeDefs"] == names
     if shown[CLASSIFIER] == "Degradation Classifier":
         pytest.skip("this front end forgets the packs' languages (it merges them too early)")
     assert shown == {key: value["display_name"] for key, value in names.items()}

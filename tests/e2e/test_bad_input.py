@@ -75,13 +75,17 @@ def break_image(graph: Graph, models: Path) -> None:
     graph.nodes[broken]["inputs"]["image"] = [loaded, 0]
 
 
-CASES: dict[str, tuple[Change, tuple[str, ...]]] = {
+CASES: dict[str, tuple[Change, tuple[str | tuple[str, ...], ...]]] = {
     "truncated file": (load_file("truncated.safetensors"), ("truncated.safetensors",)),
     "empty file": (load_file("empty.safetensors"), ("empty.safetensors",)),
     "pickle": (load_file("pickle.safetensors"), ("pickle.safetensors", "safetensors")),
     "file of another kind": (load_file("vae.safetensors"), ("vae.safetensors", "models/vae")),
     "file of a newer format": (load_file("newer.safetensors"), ("newer.safetensors", "99")),
-    "missing file": (load_file("nowhere.safetensors"), ("nowhere.safetensors", "file")),
+    "missing file": (
+        load_file("nowhere.safetensors"),
+        # Newer hosts check the list themselves, before the loader can name its folder.
+        ("nowhere.safetensors", ("diff_restorer", "file: 'nowhere.safetensors' not in")),
+    ),
     "wrong CLIP width": (use_output_of("E2EToyModels", 1, 1), ("clip_vision", "128")),
     "VAE of another kind": (
         use_output_of("E2EToyModels", 2, 2, "kl.safetensors"),
@@ -111,7 +115,8 @@ def test_bad_input_is_named_and_survived(runner: Runner, nano: Graph, models: Pa
         runner.run(bad)
     assert isinstance(caught.value, ExecutionError | PromptRejectedError)
     message = str(caught.value)
-    assert [fragment for fragment in fragments if fragment not in message] == []
+    choices = [(each,) if isinstance(each, str) else each for each in fragments]
+    assert [each for each in choices if not any(words in message for words in each)] == []
     # What a programmer would have to translate is no message for a user.
     assert not any(name in message for name in ("KeyError", "AttributeError", "size mismatch"))
     (restored,) = runner.pictures(nano)

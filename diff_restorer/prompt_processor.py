@@ -53,6 +53,26 @@ class PromptOutput(NamedTuple):
     logits: Tensor
     """(B, N), one per degradation type, before softmax."""
 
+    def over_views(self, photos: int) -> PromptOutput:
+        """What several views of each photo, photo by photo in a row, tell of its degradation.
+
+        That is their mean, so that a photo has as many tokens as one view. Ours: the paper looks at
+        the whole photo once.
+
+        Args:
+            photos: Number of photos B; there are B * V views.
+
+        Returns:
+            `degradation`, `pooled` and `logits` of B photos; `semantic` stays as it is.
+        """
+
+        def mean(views: Tensor) -> Tensor:
+            return views.unflatten(0, (photos, -1)).mean(dim=1)
+
+        return self._replace(
+            degradation=mean(self.degradation), pooled=mean(self.pooled), logits=mean(self.logits)
+        )
+
 
 class PromptProcessor(nn.Module):
     """Semantic branch B_s, degradation branch B_d and classifier C on P_CLIP.

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..diff_restorer import PromptProcessor, PromptProcessorConfig
 from ..diff_restorer.checkpoint import Checkpoint, read_checkpoint
-from ..diff_restorer.views import NATIVE, WHOLE, native_view
+from ..diff_restorer.views import NATIVE, WHOLE, native_views
 from .host_build import build_control, build_fusion, build_prompt_processor, build_tuned_decoder
 from .images import digest
 from .sockets import Degradation
@@ -70,7 +70,9 @@ class DiffRestorer:
         model: PromptProcessor = self.prompt_processor.model
         device = self.prompt_processor.load_device
         out = model(close.to(device).float())
-        semantic = out.semantic if close is whole else model(whole.to(device).float()).semantic
+        if close is not whole:
+            semantic = model.semantic(whole.to(device).float())
+            out = out.over_views(len(rgb))._replace(semantic=semantic)
         home = comfy.model_management.intermediate_device()
         degradation = Degradation(
             tokens=out.degradation.to(home),
@@ -79,13 +81,13 @@ class DiffRestorer:
             types=self.info.types,
             prototypes=model.prototypes.to(home, torch.float32),
         )
-        return semantic.to(home), degradation
+        return out.semantic.to(home), degradation
 
     def _clip_tokens(self, clip_vision: Any, rgb: Tensor, remember: bool) -> tuple[Tensor, Tensor]:
-        """P_CLIP for P_S and for P_D, (B, T, clip_width) each; kept for the graph's next node.
+        """P_CLIP for P_S, (B, T, clip_width), and for P_D; kept for the graph's next node.
 
-        They are the same unless the file asks for a native view: then P_D comes from a second
-        look at a piece of the photo that is not resized.
+        They are the same unless the file asks for native views: then P_D comes from a second look
+        at windows of the photos that are not resized, (B * V, T, clip_width).
 
         The photo is recognised by its bytes, which costs a thousandth of the vision model.
         """
@@ -96,8 +98,8 @@ class DiffRestorer:
                 return tokens
         whole = close = self._encode(clip_vision, rgb)
         if self.info.clip.get("degradation_view", WHOLE) == NATIVE:
-            view = native_view(rgb, clip_vision.image_size)
-            close = whole if view.shape == rgb.shape else self._encode(clip_vision, view)
+            views = native_views(rgb, clip_vision.image_size).flatten(0, 1)
+            close = whole if views.shape == rgb.shape else self._encode(clip_vision, views)
         tokens = whole, close
         if remember:
             self._last_tokens = (weakref.ref(clip_vision), photo, tokens)

@@ -36,7 +36,15 @@ from tools.client import (
 from tools.host import Host, HostError, exit_on_termination
 from tools.jobs import Job, digest_workflow, plan, settle
 from tools.photo import read_photo
-from tools.restoration import INPUT_TITLE, NANO_WORKFLOW, OUTPUT_TITLE, Restoration, restore
+from tools.restoration import (
+    INPUT_TITLE,
+    NANO_WORKFLOW,
+    OUTPUT_TITLE,
+    PRESETS,
+    Restoration,
+    restore,
+    with_preset,
+)
 
 __all__ = [
     "INPUT_TITLE",
@@ -172,6 +180,8 @@ def run(options: argparse.Namespace, watch: Callable[[Event], None] = lambda eve
     workflow = load_workflow(options.workflow)
     find_node(workflow, "LoadImage", INPUT_TITLE)
     find_node(workflow, "SaveImage", OUTPUT_TITLE)
+    if options.preset:
+        workflow = with_preset(workflow, options.preset)
     jobs = plan(options.photos, options.out, recursive=options.recursive)
     digest = digest_workflow(workflow, options.max_side)
     for job in jobs:
@@ -238,6 +248,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add("--gpu", action="store_true", help="let the ComfyUI that is started use a GPU")
     add("--workflow", type=Path, default=NANO_WORKFLOW, metavar="FILE", help="in API format")
+    add("--preset", choices=sorted(PRESETS), help="sampler settings for Nano, not the workflow's")
     add(
         "--max-side",
         type=_number(0, int),

@@ -9,7 +9,7 @@ the part may do better, so give files that were trained without it where there a
 as it was trained with them (its metadata says what it leaves out).
 
 Runs in PyTorch without ComfyUI: whole photos padded to multiples of 8, DDIM (the workflow uses
-UniPC), bf16. Writes table.md, ablation.json and ablation.png to --out; a run that was stopped goes
+UniPC). Writes table.md, ablation.json and ablation.png to --out; a run that was stopped goes
 on where it was.
 """
 
@@ -33,7 +33,7 @@ from tqdm import tqdm
 from diff_restorer.degradations import KINDS
 from tools.environment import ROOT
 
-from .common import git_revision
+from .common import Precision, git_revision, half, mixed_precision
 from .evaluation import plots
 from .evaluation.metrics import fidelity
 from .evaluation.pictures import (
@@ -87,8 +87,8 @@ class Config:
     """Which to run; `full` always runs."""
     steps: int = 5
     """Sampling steps; Nano's workflows have 5."""
-    bf16: bool = True
-    """Run the networks in bf16 autocast; else fp32."""
+    precision: Precision = "auto"
+    """Number format of the networks, as in training."""
 
 
 def check_names(config: Config) -> None:
@@ -124,7 +124,9 @@ def score_case(
     lq, gt = read_image(case.lq), read_image(case.gt)
     photos: dict[Path, Photo] = {}
     scores: dict[str, dict[str, float]] = {}
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=config.bf16):
+    number_format = half(config.precision)
+    mixed = number_format != torch.float32
+    with torch.no_grad(), torch.autocast("cpu", number_format, enabled=mixed):
         for name, variant in todo.items():
             file = config.retrained.get(name, config.file)
             if file not in photos:
@@ -149,7 +151,7 @@ def run(config: Config, cases: Sequence[Case]) -> Scores:
     for case in tqdm(cases, desc="ablation", unit="photo"):
         cache = config.out / "scores" / f"{case.id}.json"
         stored = _read(cache)
-        settings = f"{config.steps} {config.bf16} {config.data.seed}"
+        settings = f"{config.steps} {half(config.precision)} {config.data.seed}"
         photo = digest(pixel_digest(case.lq), pixel_digest(case.gt), settings)
         keys = {name: digest(photo, marks[files[name]], str(variants[name])) for name in variants}
         todo = {n: v for n, v in variants.items() if stored.get(n, {}).get("key") != keys[n]}
@@ -228,6 +230,10 @@ def verdict(row: Mapping[str, Any]) -> str:
     return f"- {row['title']}: the full model is {worth:+.2f}{spread} dB ahead: {known}"
 
 
+def _format(config: Config) -> str:
+    return {"no": "fp32"}.get(name := mixed_precision(config.precision), name)
+
+
 def markdown(config: Config, rows: Mapping[str, Any], photos: int) -> str:
     """The table and how to read it."""
     kinds = list(rows["full"]["kinds"])
@@ -257,7 +263,7 @@ def markdown(config: Config, rows: Mapping[str, Any], photos: int) -> str:
         "# Ablation",
         f"File `{config.file.name}` (tensors sha256 {weights_digest(config.file)[:16]}), code "
         f"{git_revision()}, {photos} photos of `{config.data.clean.name}` per kind, seed "
-        f"{config.data.seed}, {config.steps} DDIM steps, {'bf16' if config.bf16 else 'fp32'}. "
+        f"{config.data.seed}, {config.steps} DDIM steps, {_format(config)}. "
         f"{SETTINGS[0].upper()}{SETTINGS[1:]}.",
         "The first row is PSNR in dB; the others are paired differences to it in dB, ± their "
         "standard error. \\* marks those beyond 1.96 standard errors. The mean is over the "

@@ -244,7 +244,7 @@ def draw_features(config: Config, cases: list[Case]) -> str | None:
     degradation: list[NDArray[np.float32]] = []
     for case in tqdm(chosen, desc="features", unit="photo"):
         prompt, tokens = read_prompts(models, read_image(case.lq))
-        clip.append(tokens.mean(dim=1)[0].numpy())
+        clip.append(tokens.mean(dim=(0, 1)).numpy())
         degradation.append(prompt.pooled[0].numpy())
     if len(chosen) < 5:
         return "t-SNE: needs at least five photos"

@@ -52,3 +52,16 @@ def test_every_branch_gets_gradient_from_its_own_output_only() -> None:
     assert all(p.grad is not None and p.grad.any() for p in processor.degradation.parameters())
     processor(torch.randn(2, 5, 24)).semantic.square().sum().backward()
     assert all(p.grad is not None and p.grad.any() for p in processor.semantic.parameters())
+
+
+def test_views_of_each_photo_are_averaged() -> None:
+    processor = PromptProcessor(CONFIGS[0])
+    output = processor(torch.randn(6, 5, 24))
+    photos = output.over_views(2)
+    assert torch.equal(photos.semantic, output.semantic)
+    for index in range(2):
+        views = slice(3 * index, 3 * index + 3)
+        torch.testing.assert_close(photos.degradation[index], output.degradation[views].mean(dim=0))
+        torch.testing.assert_close(photos.logits[index], output.logits[views].mean(dim=0))
+    torch.testing.assert_close(photos.pooled, photos.degradation.mean(dim=1))
+    torch.testing.assert_close(photos.logits, processor.classifier(photos.pooled))

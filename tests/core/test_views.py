@@ -1,17 +1,33 @@
-"""The native view keeps pixels as they are."""
+"""The native views keep pixels as they are and show all of a photo that is not too large."""
 
 import pytest
 import torch
 
-from diff_restorer.views import native_view
+from diff_restorer.views import MOST_VIEWS, native_views
 
 
 @pytest.mark.parametrize(
-    ("size", "expected"), [((9, 7), (4, 4)), ((3, 9), (3, 4)), ((2, 1), (2, 1)), ((4, 4), (4, 4))]
+    ("size", "rows", "columns"),
+    [
+        ((4, 4), [0], [0]),
+        ((2, 1), [0], [0]),
+        ((3, 9), [0], [0, 2, 5]),
+        ((5, 8), [0, 1], [0, 4]),
+        ((13, 40), [0, 4, 9], [0, 18, 36]),
+    ],
 )
-def test_native_view_is_the_centre(size: tuple[int, int], expected: tuple[int, int]) -> None:
+def test_native_views_are_windows(
+    size: tuple[int, int], rows: list[int], columns: list[int]
+) -> None:
     image = torch.arange(2 * size[0] * size[1] * 3).reshape(2, *size, 3)
-    view = native_view(image, 4)
-    assert view.shape == (2, *expected, 3)
-    top, left = ((full - part) // 2 for full, part in zip(size, expected, strict=True))
-    assert torch.equal(view, image[:, top : top + expected[0], left : left + expected[1]])
+    views = native_views(image, 4)
+    expected = [image[:, y : y + 4, x : x + 4] for y in rows for x in columns]
+    assert torch.equal(views, torch.stack(expected, dim=1))
+
+
+@pytest.mark.parametrize("size", [(1, 1), (4, 12), (11, 7), (12, 12)])
+def test_native_views_cover_photos_of_a_few_windows(size: tuple[int, int]) -> None:
+    place = torch.arange(size[0] * size[1]).reshape(1, *size, 1)
+    views = native_views(place, 4)
+    assert set(views.flatten().tolist()) == set(place.flatten().tolist())
+    assert views.shape[1] <= MOST_VIEWS**2

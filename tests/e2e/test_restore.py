@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from tools.batch import Batch, Options, Server
 from tools.client import load_workflow
 from tools.host import free_port
 from tools.jobs import plan
+from tools.restoration import PRESETS, with_preset
 
 pytestmark = pytest.mark.comfy
 
@@ -78,13 +78,8 @@ def test_nano_restores_16_bits(runner: Runner, tmp_path: Path):
         tmp_path / "deep.png", photo.Photo(deep, None, False, b"", b"", None, ""), {}
     )
     make_photo(96, 72).save(tmp_path / "flat.png")
-    workflow = load_workflow(restore.NANO_WORKFLOW)
-    for node in workflow.values():
-        if node["class_type"] == "KSampler":
-            node["inputs"]["steps"] = 2
-    (tmp_path / "workflow.json").write_text(json.dumps(workflow))
     arguments = [tmp_path / "deep.png", tmp_path / "flat.png", "--out", tmp_path / "out"]
-    arguments += ["--server", runner.host.url, "--workflow", tmp_path / "workflow.json"]
+    arguments += ["--server", runner.host.url, "--preset", "fast"]
     assert restore.main([str(argument) for argument in arguments]) == 0
     restored = photo.read(tmp_path / "out/deep_restored.png")
     flat = photo.read(tmp_path / "out/flat_restored.png")
@@ -152,6 +147,25 @@ def test_nothing_to_do_needs_no_server(runner: Runner, holding: Holding, tmp_pat
     arguments += ["--workflow", holding.workflow]
     assert restore.main([str(argument) for argument in arguments]) == 0
     assert read_report(tmp_path / "out")["counts"]["skipped"] == 1
+
+
+def test_presets_set_the_sampler_alone():
+    workflow = load_workflow(restore.NANO_WORKFLOW)
+    for name, settings in PRESETS.items():
+        changed = with_preset(workflow, name)
+        (sampler,) = (key for key, node in changed.items() if node["class_type"] == "KSampler")
+        assert changed[sampler]["inputs"] == workflow[sampler]["inputs"] | settings
+        assert changed[sampler] != workflow[sampler]
+        changed[sampler] = workflow[sampler]
+        assert changed == workflow
+
+
+def test_preset_without_a_sampler_is_refused(
+    runner: Runner, holding: Holding, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    (path,) = put_photos(tmp_path / "in", 1)
+    assert run(holding, runner, path, "--out", tmp_path / "out", "--preset", "best") == 1
+    assert "--preset best: the workflow has no KSampler" in capsys.readouterr().err
 
 
 def test_server_without_the_node_is_named(

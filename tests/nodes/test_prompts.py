@@ -67,17 +67,17 @@ def test_one_clip_pass_for_both_nodes(toy, read, classify, photo, calls) -> None
     assert torch.equal(classified.probabilities, degradation.probabilities)
 
 
-def test_a_native_view_is_read_for_the_degradation_alone(
+def test_native_views_are_read_for_the_degradation_alone(
     pack: ModuleType, read, classify, photo, calls, tmp_path
 ) -> None:
-    """As Nano asks for in its metadata: P_S from the squashed photo, P_D from its centre."""
+    """As Nano asks for in its metadata: P_S from the squashed photo, P_D from its windows."""
     clip = {**toy_weights.info().clip, "degradation_view": "native"}
     tensors = toy_weights.restorer_tensors() | toy_weights.base_tensors()
     path = tmp_path / "native.safetensors"
     write_checkpoint(path, tensors, toy_weights.info(clip=clip))
     _, vision, _, restorer = pack.nodes.host_nano.load_nano(path)
     side = vision.image_size
-    image = photo(side + 20, side + 6, seed=105)
+    image = photo(side + 20, side + 6, seed=105, batch=2)
     passes = calls(vision.model, "forward")
     positive, _, degradation = read(image, diff_restorer=restorer, clip_vision=vision)
     classified = classify(image, diff_restorer=restorer, clip_vision=vision)[3]
@@ -89,8 +89,13 @@ def test_a_native_view_is_read_for_the_degradation_alone(
         return restorer.prompt_processor.model(hidden[:, 1:])
 
     assert torch.equal(positive[0][0], expected(image).semantic)
-    centre = image[:, 10 : 10 + side, 3 : 3 + side]
-    assert torch.equal(degradation.tokens, expected(centre).degradation)
+    windows = [image[:, y : y + side, x : x + side] for y in (0, 20) for x in (0, 6)]
+    seen = [expected(window) for window in windows]
+    tokens = torch.stack([each.degradation for each in seen]).mean(dim=0)
+    assert torch.allclose(degradation.tokens, tokens, atol=1e-5)
+    assert torch.allclose(degradation.pooled, tokens.mean(dim=1), atol=1e-5)
+    logits = torch.stack([each.logits for each in seen]).mean(dim=0)
+    assert torch.allclose(degradation.probabilities, logits.softmax(dim=-1), atol=1e-5)
 
 
 def test_no_stale_results(toy, read, photo, calls) -> None:

@@ -40,6 +40,7 @@ from training.evaluation.pictures import (
 from training.evaluation.report import PhotoScore
 from training.evaluation.restoring import Job, run_batch, vae_round_trip
 from training.evaluation.testsets import kind_of, synthetic
+from training.loop import LoopConfig
 
 
 def small_photo(name: str, width: int, height: int) -> Image.Image:
@@ -363,13 +364,10 @@ def test_nafnet_begins_as_identity_and_takes_any_size():
 def test_nafnet_trains_and_is_scored(photos: Path, offline: Config, metrics: dict, tmp_path: Path):
     file = nafnet.main(
         nafnet.Config(
+            LoopConfig(tmp_path / "nafnet", steps=20, batch_size=2, lr=1e-3, warmup=2, workers=0),
             DataConfig(photos, crop=32, held_out=2, validation_samples=9),
-            tmp_path / "n.safetensors",
-            minutes=0.08,
             width=8,
             blocks=(1, 1, 1),
-            batch_size=2,
-            workers=0,
         )
     )
     network = nafnet.load_nafnet(file)

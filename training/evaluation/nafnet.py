@@ -1,57 +1,44 @@
 """A small restoration network for comparison: same data, no diffusion, no degradation prompt.
 
-Run: python -m training.evaluation.nafnet --data.photos folder --minutes 45 --out nafnet.safetensors
+Run: python -m training.evaluation.nafnet --help
 """
 
 from __future__ import annotations
 
-import logging
-import math
-import time
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-import tyro
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from diff_restorer import zero_init
 
-from ..common import DataConfig, git_revision, open_data
-from ..data import StepSampler
+from ..common import DataConfig, git_revision, home, open_data, to_home
+from ..config import parse
+from ..loop import LoopConfig, Stage, maybe_compile, run
+from ..losses import psnr_loss
 from ..models import Sizes, psnr
+from ..sheets import save_sheet
 
-log = logging.getLogger(__name__)
 FORMAT = "diff-restorer-nafnet"
 
 
 @dataclass(frozen=True)
 class Config:
-    """Train the comparison network for a given time."""
+    """Train the comparison network on the photos and with the loss of Nano's decoder."""
 
+    loop: LoopConfig
     data: DataConfig
-    out: Path
-    """safetensors file to write."""
-    minutes: float = 45
-    """Training time."""
     width: int = 32
     """Channels at full size."""
     blocks: tuple[int, ...] = (1, 2, 2, 4)
     """Blocks per level; the last number is the middle. The decoder mirrors the encoder."""
-    batch_size: int = 8
-    """Samples per step."""
-    lr: float = 1e-3
-    """Peak learning rate of AdamW; warm-up over 2 % of the time, then cosine to zero."""
-    workers: int = 1
-    """Data processes."""
-    seed: int = 0
-    """Seed of data and weights."""
 
 
 class ChannelNorm(nn.Module):
@@ -151,57 +138,47 @@ def load_nafnet(path: Path) -> NafNet:
 
 
 def main(config: Config) -> Path:
-    """Train and write the file."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    torch.manual_seed(config.seed)
-    samples, validation = open_data(config.data, Sizes(), config.seed)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    network = NafNet(config.width, config.blocks).to(device)
-    log.info("%.2f M parameters", sum(p.numel() for p in network.parameters()) / 1e6)
-    optimizer = torch.optim.AdamW(network.parameters(), config.lr, betas=(0.9, 0.9))
-    loader = iter(
-        DataLoader(
-            samples,
-            batch_sampler=StepSampler(config.seed, batch_size=config.batch_size),
-            num_workers=config.workers,
-        )
-    )
-    begun, seconds, step = time.monotonic(), 60 * config.minutes, 0
-    with tqdm(total=round(seconds), unit="s", mininterval=5) as bar:
-        while (done := (time.monotonic() - begun) / seconds) < 1:
-            optimizer.param_groups[0]["lr"] = config.lr * min(
-                1.0, (done + 1e-3) / 0.02, 0.5 * (1 + math.cos(math.pi * done))
-            )
-            batch = next(loader)
-            with torch.autocast(device.type, torch.bfloat16):
-                restored = network(batch["lq"].to(device))
-            loss = F.l1_loss(restored.float(), batch["gt"].to(device))
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-            optimizer.step()
-            step += 1
-            bar.set_postfix(step=step, l1=f"{loss.item():.4f}", refresh=False)
-            bar.update(round(time.monotonic() - begun) - bar.n)
-    network.eval()
-    with torch.no_grad():
-        restored = network(validation["lq"].to(device)).cpu()
-    before, after = (psnr(image, validation["gt"]) for image in (validation["lq"], restored))
-    gain = (after - before).clamp(-20, 30)
-    log.info("%d steps, gain on held-out crops %+.2f dB", step, float(gain.mean()))
-    note = {
-        "format": FORMAT,
-        "width": str(config.width),
-        "blocks": " ".join(map(str, config.blocks)),
-        "minutes": str(config.minutes),
-        "steps": str(step),
-        "git_revision": git_revision(),
-    }
-    config.out.parent.mkdir(parents=True, exist_ok=True)
-    state = {key: value.cpu().contiguous() for key, value in network.state_dict().items()}
-    save_file(state, config.out, metadata=note)
-    return config.out
+    """Train, and write a file for `python -m training.evaluate --nafnet`."""
+    torch.manual_seed(config.loop.seed)
+    train, validation = open_data(config.data, Sizes(), config.loop.seed)
+    validation = to_home(validation)
+    network = NafNet(config.width, config.blocks).to(home())
+    restore = maybe_compile(network.forward, config.loop)
+
+    def loss(batch: dict[str, Tensor], _: torch.Generator) -> dict[str, Tensor]:
+        restored = restore(batch["lq"]).float()
+        gain = psnr(restored.detach(), batch["gt"]) - psnr(batch["lq"], batch["gt"])
+        total = psnr_loss(restored, batch["gt"])
+        return {"loss": total, "psnr_gain": gain.clamp(-20, 30).mean()}
+
+    @torch.no_grad()
+    def validate(step: int, folder: Path) -> dict[str, float]:
+        images = {name: validation[name] for name in ("lq", "gt")}
+        images["restored"] = network(images["lq"]).float()
+        save_sheet(folder / f"{step:07d}.jpg", {name: rows[:18] for name, rows in images.items()})
+        before, after = (psnr(images[name], images["gt"]) for name in ("lq", "restored"))
+        return {"psnr_gain": float((after - before).clamp(-20, 30).mean())}
+
+    def tensors() -> dict[str, Tensor]:
+        return {key: value.cpu().contiguous() for key, value in network.state_dict().items()}
+
+    def export(path: Path, settings: dict[str, Any]) -> None:
+        note = {
+            "format": FORMAT,
+            "width": str(config.width),
+            "blocks": " ".join(map(str, config.blocks)),
+            "config": json.dumps(settings),
+            "git_revision": git_revision(),
+        }
+        save_file(tensors(), path, metadata=note)
+
+    def check(path: Path) -> None:
+        found = load_nafnet(path).state_dict()
+        if wrong := [key for key, value in tensors().items() if not torch.equal(found[key], value)]:
+            raise ValueError(f"{path}: reads back other than it was written ({wrong[0]})")
+
+    return run(Stage(network, loss, validate, export, check=check), train, config.loop, config)
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, description=__doc__))
+    main(parse(Config, __doc__))

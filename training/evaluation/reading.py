@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from diff_restorer import PromptOutput
 from diff_restorer.checkpoint import read_checkpoint
-from diff_restorer.views import WHOLE, native_view
+from diff_restorer.views import WHOLE, native_views
 
 from ..data import clip_view
 from ..models import Models, sizes_of
@@ -35,17 +35,24 @@ def open_file(path: Path) -> Models:
 
 
 def views(models: Models, image: Tensor) -> dict[str, Tensor]:
-    """What the nodes show the vision encoder of photos (B, 3, H, W) in [0, 1]."""
+    """What the nodes show the vision encoder of photos (B, 3, H, W) in [0, 1].
+
+    Returns:
+        `clip_view`, B of them, and `native_view`, all windows of the first photo first.
+    """
     size = models.sizes.vision_image
-    near = native_view(image.movedim(1, -1), size).movedim(-1, 1)
+    near = native_views(image.movedim(1, -1), size).flatten(0, 1).movedim(-1, 1)
     return {"clip_view": clip_view(image, size), "native_view": clip_view(near, size)}
 
 
 @torch.no_grad()
 def read_photo(models: Models, image: Tensor) -> tuple[PromptOutput, Tensor]:
-    """P_S, P_D and logits of photos (B, 3, H, W) in [0, 1], and the P_CLIP that P_D is made of."""
+    """P_S, P_D and logits of photos (B, 3, H, W) in [0, 1], and the P_CLIP that P_D is made of.
+
+    There is a P_CLIP for each view of a photo.
+    """
     whole, close = models.tokens(views(models, image))
-    return models.prompt_of(whole, close), close
+    return models.prompt_of(whole, close).over_views(len(image)), close
 
 
 def pad_to_8(image: Tensor) -> Tensor:

@@ -28,9 +28,10 @@ help:
 	@echo "make bench-train [ARGS=..]                            stage 1 against diffusers' ControlNet step"
 
 # The set-up prints its progress on stderr and the environment's interpreter on stdout.
+least = $(if $(filter dev,$(1)),3.11,3.10)
 define in_environment
-@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || { \
-  echo "error: '$(PYTHON)' is missing or older than Python 3.10 ($$($(PYTHON) --version 2>&1))." \
+@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < tuple(map(int, "$(least)".split("."))))' 2>/dev/null || { \
+  echo "error: '$(PYTHON)' is missing or older than Python $(least) ($$($(PYTHON) --version 2>&1))." \
     "Name another one: make $@ PYTHON=/path/to/python3" >&2; exit 1; }
 @python=$$($(PYTHON) -m tools.host setup --stage $(1)) || exit 1; $(2)
 endef

@@ -96,6 +96,6 @@ class DiffRestorerNanoLoader(io.ComfyNode):
         if not host.NANO_FILE.is_file():
             raise FileNotFoundError(
                 f"Nano's weights are missing: there is no {host.NANO_FILE}. They come with the "
-                "pack: install it again, or train them with `make nano`."
+                "pack: install it again."
             )
         return io.NodeOutput(*load_nano(host.NANO_FILE))

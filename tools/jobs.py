@@ -166,7 +166,7 @@ def settle(job: Job, workflow: str, *, overwrite: bool) -> None:
     elif record["photo"] != digest:
         reason = f"was made from another photo ({record['source']}), or from it before it changed"
     elif record["workflow"] != workflow:
-        reason = "was made by another workflow or --max-side"
+        reason = "was made by another workflow, --preset or --max-side"
     else:
         return job.take_over(record)
     return job.fail(

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageDraw, ImageOps
 
 from tools.client import Client, Workflow, find_node, load_workflow
 from tools.demo import LONG_SIDE, SAMPLES, Sample, degrade_photo
@@ -86,6 +86,18 @@ def folder_of(client: Client, workflow: Workflow, clean: Image.Image, lq: Image.
     return stack(before), stack(after)
 
 
+def without_weights(
+    client: Client, workflow: Workflow, clean: Image.Image, lq: Image.Image
+) -> Pair:
+    """The degraded photo, and what it takes to restore it."""
+    right = Image.new("RGB", lq.size, "#33658a")
+    text = ImageDraw.Draw(right)
+    center = (3 * SIDE // 4, SIDE // 2)
+    text.text(center, "Stable\nDiffusion 1.5:\nneeds three\nmodel files", "white", font_size=30,
+              anchor="mm", align="center")  # fmt: skip
+    return lq, right
+
+
 def strip(photo: Image.Image) -> Image.Image:
     """The middle of a photo, twice as wide as high."""
     return ImageOps.fit(photo, (SIDE, SIDE // 2))
@@ -119,10 +131,11 @@ THUMBNAILS: dict[str, tuple[str, Maker]] = {
     "restore_large": ("noise", before_after),
     "restore_nano": ("rain", before_after),
     "restore_override": ("haze", before_after),
+    "restore_sd15": ("snow", without_weights),
     "restore_upscale_x2": ("raindrop", enlarged),
 }
 """Workflow -> kind of the demo's sample, and how the pictures are made of (client, workflow, clean
-photo, degraded photo). All but restore_sd15, whose weights do not exist yet."""
+photo, degraded photo)."""
 
 
 def draw(client: Client, name: str) -> Image.Image:

@@ -8,9 +8,9 @@ the part may do better, so give files that were trained without it where there a
 --retrained no_ps a.safetensors no_ce b.safetensors. Such a file keeps its own P_S and P_D, as far
 as it was trained with them (its metadata says what it leaves out).
 
-Runs in PyTorch without ComfyUI: whole photos padded to multiples of 8, DDIM (the workflow uses
-UniPC). Writes table.md, ablation.json and ablation.png to --out; a run that was stopped goes
-on where it was.
+Runs in PyTorch without ComfyUI: whole photos padded to multiples of 8, DDIM (Nano's workflows use
+Euler). Writes table.md, ablation.json and ablation.png to --out; a run that was stopped goes on
+where it was.
 """
 
 from __future__ import annotations

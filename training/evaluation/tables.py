@@ -81,7 +81,7 @@ def _baselines_table(sets: Mapping[str, Summary]) -> str:
         lq = row["lq"]["psnr"]
         text = ", ".join(f"{label} {_gain(psnr - lq)}" for label, psnr in ranked)
         if text:
-            rows.append([name.removeprefix(REAL), text])
+            rows.append([name, text])
     return table(("set", "gain over LQ, dB"), rows).replace("| --- | ---: |", "| --- | --- |")
 
 

@@ -13,6 +13,10 @@ from .tiles import UNIT, Cut, Function, Map, Plan, Stage
 from .vae_trunk import Attention, Level, Step, VaeTrunk
 
 
+_QUERIES = 1024
+"""Rows of attention that are computed at once."""
+
+
 def plan_features(trunk: VaeTrunk, photo: Tensor, levels: Collection[int], cut: Cut) -> Plan:
     """`encoder_features` in tiles: the n-th map that the plan yields is that of level n.
 
@@ -94,11 +98,15 @@ def _mid(step: Step | Attention) -> Stage:
 
     def attend(value: Tensor, others: Tensor) -> Tensor:
         keys, values = others.chunk(2, dim=1)
+        # Contiguous rows, else torch builds the whole matrix; in parts where a device has no kernel.
         query, key, value_rows = (
-            each.flatten(2).transpose(1, 2)[:, None]
+            each.flatten(2).transpose(1, 2)[:, None].contiguous()
             for each in (step.query(step.norm(value)), keys, values)
         )
-        found = F.scaled_dot_product_attention(query, key, value_rows)
+        parts = query.split(_QUERIES, dim=2)
+        found = torch.cat(
+            [F.scaled_dot_product_attention(part, key, value_rows) for part in parts], dim=2
+        )
         return value + step.out(found[:, 0].transpose(1, 2).reshape(value.shape))
 
     return Stage(attend, summary=keys_and_values)

@@ -16,6 +16,8 @@ from __future__ import annotations
 import itertools
 import math
 import mmap
+import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -88,12 +90,15 @@ class Map:
             size: (height, width) of the picture in units.
             dtype: Of what is kept.
             folder: Keep it in a nameless file here, which vanishes with the map; None: in memory.
+
+        Raises:
+            OSError: The folder's disk is too small.
         """
         height, width = (side * scale for side in size)
         if folder is None:
             return cls(torch.empty(1, channels, height, width, dtype=dtype), scale)
         with tempfile.TemporaryFile(dir=folder) as file:
-            file.truncate(channels * height * width * dtype.itemsize)
+            _reserve(file.fileno(), channels * height * width * dtype.itemsize, folder)
             pages = mmap.mmap(file.fileno(), 0)
         # Rows first: a tile then lies in few places of the file.
         rows = torch.frombuffer(pages, dtype=dtype).view(height, channels, width)
@@ -124,7 +129,9 @@ class Map:
         return found
 
     def write(self, window: Window, part: Tensor) -> None:
-        """Fills a part of it."""
+        """Fills a part of it; what fp16 cannot hold becomes its largest number."""
+        if self._value.dtype == torch.float16 != part.dtype:
+            part = part.clamp(-_LARGEST_HALF, _LARGEST_HALF)
         window.of(self._value, self.scale).copy_(part)
         self._forget()
 
@@ -136,6 +143,25 @@ class Map:
         """Pages of the file need not stay in this process's memory."""
         if self._file is not None and hasattr(mmap, "MADV_DONTNEED"):
             self._file.madvise(mmap.MADV_DONTNEED)
+
+
+_LARGEST_HALF = torch.finfo(torch.float16).max
+
+
+def _reserve(file: int, size: int, folder: Path) -> None:
+    """Give a file its bytes at once: a full disk would later kill the process on a write."""
+    try:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file, 0, size)
+        else:
+            os.truncate(file, size)
+    except OSError as error:
+        free = shutil.disk_usage(folder).free
+        raise OSError(
+            error.errno,
+            f"tiles of this picture need {size / 1e9:.1f} GB of disk in {folder}, which has "
+            f"{free / 1e9:.1f} GB ({error.strerror}). Make room there, or take a smaller picture.",
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -344,7 +370,7 @@ class _WholeNorms(TorchFunctionMode):
                 self._inner.of(value, value.shape[-1] // self._around.width), num_groups
             )
             raise _NormReachedError
-        mean, variance = (each.to(value.device).float() for each in found)
+        mean, variance = (each.float().to(value.device) for each in found)
         scale = torch.rsqrt(variance + eps)
         shift = -mean * scale
         width = value.shape[1] // num_groups
@@ -353,15 +379,17 @@ class _WholeNorms(TorchFunctionMode):
             scale, shift = scale * weight.float(), shift * weight.float()
         if bias is not None:
             shift = shift + bias.float()
-        scale, shift = (each.to(value.dtype)[:, None, None] for each in (scale, shift))
-        return torch.addcmul(shift, value, scale)
+        # In fp32, as torch's own: rounded factors would tint the picture a little at every norm.
+        normed = torch.addcmul(shift[:, None, None], value.float(), scale[:, None, None])
+        return normed.to(value.dtype)
 
 
 def _sums(value: Tensor, groups: int) -> _Sums:
     pixels = value[0].float().reshape(groups, -1)
     variance, mean = torch.var_mean(pixels, dim=1, correction=0)
     count = pixels.shape[1]
-    return _Sums(count, mean.double().cpu(), variance.double().cpu() * count)
+    # On the CPU first: Apple's GPUs have no fp64.
+    return _Sums(count, mean.cpu().double(), variance.cpu().double() * count)
 
 
 def _merged(sums: Sequence[_Sums]) -> tuple[Tensor, Tensor]:

@@ -139,7 +139,7 @@ class DiffRestorerPromptProcessor(io.ComfyNode):
         else:
             positive = [[semantic, {"pooled_output": semantic.mean(dim=1)}]]
         for _, extra in positive:  # Tiled Diffusion gives each tile its own P_S
-            extra[SEMANTIC_KEY] = semantic_strength
+            extra[SEMANTIC_KEY] = semantic_strength, semantic
         # P_S was replaced by zeros in a part of the training, as CFG needs it.
         empty = torch.zeros_like(positive[0][0])
         negative = [[empty, {"pooled_output": torch.zeros_like(semantic.mean(dim=1))}]]

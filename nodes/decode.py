@@ -119,10 +119,16 @@ class DiffRestorerAwareVAEDecode(io.ComfyNode):
         rgb, alpha = split_alpha(image)
         latent, photo = samples["samples"], pad_to_multiple(rgb, SCALE)
         check_size(latent, photo)
-        batch = common_batch(samples=len(latent), image=len(photo), degradation=degradation.batch)
+        batch = len(latent)
+        photos = common_batch(image=len(photo), degradation=degradation.batch)
+        if batch % photos:
+            raise ValueError(
+                f"samples: {batch} latents, but {photos} photos. Give it the photos that the "
+                "latents are of, in their order; latents may be a multiple of them."
+            )
         decoder = AwareDecoder(vae, diff_restorer, fidelity, samples.get(PhotoFeatures.KEY))
         restored = decoder.decode(
-            to_batch(latent, batch),
+            latent,
             photo,
             local_degradation(degradation, latent),
             tile_size,

@@ -100,21 +100,35 @@ def for_cpu(module: nn.Module, dtype: torch.dtype | None) -> None:
         cast(Any, module).to(memory_format=torch.channels_last)
 
 
-def at_once(needed: float, device: torch.device) -> int:
+def free_memory(device: torch.device, patcher: Any = None) -> int:
+    """Free bytes of a device; newer hosts add what they would evict for the model of `patcher`."""
+    ask = getattr(patcher, "get_free_memory", comfy.model_management.get_free_memory)
+    return int(ask(device))
+
+
+def at_once(needed: float, device: torch.device, patcher: Any = None) -> int:
     """How many things that need so many bytes each fit into a device's free memory; 0: not one.
 
-    A CPU is asked for half of it only: it has no error of lacking memory to go on from, and the
-    rest of the system lives there, too.
+    Where the device shares the memory of the system, half of it counts: the rest lives there, too,
+    and a CPU has no error of lacking memory to go on from.
     """
-    free = cast(int, comfy.model_management.get_free_memory(device))
-    return int(free / (2 if comfy.model_management.is_device_cpu(device) else 1) // needed)
+    host = comfy.model_management
+    shared = host.is_device_cpu(device) or host.is_device_mps(device)
+    return int(free_memory(device, patcher) / (2 if shared else 1) // needed)
+
+
+def is_oom(error: Exception) -> bool:
+    """Whether a device has run out of memory, in the words of any of them."""
+    host = comfy.model_management
+    told = getattr(host, "is_oom", lambda each: isinstance(each, host.OOM_EXCEPTION))
+    on_mps = isinstance(error, RuntimeError) and "MPS backend out of memory" in str(error)
+    return bool(told(error)) or on_mps
 
 
 def map_folder(size: int) -> Path | None:
     """Where large intermediate results of `size` bytes go: memory (None), or the host's temporary
     folder where they would take more than a quarter of the free memory."""
-    free = cast(int, comfy.model_management.get_free_memory(torch.device("cpu")))
-    if size <= free // 4:
+    if size <= free_memory(torch.device("cpu")) // 4:
         return None
     folder = Path(folder_paths.get_temp_directory())
     folder.mkdir(parents=True, exist_ok=True)

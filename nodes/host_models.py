@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import weakref
 from pathlib import Path
 from typing import Any
@@ -12,12 +11,16 @@ import comfy.model_management
 import torch
 from torch import Tensor
 
-from ..diff_restorer import PromptProcessor, PromptProcessorConfig
+from ..diff_restorer import PromptOutput, PromptProcessorConfig
 from ..diff_restorer.checkpoint import Checkpoint, read_checkpoint
 from ..diff_restorer.views import NATIVE, WHOLE, native_views
+from .host import check_interrupt
 from .host_build import build_control, build_fusion, build_prompt_processor, build_tuned_decoder
 from .images import digest
 from .sockets import Degradation
+
+_AT_ONCE = 16
+"""Photos, or windows of them, that the vision model sees at once."""
 
 
 class DiffRestorer:
@@ -48,7 +51,7 @@ class DiffRestorer:
         )
         self.carried: weakref.WeakSet[Any] = weakref.WeakSet()
         """The `PhotoFeatures` that LATENTs carry at the moment."""
-        self._last_tokens: tuple[weakref.ref[Any], bytes, tuple[Tensor, Tensor]] | None = None
+        self._last: tuple[weakref.ref[Any], bytes, PromptOutput] | None = None
 
     @property
     def sizes(self) -> PromptProcessorConfig:
@@ -60,50 +63,55 @@ class DiffRestorer:
     ) -> tuple[Tensor, Degradation]:
         """P_S (B, T, C) and the degradation of photos (B, H, W, 3) in [0, 1].
 
-        What CLIP sees is remembered for the graph's next node, unless told otherwise.
+        What is read is remembered for the graph's next node, unless told otherwise. The photos are
+        recognised by their bytes, which costs a thousandth of the vision model.
 
         Raises:
             ValueError: `clip_vision` is not the model that the file was trained with.
         """
-        whole, close = self._clip_tokens(clip_vision, rgb, remember)
-        comfy.model_management.load_models_gpu([self.prompt_processor])
-        model: PromptProcessor = self.prompt_processor.model
-        device = self.prompt_processor.load_device
-        out = model(close.to(device).float())
-        if close is not whole:
-            semantic = model.semantic(whole.to(device).float())
-            out = out.over_views(len(rgb))._replace(semantic=semantic)
-        home = comfy.model_management.intermediate_device()
-        degradation = Degradation(
-            tokens=out.degradation.to(home),
-            pooled=out.pooled.to(home),
-            probabilities=out.logits.softmax(dim=-1).to(home),
-            types=self.info.types,
-            prototypes=model.prototypes.to(home, torch.float32),
-        )
-        return out.semantic.to(home), degradation
-
-    def _clip_tokens(self, clip_vision: Any, rgb: Tensor, remember: bool) -> tuple[Tensor, Tensor]:
-        """P_CLIP for P_S, (B, T, clip_width), and for P_D; kept for the graph's next node.
-
-        They are the same unless the file asks for native views: then P_D comes from a second look
-        at windows of the photos that are not resized, (B * V, T, clip_width).
-
-        The photo is recognised by its bytes, which costs a thousandth of the vision model.
-        """
         photo = digest(rgb)
-        if self._last_tokens is not None:
-            encoder, known, tokens = self._last_tokens
-            if encoder() is clip_vision and known == photo:
-                return tokens
-        whole = close = self._encode(clip_vision, rgb)
-        if self.info.clip.get("degradation_view", WHOLE) == NATIVE:
-            views = native_views(rgb, clip_vision.image_size).flatten(0, 1)
-            close = whole if views.shape == rgb.shape else self._encode(clip_vision, views)
-        tokens = whole, close
-        if remember:
-            self._last_tokens = (weakref.ref(clip_vision), photo, tokens)
-        return tokens
+        if self._last is not None and self._last[0]() is clip_vision and self._last[1] == photo:
+            out = self._last[2]
+        else:
+            out = self._look(clip_vision, rgb)
+            if remember:
+                self._last = weakref.ref(clip_vision), photo, out
+        prototypes = self.prompt_processor.model.prototypes
+        degradation = Degradation(
+            tokens=out.degradation,
+            pooled=out.pooled,
+            probabilities=out.logits.softmax(dim=-1),
+            types=self.info.types,
+            prototypes=prototypes.to(out.pooled.device, torch.float32),
+        )
+        return out.semantic, degradation
+
+    def _look(self, clip_vision: Any, rgb: Tensor) -> PromptOutput:
+        """What the Prompt Processor reads from photos, some at a time, as memory is finite.
+
+        P_D comes from the whole photos, as P_S does, unless the file asks for native views: then it
+        comes from a second look, at windows of the photos that are not resized.
+        """
+        native = self.info.clip.get("degradation_view", WHOLE) == NATIVE
+        size = clip_vision.image_size if native else max(rgb.shape[1:3])  # one window: all of it
+        count = native_views(rgb[:1], size).shape[1]
+        parts = []
+        for some in rgb.split(max(1, _AT_ONCE // count)):
+            check_interrupt()
+            out = self._process(clip_vision, some)
+            windows = native_views(some, size)
+            if windows.shape[2:4] != some.shape[1:3]:
+                close = self._process(clip_vision, windows.flatten(0, 1))
+                out = close.over_views(len(some))._replace(semantic=out.semantic)
+            parts.append(out)
+        return PromptOutput(*map(torch.cat, zip(*parts, strict=True)))
+
+    def _process(self, clip_vision: Any, views: Tensor) -> PromptOutput:
+        tokens = self._encode(clip_vision, views)
+        comfy.model_management.load_models_gpu([self.prompt_processor])
+        out = self.prompt_processor.model(tokens.to(self.prompt_processor.load_device).float())
+        home = comfy.model_management.intermediate_device()
+        return PromptOutput(*(each.to(home) for each in out))
 
     def _encode(self, clip_vision: Any, view: Tensor) -> Tensor:
         hidden = clip_vision.encode_image(view, crop=False)["last_hidden_state"]
@@ -119,10 +127,11 @@ class DiffRestorer:
             )
         size = getattr(clip_vision, "image_size", trained.get("image_size"))
         if size != trained.get("image_size", size):
-            logging.warning(
-                "Diff-Restorer: clip_vision sees %s px, %s was trained with %s px.",
-                size, self.path.name, trained["image_size"],
-            )  # fmt: skip
+            raise ValueError(
+                f"clip_vision: it sees {size} px, but {self.path.name} was trained with one that "
+                f"sees {trained['image_size']} px. "
+                + _clip_hint(needed, str(trained.get("name", "")))
+            )
 
 
 def load_restorer(path: Path) -> DiffRestorer:

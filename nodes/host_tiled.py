@@ -16,12 +16,12 @@ from torch import Tensor
 
 from ..diff_restorer import LocalPooled
 from ..diff_restorer.tiles import UNIT, Window
-from .host import check_interrupt
+from .host import check_interrupt, free_memory
 from .host_control import DegradationControlNet, EncodedPhoto
 
 KEY = "diff_restorer_tiles"
 SEMANTIC_KEY = "diff_restorer_semantic"
-"""Entry of a CONDITIONING that ends with P_S: the strength of it."""
+"""Entry of a CONDITIONING that ends with P_S: the strength of it, and this end, (B, T, C)."""
 
 Cond = dict[str, Any]
 Conds = list[list[Cond] | None]
@@ -99,6 +99,8 @@ class TiledDiffusion:
     locality: float
     """Weight of the tiles' own P_S and P_D against those of the whole photo, in [0, 1]."""
     _controls: dict[Any, Any] = field(default_factory=dict)
+    _counts: dict[Any, int] = field(default_factory=dict)
+    """How many tiles are evaluated at once, chosen once per run: the controls are made for them."""
 
     def __deepcopy__(self, memo: Any) -> TiledDiffusion:
         """Model options are copied with every clone of the model; tensors need not be."""
@@ -120,6 +122,7 @@ class TiledDiffusion:
             for control in self._controls.values():
                 control.cleanup()
             self._controls.clear()
+            self._counts.clear()
 
     def calc_cond_batch(
         self, execute: Any, model: Any, conds: Conds, x: Tensor, timestep: Tensor, options: Any
@@ -156,14 +159,18 @@ class TiledDiffusion:
     ) -> list[list[int]]:
         """Tiles for one evaluation each: as many as fit into memory, alone where areas differ."""
         entries = [entry for cond in conds for entry in cond or ()]
-        count = 1
-        if not any(key in entry for entry in entries for key in ("area", "mask", "gligen")):
-            crop = windows[0].of(x, 1).shape
-            free = cast(int, comfy.model_management.get_free_memory(x.device))
-            lists = max(1, sum(cond is not None for cond in conds))
-            needed = model.memory_required([lists * crop[0], *crop[1:]])
-            count = max(1, min(len(windows), int(free / (1.5 * max(1, needed)))))
-        count = math.ceil(len(windows) / math.ceil(len(windows) / count))
+        alone = any(key in entry for entry in entries for key in ("area", "mask", "gligen"))
+        lists = max(1, sum(cond is not None for cond in conds))
+        key = alone, lists, len(x)
+        if key not in self._counts:
+            count = 1
+            if not alone:
+                crop = windows[0].of(x, 1).shape
+                free = free_memory(x.device, getattr(model, "current_patcher", None))
+                needed = model.memory_required([lists * crop[0], *crop[1:]])
+                count = max(1, min(len(windows), int(free / (1.5 * max(1, needed)))))
+            self._counts[key] = math.ceil(len(windows) / math.ceil(len(windows) / count))
+        count = self._counts[key]
         places = list(range(len(windows)))
         return [places[start : start + count] for start in range(0, len(places), count)]
 
@@ -190,7 +197,8 @@ class TiledDiffusion:
                 for name, value in entry["model_conds"].items()
             }
             if part.get("control") is not None:
-                part["control"] = self._control(part["control"], some, chosen, batch, model)
+                seen = [_part_of(part["area"], chosen[0])] if "area" in part else chosen
+                part["control"] = self._control(part["control"], some, seen, batch, model)
             cropped.append(part)
         return cropped
 
@@ -208,8 +216,10 @@ class TiledDiffusion:
             whole = comfy.utils.repeat_to_batch_size(tensor, batch)
             return type(value)(torch.cat([window.of(whole, 1) for window in windows]))
         if name == "c_crossattn" and SEMANTIC_KEY in entry and self.view and self.locality:
-            tokens = comfy.utils.repeat_to_batch_size(tensor, batch)
-            return type(value)(self._with_local(tokens, entry[SEMANTIC_KEY], some))
+            strength, semantic = entry[SEMANTIC_KEY]
+            if _ends_with(tensor, semantic):
+                tokens = comfy.utils.repeat_to_batch_size(tensor, batch)
+                return type(value)(self._with_local(tokens, strength, some))
         return value
 
     def _with_local(self, tokens: Tensor, strength: float, some: Sequence[int]) -> Tensor:
@@ -228,7 +238,7 @@ class TiledDiffusion:
         self, control: Any, some: Sequence[int], windows: Sequence[Window], batch: int, model: Any
     ) -> Any:
         """The chain of controls for these tiles, made once per run."""
-        key = id(control), tuple(some), batch
+        key = id(control), tuple(some), tuple(windows), batch
         if key not in self._controls:
             made = self._tiles_of(control, some, windows, batch)
             made.pre_run(model, model.model_sampling.percent_to_sigma)
@@ -276,6 +286,18 @@ class TiledDiffusion:
             for place in some
         )
         return torch.cat([torch.lerp(whole, each, self.locality) for each in own])
+
+
+def _ends_with(tokens: Tensor, semantic: Tensor) -> bool:
+    """Whether P_S is still there: other nodes may have zeroed, averaged or followed it."""
+    end = tokens[:, -semantic.shape[1] :]
+    return end.shape == semantic.shape and torch.equal(end, semantic.to(end))
+
+
+def _part_of(area: tuple[int, int, int, int], window: Window) -> Window:
+    """Where an area of a tile lies in the picture."""
+    height, width, top, left = area
+    return Window(window.top + top, window.left + left, height, width)
 
 
 def _crop_area(part: Cond, window: Window) -> bool:

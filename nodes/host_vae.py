@@ -25,7 +25,7 @@ from ..diff_restorer import (
 from ..diff_restorer.decoder import PIXELS, Features
 from ..diff_restorer.tiled_vae import plan_decode, plan_encode, plan_features
 from ..diff_restorer.tiles import Cut, Map, Plan
-from .host import at_once, check_interrupt, map_folder
+from .host import at_once, check_interrupt, is_oom, map_folder
 from .host_build import with_tuned_decoder
 from .host_models import DiffRestorer
 from .images import digest, pad_to_multiple, to_batch
@@ -117,19 +117,33 @@ def _encode(
     """The host's own encode, step by step, with the features on the way; in tiles if need be."""
     pixels = padded.movedim(-1, 1)
     needed = vae.memory_used_encode((1, *pixels.shape[1:]), vae.vae_dtype)
-    comfy.model_management.load_models_gpu(
-        [vae.patcher], memory_required=needed, force_full_load=vae.disable_offload
-    )
-    if count := at_once(needed, vae.device):
+    in_a_tile = vae.memory_used_encode((1, 3, AUTO_TILE, AUTO_TILE), vae.vae_dtype)
+    _load(vae, [], needed, in_a_tile)
+    if count := at_once(needed, vae.device, vae.patcher):
         try:
             return _encode_whole(vae, trunk, pixels, levels, count)
-        except comfy.model_management.OOM_EXCEPTION:
+        except Exception as error:
+            if not is_oom(error):
+                raise
             # Handled below: the exception keeps tensors alive as long as it is handled.
             logging.warning("Degradation Control: out of memory, encoding again in tiles.")
     return _in_smaller_tiles(
         AUTO_TILE,
         lambda side: _encode_tiled(vae, trunk, pixels, levels, side),
         "Degradation Control: encoded in exact",
+    )
+
+
+def _load(vae: Any, others: Sequence[Any], needed: float, in_a_tile: float) -> None:
+    """Bring a VAE and other models to the device, which then has the memory to work.
+
+    Of a picture that the device could never hold whole, a tile's: for more, the host would leave
+    the weights themselves behind.
+    """
+    if needed > comfy.model_management.get_total_memory(vae.device):
+        needed = in_a_tile
+    comfy.model_management.load_models_gpu(
+        [vae.patcher, *others], memory_required=needed, force_full_load=vae.disable_offload
     )
 
 
@@ -140,9 +154,9 @@ def _in_smaller_tiles(side: int, work: Callable[[int], Result], done: str) -> Re
             found = work(side)
             logging.info("%s tiles of %d px.", done, side)
             return found
-        except comfy.model_management.OOM_EXCEPTION:
+        except Exception as error:
             side //= 2
-            if side < LEAST_TILE:
+            if side < LEAST_TILE or not is_oom(error):
                 raise
             node = done.split(":")[0]
             logging.warning("%s: out of memory, trying tiles of %d px.", node, side)
@@ -242,8 +256,8 @@ class AwareDecoder:
 
         Args:
             latent: Unscaled, (B, C, h, w).
-            photo: Padded LQ photos, (B or 1, 8h, 8w, 3) in [0, 1].
-            pooled: Pooled P_D, (B or 1, width), or of each place of B or 1 photos.
+            photo: Padded LQ photos, (B, 8h, 8w, 3) in [0, 1], or fewer, which are repeated.
+            pooled: Pooled P_D, (B, width), or of each place of B photos; or fewer.
             tile: Side of the tiles in pixels; 0 decodes whole pictures if that is possible.
             overlap: Of the tiles, in pixels; exact ones need none.
             tiling: EXACT or FAST.
@@ -253,21 +267,23 @@ class AwareDecoder:
         """
         trunk = self._trunk()
         known = self._known(photo)
-        needed = self._load(latent, known)
+        needed = self._load(latent, known, tile or AUTO_TILE)
         if isinstance(pooled, LocalPooled):
             pooled = replace(pooled, tiles=to_batch(pooled.tiles, len(latent)))
         else:
             pooled = to_batch(pooled, len(latent))
         known = {level: to_batch(value, len(latent)) for level, value in known.items()}
         given = _Given(trunk, latent, to_batch(photo, len(latent)).movedim(-1, 1), pooled, known)
-        count = at_once(needed, self.vae.device)
+        count = at_once(needed, self.vae.device, self.vae.patcher)
         if tile == 0 and not count:
             logging.info("Aware VAE Decode: the picture is too large at once, using tiles.")
         elif tile == 0:
             try:
                 images = self._whole(given, count)
                 return images.to(self.vae.output_device).movedim(1, -1)
-            except comfy.model_management.OOM_EXCEPTION:
+            except Exception as error:
+                if not is_oom(error):
+                    raise
                 # Handled below: the exception keeps tensors alive as long as it is handled.
                 logging.warning("Aware VAE Decode: out of memory, trying again in tiles.")
 
@@ -309,22 +325,20 @@ class AwareDecoder:
         fits = self.known.fits(self.vae, photo, levels)
         return {level: self.known.by_level[level] for level in levels} if fits else {}
 
-    def _load(self, latent: Tensor, known: Features) -> float:
+    def _load(self, latent: Tensor, known: Features, tile: int) -> float:
         """Bring all parts to the device; bytes that one picture needs there."""
         vae, dtype = self.vae, self.vae.vae_dtype
-        batch, _, height, width = latent.shape
-        needed = vae.memory_used_decode(latent.shape, dtype)
-        models = [vae.patcher]
-        if self._fuses:
-            if not known:
-                pixels = (batch, 3, SCALE * height, SCALE * width)
-                needed += vae.memory_used_encode(pixels, dtype)
-            models.append(self.restorer.fusion)
-        if self.restorer.tuned_decoder is not None:
-            models.append(self.restorer.tuned_decoder)
-        comfy.model_management.load_models_gpu(
-            models, memory_required=needed, force_full_load=vae.disable_offload
-        )
+        fusion = self.restorer.fusion if self._fuses else None
+        models = [each for each in (fusion, self.restorer.tuned_decoder) if each is not None]
+
+        def bytes_of(height: int, width: int) -> float:
+            found = vae.memory_used_decode((1, latent.shape[1], height, width), dtype)
+            if fusion is not None and not known:
+                found += vae.memory_used_encode((1, 3, SCALE * height, SCALE * width), dtype)
+            return found
+
+        needed, side = bytes_of(*latent.shape[-2:]), tile // SCALE
+        _load(vae, models, needed, bytes_of(side, side))
         return needed
 
     def _pixels(self, given: _Given) -> Tensor:
@@ -364,10 +378,12 @@ class AwareDecoder:
             pixels = vae.process_input(one.photo)
             cut = _cut(vae, trunk, pixels, tile, report)
             features = {level: Map(value, SCALE >> level) for level, value in one.known.items()}
-            if fusion is not None and not features:
+            if fusion is not None and fusion.levels and not features:
                 plan = plan_features(trunk, pixels, fusion.levels, cut)
                 report.start(plan, index, 0.0, 0.3)
-                features = dict(enumerate(plan.run()))
+                features = {
+                    level: found for level, found in enumerate(plan.run()) if level in fusion.levels
+                }
             pooled = one.pooled.to(cut.like)
             plan = plan_decode(
                 trunk, fusion, one.latent, pixels, features, pooled, self.fidelity, cut

@@ -65,8 +65,10 @@ def common_batch(**batches: int) -> int:
 
 
 def to_batch(tensor: Tensor, batch: int) -> Tensor:
-    """Repeat a batch of one; see `common_batch`, which has checked the rest."""
-    return tensor.expand(batch, *tensor.shape[1:]) if tensor.shape[0] == 1 else tensor
+    """Repeat a batch as a whole until there are `batch`, a multiple of it: 1, 2, 1, 2."""
+    if len(tensor) == 1:
+        return tensor.expand(batch, *tensor.shape[1:])
+    return tensor.repeat(batch // len(tensor), *[1] * (tensor.ndim - 1))
 
 
 def digest(rgb: Tensor) -> bytes:

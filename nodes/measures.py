@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 from collections.abc import Mapping
 from functools import cache
@@ -18,6 +19,8 @@ from torch.nn import functional as F
 MISSING = -1.0
 """In place of an LPIPS that cannot be computed here."""
 _VGG_FILE = "vgg16-397923af.pth"
+_MOST_PIXELS = 4e6
+"""For LPIPS, as VGG16's features are large."""
 _AMPLIFICATION = 4
 _LABELS = {"lq": "degraded", "image": "restored", "reference": "clean"}
 _HEIGHT = 512
@@ -29,34 +32,48 @@ def psnr(image: Tensor, reference: Tensor) -> float:
     return 100.0 if error < 1e-10 else float(-10 * np.log10(error))
 
 
-def ssim(image: Tensor, reference: Tensor) -> float:
-    """Structural similarity with a Gaussian window of 11 px (Wang et al. 2004), mean of the map."""
+def ssim(image: Tensor, reference: Tensor) -> float | None:
+    """Structural similarity with a Gaussian window of 11 px (Wang et al. 2004), mean of the map.
+
+    None for strips of less than 6 px, which the window cannot be mirrored at.
+    """
+    if min(image.shape[-2:]) < 6:
+        return None
     return float(ssim_map(image.clamp(0, 1), reference.clamp(0, 1), 11).mean())
 
 
 def lpips(image: Tensor, reference: Tensor) -> float | None:
     """LPIPS on VGG16 (arXiv 1801.03924); None without the package `lpips` or VGG16's weights.
 
-    Nothing is downloaded: the weights are those of torchvision in the torch hub's cache.
+    Nothing is downloaded: the weights are those of torchvision in the torch hub's cache. None, too,
+    for pictures of less than 32 px, and for those whose features would not fit into memory.
     """
-    network = _lpips()
-    if network is None or min(image.shape[-2:]) < 32:
+    height, width = image.shape[-2:]
+    if min(height, width) < 32 or not _lpips_can_be_loaded():
         return None
+    if height * width > _MOST_PIXELS:
+        logging.info("Measure Restoration: no LPIPS, %d x %d px are too large.", width, height)
+        return None
+    network = _lpips()
     with torch.inference_mode():
         return float(network(image * 2 - 1, reference * 2 - 1))
 
 
-@cache
-def _lpips() -> Any:
+def _lpips_can_be_loaded() -> bool:
     weights = Path(torch.hub.get_dir()) / "checkpoints" / _VGG_FILE
     if not weights.is_file():
         logging.info("Measure Restoration: no LPIPS, %s is missing.", weights)
-        return None
-    try:
-        import lpips as package
-    except ImportError:
+        return False
+    if importlib.util.find_spec("lpips") is None:
         logging.info("Measure Restoration: no LPIPS, the package lpips is not installed.")
-        return None
+        return False
+    return True
+
+
+@cache
+def _lpips() -> Any:
+    import lpips as package
+
     return package.LPIPS(net="vgg", verbose=False).eval()
 
 

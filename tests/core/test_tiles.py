@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 
 import pytest
@@ -145,6 +147,23 @@ def test_maps_in_a_file_hold_the_same(tmp_path: Path) -> None:
     in_file = decoder.tiled(Cut(5, decoder.photo, tmp_path), 1.0)
     assert torch.equal(in_file, decoder.tiled(Cut(5, decoder.photo), 1.0))
     assert not list(tmp_path.iterdir())
+
+
+def test_a_disk_that_is_too_small_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(OSError, match=r"need 0\.1 GB of disk in .*No space left") as caught:
+        Map.empty(100, 8, (64, 64), torch.float32, tmp_path)
+    assert caught.value.errno == errno.ENOSPC
+    assert str(tmp_path) in str(caught.value)
+
+
+def test_what_fp16_cannot_hold_stays_finite() -> None:
+    kept = Map.empty(1, 1, (1, 3), torch.float16, None)
+    kept.write(Window(0, 0, 1, 3), torch.tensor([[[[1e6, 2.0, -1e6]]]]))
+    assert kept.whole().flatten().tolist() == [65504, 2, -65504]
 
 
 @torch.no_grad()

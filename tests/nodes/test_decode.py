@@ -254,17 +254,22 @@ def test_fast_tiles_see_their_own_part_of_each_photo(decode, prepare, photo) -> 
         torch.testing.assert_close(tiled[:, :, columns], alone, rtol=0, atol=1e-4)
 
 
-def test_one_latent_for_many_photos_and_back(toy, decode, prepare, photo) -> None:
+def test_latents_are_a_multiple_of_the_photos(decode, prepare, photo) -> None:
     many = photo(batch=2)
     restoration = prepare(many)
-    one = {"samples": restoration.latent["samples"][:1]}
-    assert decode(many, samples=one).shape[0] == 2
-    one_photo = decode(
-        many[:1], samples=restoration.latent, degradation=prepare(many[:1]).degradation
-    )
-    assert one_photo.shape[0] == 2
-    with pytest.raises(ValueError, match="samples 2, image 3, degradation 3"):
+    latent = restoration.latent["samples"]
+    expected = decode(many, samples={"samples": latent})
+    twice = decode(many, samples={"samples": latent.repeat(2, 1, 1, 1)})
+    torch.testing.assert_close(twice, expected.repeat(2, 1, 1, 1), rtol=0, atol=1e-5)
+    first = decode(many[:1], samples=restoration.latent, degradation=prepare(many[:1]).degradation)
+    torch.testing.assert_close(first[:1], expected[:1], rtol=0, atol=1e-5)
+    assert first.shape[0] == 2
+    with pytest.raises(ValueError, match="samples: 2 latents, but 3 photos"):
         decode(photo(batch=3), samples=restoration.latent)
+    with pytest.raises(ValueError, match="samples: 1 latents, but 2 photos"):
+        decode(many, samples={"samples": latent[:1]})
+    with pytest.raises(ValueError, match="image 3, degradation 2"):
+        decode(photo(batch=3), samples=restoration.latent, degradation=restoration.degradation)
 
 
 def test_batch_equals_photos_one_by_one(decode, photo) -> None:

@@ -144,6 +144,25 @@ def test_wrong_simulations(run, photo, inputs: dict, message: str) -> None:
         run("DiffRestorerSimulateDegradation", image=photo(), **inputs)
 
 
+@pytest.mark.parametrize("kind", ["noise", "jpeg", "low_light"])
+def test_values_outside_of_the_range_are_cut_off(run, photo, kind: str) -> None:
+    """The host's own resizing overshoots."""
+    wide = photo() * 3 - 1
+    found, expected = (
+        run("DiffRestorerSimulateDegradation", image=image, type=kind, severity=0.9, seed=2)[0]
+        for image in (wide, wide.clamp(0, 1))
+    )
+    assert torch.equal(found, expected)
+
+
+def test_strips_have_no_ssim(run, photo) -> None:
+    image = photo(1, 500)
+    psnr, ssim, lpips, report, _ = run("DiffRestorerMeasure", image=image, reference=1 - image)
+    assert 0 < psnr < 100
+    assert (ssim, lpips) == (-1, -1)
+    assert json.loads(report)["ssim"] is None
+
+
 def test_measures_against_scikit_image(run, photo) -> None:
     from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 

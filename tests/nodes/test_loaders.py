@@ -161,7 +161,7 @@ def test_nano_is_complete(toy) -> None:
 
 def test_nano_is_missing(run, pack: ModuleType, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(pack.nodes.host, "NANO_FILE", tmp_path / "nano.safetensors")
-    with pytest.raises(FileNotFoundError, match=r"Nano's weights are missing.*make nano"):
+    with pytest.raises(FileNotFoundError, match=r"Nano's weights are missing.*install it again"):
         run("DiffRestorerNanoLoader")
 
 
@@ -236,3 +236,13 @@ def test_the_feature_test_agrees_with_the_kernel() -> None:
     flags = cpuinfo.read_text()
     listed = "avx512_bf16" in flags or "amx_bf16" in flags or " bf16" in flags
     assert has_native_bf16(torch.device("cpu")) == listed
+
+
+def test_every_lack_of_memory_is_known(pack: ModuleType) -> None:
+    import comfy.model_management
+
+    is_oom = pack.nodes.host.is_oom
+    assert is_oom(comfy.model_management.OOM_EXCEPTION("toy"))
+    assert is_oom(RuntimeError("MPS backend out of memory (MPS allocated: 8 GB)"))
+    assert not is_oom(RuntimeError("out of range"))
+    assert not is_oom(comfy.model_management.InterruptProcessingException())

@@ -98,6 +98,35 @@ def test_native_views_are_read_for_the_degradation_alone(
     assert torch.allclose(degradation.probabilities, logits.softmax(dim=-1), atol=1e-5)
 
 
+def test_many_photos_are_read_some_at_a_time(
+    pack: ModuleType, read, photo, calls, tmp_path
+) -> None:
+    clip = {**toy_weights.info().clip, "degradation_view": "native"}
+    tensors = toy_weights.restorer_tensors() | toy_weights.base_tensors()
+    path = tmp_path / "native.safetensors"
+    write_checkpoint(path, tensors, toy_weights.info(clip=clip))
+    _, vision, _, restorer = pack.nodes.host_nano.load_nano(path)
+    images = photo(3 * vision.image_size, 3 * vision.image_size, batch=3)
+    passes = calls(vision.model, "forward")
+    positive, _, degradation = read(images, diff_restorer=restorer, clip_vision=vision)
+    assert len(passes) == 2 * 3, "9 windows of one photo at a time"
+    for index in range(3):
+        one = images[index : index + 1]
+        alone = read(one, diff_restorer=restorer, clip_vision=vision)
+        torch.testing.assert_close(positive[0][0][index], alone[0][0][0][0])
+        torch.testing.assert_close(degradation.tokens[index], alone[2].tokens[0])
+        torch.testing.assert_close(degradation.probabilities[index], alone[2].probabilities[0])
+
+
+def test_a_vision_model_of_another_size_is_refused(pack: ModuleType, read, photo, tmp_path) -> None:
+    clip = {**toy_weights.info().clip, "image_size": 336}
+    path = tmp_path / "other.safetensors"
+    write_checkpoint(path, toy_weights.restorer_tensors(), toy_weights.info(clip=clip))
+    restorer = pack.nodes.host_models.load_restorer(path)
+    with pytest.raises(ValueError, match=r"clip_vision: it sees 64 px, but other\.safetensors was"):
+        read(photo(), diff_restorer=restorer)
+
+
 def test_no_stale_results(toy, read, photo, calls) -> None:
     """A photo changed in place, another photo and another vision model are looked at anew."""
     image = photo(seed=102)
@@ -219,17 +248,22 @@ def test_classifier(classify, photo) -> None:
 
 def test_degraded_is_whatever_is_not_clean(pack: ModuleType, toy, photo, tmp_path, run) -> None:
     """Any photo of a batch makes it degraded; a file without clean calls all photos so."""
-    entries = {"clip_vision": toy.clip_vision, "image": photo(batch=3)}
-    found = run("DiffRestorerDegradationClassifier", diff_restorer=toy.restorer, **entries)
-    assert found[4] is True
+
+    def classify(restorer: Any, seed: int) -> Any:
+        return run(
+            "DiffRestorerDegradationClassifier",
+            diff_restorer=restorer, clip_vision=toy.clip_vision, image=photo(batch=3, seed=seed),
+        )  # fmt: skip
+
+    assert classify(toy.restorer, 0)[4] is True
     types = (*toy_weights.TYPES, "clean")
     path = toy_weights.write_restorer(tmp_path / "nine.safetensors", types=types)
     restorer = pack.nodes.host_models.load_restorer(path)
     bias = restorer.prompt_processor.model.classifier.bias
-    for favoured, expected in (("clean", False), ("haze", True)):
+    for seed, (favoured, expected) in enumerate((("clean", False), ("haze", True))):
         bias.zero_()
         bias[types.index(favoured)] = 1e6
-        found = run("DiffRestorerDegradationClassifier", diff_restorer=restorer, **entries)
+        found = classify(restorer, seed)
         assert found[0] == favoured
         assert found[4] is expected
 

@@ -243,6 +243,50 @@ def test_areas_and_masks(toy, tiled, prepare, photo, sample_on) -> None:
         assert difference[..., 8:].mean() > 1e-3
 
 
+def test_an_area_across_tiles_sees_its_part_of_the_photo(
+    toy, tiled, prepare, photo, sample_on, calls
+) -> None:
+    """Not the whole tile, shrunk into the area."""
+    image = photo(64, 128)
+    restoration = prepare(image)
+    second = [[t, extra | {"area": (8, 8, 0, 4)}] for t, extra in restoration.positive]
+    inputs = SimpleNamespace(
+        positive=second, negative=restoration.negative, latent=restoration.latent
+    )
+    seen = calls(restoration.control.network, "forward")
+    sample_on(tiled(image, overlap=0).model, inputs, steps=1)
+    hints = [kwargs["hint"] for _, kwargs in seen]
+    latent = restoration.latent["samples"] * toy.restorer.info.latent_scale
+    areas = [hint for hint in hints if hint.shape[-1] == 4]
+    assert len(areas) == 2
+    for hint, left in zip(areas, (4, 8), strict=True):
+        torch.testing.assert_close(hint.cpu().float()[:1], latent[..., left : left + 4])
+
+
+@pytest.mark.parametrize("change", ["zeroed", "followed by a text", "averaged"])
+def test_tokens_that_are_no_longer_semantic_stay(tiled, prepare, photo, change: str) -> None:
+    """Such as those of ConditioningZeroOut, Concat and Average, which keep what is beside them."""
+    image = photo(64, 128)
+    tokens, extra = prepare(image).positive[0]
+    changed = {
+        "zeroed": torch.zeros_like(tokens),
+        "followed by a text": torch.cat([tokens, torch.ones(1, 7, tokens.shape[2])], dim=1),
+        "averaged": (tokens + 1) / 2,
+    }[change]
+    import comfy.conds
+    import comfy.patcher_extension
+
+    model = tiled(image, overlap=0).model
+    kinds = comfy.patcher_extension.WrappersMP
+    (wrapper,) = model.get_wrappers(kinds.CALC_COND_BATCH, "diff_restorer_tiles")
+    patch = wrapper.__self__
+    for given, same in ((tokens, False), (changed, True)):
+        found = patch._model_cond(
+            "c_crossattn", comfy.conds.CONDCrossAttn(given), extra, [1], patch.grid.windows[1:], 1
+        ).cond
+        assert torch.equal(found, given) == same
+
+
 def test_the_map_names_each_tile(tiled, photo) -> None:
     pictures = tiled(photo(64, 200, batch=2)).map
     assert pictures.shape == (2, 64, 200, 3)

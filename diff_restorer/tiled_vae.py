@@ -12,7 +12,6 @@ from .decoder import FusionBlocks, LocalPooled
 from .tiles import UNIT, Cut, Function, Map, Plan, Stage
 from .vae_trunk import Attention, Level, Step, VaeTrunk
 
-
 _QUERIES = 1024
 """Rows of attention that are computed at once."""
 
@@ -98,7 +97,7 @@ def _mid(step: Step | Attention) -> Stage:
 
     def attend(value: Tensor, others: Tensor) -> Tensor:
         keys, values = others.chunk(2, dim=1)
-        # Contiguous rows, else torch builds the whole matrix; in parts where a device has no kernel.
+        # Contiguous rows, else torch builds the whole matrix; in parts, where it does so anyway.
         query, key, value_rows = (
             each.flatten(2).transpose(1, 2)[:, None].contiguous()
             for each in (step.query(step.norm(value)), keys, values)

@@ -23,6 +23,8 @@ from .stage import LARGE_FILE, Graph, Prompts, Sd15, nano, open_host, picture, s
 Figures = dict[str, Any]
 LEVER_SIDE = 256
 """Longer side of the photos that the levers are tried on: many runs are needed."""
+CONTRAST = 2 * 60 / 255
+"""Standard deviation of a photo's pixels in [-1, 1]."""
 NANO_STEPS = 5
 """Of Nano's workflows."""
 
@@ -176,6 +178,7 @@ def _large(
     """
     pack = open_host(setting.folder, "fp32")
     graph = Graph(*pack.nodes.host_nano.load_nano(setting.folder / LARGE_FILE))
+    _give_contrast(graph.vae)
     decode_one, log = decode_of(graph), _Log()
     logging.getLogger().addHandler(log)
     for side in (64, setting.side):
@@ -198,6 +201,17 @@ def _large(
     levels = (255 * pixels[0].float().cpu()).numpy()
     np.save(setting.pixels, levels.astype(np.float16))
     return {"seconds": seconds, "peak_gb": memory.gb}
+
+
+def _give_contrast(vae: Any) -> None:
+    """Random weights shall decode to a photo's contrast, or errors would not be those of photos."""
+    module = vae.first_stage_model
+    latent = torch.randn(1, 4, 32, 32, generator=torch.Generator().manual_seed(0))
+    pixels = module.decode(latent.to(vae.device, vae.vae_dtype)).float()
+    last = module.decoder.conv_out
+    factor = float(CONTRAST / pixels.std())
+    last.weight = torch.nn.Parameter(last.weight * factor, requires_grad=False)
+    last.bias = torch.nn.Parameter((last.bias - pixels.mean()) * factor, requires_grad=False)
 
 
 class _Log(logging.Handler):

@@ -60,10 +60,6 @@ def write_models(folder: Path) -> None:
     save_file(state, control)
 
 
-CONTRAST = 2 * 60 / 255
-"""Standard deviation of a photo's pixels in [-1, 1]."""
-
-
 def write_large(folder: Path, vae_width: int) -> None:
     """A random self-contained file for large pictures.
 
@@ -76,11 +72,8 @@ def write_large(folder: Path, vae_width: int) -> None:
     sizes = toy_weights.VaeSizes(vae_width, (1, 2, 4, 4), 2)
     tensors = toy_weights.restorer_tensors(vae=sizes, fusion_levels=(1, 2), dtype=torch.float16)
     tensors |= toy_weights.base_tensors(vae=sizes, dtype=torch.float16)
-    # Pictures shall have a photo's contrast, or their differences would not be those of photos.
-    # What a norm and SiLU give has a mean square of 0.36.
-    last = tensors["base.vae.decoder.conv_out.weight"]
-    last *= CONTRAST / (0.36 * last[0].numel()) ** 0.5 / last.float().std()
-    tensors["base.vae.decoder.conv_out.bias"].zero_()
+    for part in ("weight", "bias"):  # a residual that is small beside the picture
+        tensors[f"decoder.fusion.pixels.out.{part}"] *= 0.02
     write_checkpoint(path, tensors, toy_weights.info())
 
 

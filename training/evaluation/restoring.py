@@ -14,11 +14,14 @@ from PIL import Image
 from tqdm import tqdm
 
 from tools.client import Client, ClientError, ServerUnreachableError, Workflow, WorkflowError
+from tools.environment import ROOT
 from tools.restore import INPUT_TITLE, OUTPUT_TITLE, restore
 
-from .pictures import digest, pixel_digest, read_note, save_picture
+from .pictures import digest, file_digest, pixel_digest, read_note, save_picture
 
 log = logging.getLogger(__name__)
+CODE = ("diff_restorer", "nodes")
+"""Where the code lies that results depend on."""
 
 
 @dataclass(frozen=True)
@@ -46,8 +49,9 @@ class Batch:
     """Sides of a photo are padded to multiples of this and cut off again, in pixels."""
 
     def pending(self) -> list[tuple[Job, str]]:
-        """Jobs without a valid result, and the key that it will have."""
-        own = digest(json.dumps(self.workflow, sort_keys=True), self.model)
+        """Jobs without a valid result, and the key that it will have; other code makes others."""
+        code = file_digest(*(path for part in CODE for path in sorted((ROOT / part).glob("*.py"))))
+        own = digest(json.dumps(self.workflow, sort_keys=True), self.model, code)
         wanted = ((job, digest(own, pixel_digest(job.photo))) for job in self.jobs)
         return [(job, key) for job, key in wanted if read_note(job.result).get("key") != key]
 

@@ -67,7 +67,7 @@ class PromptOutput(NamedTuple):
         """
 
         def mean(views: Tensor) -> Tensor:
-            return views.unflatten(0, (photos, -1)).mean(dim=1)
+            return views.reshape(photos, -1, *views.shape[1:]).mean(dim=1)
 
         return self._replace(
             degradation=mean(self.degradation), pooled=mean(self.pooled), logits=mean(self.logits)

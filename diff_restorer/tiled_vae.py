@@ -102,10 +102,11 @@ def _mid(step: Step | Attention) -> Stage:
             each.flatten(2).transpose(1, 2)[:, None].contiguous()
             for each in (step.query(step.norm(value)), keys, values)
         )
-        parts = query.split(_QUERIES, dim=2)
-        found = torch.cat(
-            [F.scaled_dot_product_attention(part, key, value_rows) for part in parts], dim=2
-        )
+        parts = [
+            F.scaled_dot_product_attention(query[:, :, start : start + _QUERIES], key, value_rows)
+            for start in range(0, query.shape[2], _QUERIES)
+        ]
+        found = torch.cat(parts, dim=2)
         return value + step.out(found[:, 0].transpose(1, 2).reshape(value.shape))
 
     return Stage(attend, summary=keys_and_values)

@@ -102,7 +102,7 @@ def for_cpu(module: nn.Module, dtype: torch.dtype | None) -> None:
 
 def free_memory(device: torch.device, patcher: Any = None) -> int:
     """Free bytes of a device; newer hosts add what they would evict for the model of `patcher`."""
-    ask = getattr(patcher, "get_free_memory", comfy.model_management.get_free_memory)
+    ask: Any = getattr(patcher, "get_free_memory", comfy.model_management.get_free_memory)
     return int(ask(device))
 
 

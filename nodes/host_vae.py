@@ -6,7 +6,7 @@ import logging
 import weakref
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import comfy.model_management
 import comfy.utils
@@ -140,10 +140,10 @@ def _load(vae: Any, others: Sequence[Any], needed: float, in_a_tile: float) -> N
     Of a picture that the device could never hold whole, a tile's: for more, the host would leave
     the weights themselves behind.
     """
-    if needed > comfy.model_management.get_total_memory(vae.device):
-        needed = in_a_tile
+    total = cast(int, comfy.model_management.get_total_memory(vae.device))
+    required = int(needed if needed <= total else in_a_tile)
     comfy.model_management.load_models_gpu(
-        [vae.patcher, *others], memory_required=needed, force_full_load=vae.disable_offload
+        [vae.patcher, *others], memory_required=required, force_full_load=vae.disable_offload
     )
 
 

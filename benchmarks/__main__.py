@@ -77,7 +77,7 @@ def main(config: Config) -> None:
     machine = _machine(vae_width, config.rounds)
     from training.common import git_revision  # here, for measured processes need not load it
 
-    results["machine"] = machine | {"revision": git_revision()}
+    results["machine"], revision = machine, git_revision()
     jobs = [job for job in _plan(config) if not config.cases or job[0] in config.cases]
     missing = [
         job for job in jobs if config.again or results.get(_key(*job), {}).get("on") != machine
@@ -92,7 +92,7 @@ def main(config: Config) -> None:
             key = _key(name, side)
             job = {"case": name, "folder": folder, "rounds": config.rounds, "side": side}
             found = _in_process(job | {"pixels": str(pixels / f"{key}.npy")})
-            results[key] = found if "error" in found else found | {"on": machine}
+            results[key] = found if "error" in found else found | {"on": machine, "code": revision}
             if name in LARGE:
                 results["differences"] = compare(pixels, config.out)
             _write(path, results)

@@ -76,11 +76,12 @@ def summary(results: Results) -> str:
 def write_report(results: Results, out: Path) -> None:
     """Write benchmarks.md and its plots into a folder."""
     machine = results["machine"]
+    code = sorted({entry["code"] for entry in results.values() if "code" in entry})
     text = [
         "# Benchmarks",
         "",
         f"`make bench` on {machine['device']}, {machine['threads']} threads, torch "
-        f"{machine['torch']}, code {machine['revision']}. Ratios of medians within one run. "
+        f"{machine['torch']}, code {', '.join(code)}. Ratios of medians within one run. "
         f"Weights are random at the size of SD 1.5, in {machine['format']}, but for Nano (a CPU "
         "computes UNet and ControlNets in fp32 all the same). Large pictures are decoded in fp32 "
         f"by a VAE of {machine['vae_width']} channels (SD 1.5 has 128). Memory is that of the "

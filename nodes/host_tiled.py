@@ -101,6 +101,8 @@ class TiledDiffusion:
     _controls: dict[Any, Any] = field(default_factory=dict)
     _counts: dict[Any, int] = field(default_factory=dict)
     """How many tiles are evaluated at once, chosen once per run: the controls are made for them."""
+    _own_tokens: dict[int, tuple[Tensor, bool]] = field(default_factory=dict)
+    """By the id of tokens: these, so that the id stays theirs, and whether they end with P_S."""
 
     def __deepcopy__(self, memo: Any) -> TiledDiffusion:
         """Model options are copied with every clone of the model; tensors need not be."""
@@ -123,6 +125,7 @@ class TiledDiffusion:
                 control.cleanup()
             self._controls.clear()
             self._counts.clear()
+            self._own_tokens.clear()
 
     def calc_cond_batch(
         self, execute: Any, model: Any, conds: Conds, x: Tensor, timestep: Tensor, options: Any
@@ -217,7 +220,9 @@ class TiledDiffusion:
             return type(value)(torch.cat([window.of(whole, 1) for window in windows]))
         if name == "c_crossattn" and SEMANTIC_KEY in entry and self.view and self.locality:
             strength, semantic = entry[SEMANTIC_KEY]
-            if _ends_with(tensor, semantic):
+            if id(tensor) not in self._own_tokens:
+                self._own_tokens[id(tensor)] = tensor, _ends_with(tensor, semantic)
+            if self._own_tokens[id(tensor)][1]:
                 tokens = comfy.utils.repeat_to_batch_size(tensor, batch)
                 return type(value)(self._with_local(tokens, strength, some))
         return value

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 from collections.abc import Mapping
 from functools import cache
@@ -49,25 +48,22 @@ def lpips(image: Tensor, reference: Tensor) -> float | None:
     for pictures of less than 32 px, and for those whose features would not fit into memory.
     """
     height, width = image.shape[-2:]
-    if min(height, width) < 32 or not _lpips_can_be_loaded():
+    weights = Path(torch.hub.get_dir()) / "checkpoints" / _VGG_FILE
+    if min(height, width) < 32:
+        return None
+    if not weights.is_file():
+        logging.info("Measure Restoration: no LPIPS, %s is missing.", weights)
         return None
     if height * width > _MOST_PIXELS:
         logging.info("Measure Restoration: no LPIPS, %d x %d px are too large.", width, height)
         return None
-    network = _lpips()
+    try:
+        network = _lpips()
+    except ImportError:
+        logging.info("Measure Restoration: no LPIPS, the package lpips is not installed.")
+        return None
     with torch.inference_mode():
         return float(network(image * 2 - 1, reference * 2 - 1))
-
-
-def _lpips_can_be_loaded() -> bool:
-    weights = Path(torch.hub.get_dir()) / "checkpoints" / _VGG_FILE
-    if not weights.is_file():
-        logging.info("Measure Restoration: no LPIPS, %s is missing.", weights)
-        return False
-    if importlib.util.find_spec("lpips") is None:
-        logging.info("Measure Restoration: no LPIPS, the package lpips is not installed.")
-        return False
-    return True
 
 
 @cache

@@ -37,6 +37,17 @@ def classify(toy, run) -> Any:
     return execute
 
 
+@pytest.fixture
+def native(pack: ModuleType, tmp_path) -> Any:
+    """Vision model and file of a Nano that reads P_D from native views."""
+    clip = {**toy_weights.info().clip, "degradation_view": "native"}
+    tensors = toy_weights.restorer_tensors() | toy_weights.base_tensors()
+    path = tmp_path / "native.safetensors"
+    write_checkpoint(path, tensors, toy_weights.info(clip=clip))
+    _, vision, _, restorer = pack.nodes.host_nano.load_nano(path)
+    return vision, restorer
+
+
 def test_prompts_are_those_of_the_core(toy, read, photo) -> None:
     """Patch tokens of the whole photo, squashed, without the class token."""
     image = photo(40, 90)
@@ -68,14 +79,10 @@ def test_one_clip_pass_for_both_nodes(toy, read, classify, photo, calls) -> None
 
 
 def test_native_views_are_read_for_the_degradation_alone(
-    pack: ModuleType, read, classify, photo, calls, tmp_path
+    native, read, classify, photo, calls
 ) -> None:
     """As Nano asks for in its metadata: P_S from the squashed photo, P_D from its windows."""
-    clip = {**toy_weights.info().clip, "degradation_view": "native"}
-    tensors = toy_weights.restorer_tensors() | toy_weights.base_tensors()
-    path = tmp_path / "native.safetensors"
-    write_checkpoint(path, tensors, toy_weights.info(clip=clip))
-    _, vision, _, restorer = pack.nodes.host_nano.load_nano(path)
+    vision, restorer = native
     side = vision.image_size
     image = photo(side + 20, side + 6, seed=105, batch=2)
     passes = calls(vision.model, "forward")
@@ -98,14 +105,8 @@ def test_native_views_are_read_for_the_degradation_alone(
     assert torch.allclose(degradation.probabilities, logits.softmax(dim=-1), atol=1e-5)
 
 
-def test_many_photos_are_read_some_at_a_time(
-    pack: ModuleType, read, photo, calls, tmp_path
-) -> None:
-    clip = {**toy_weights.info().clip, "degradation_view": "native"}
-    tensors = toy_weights.restorer_tensors() | toy_weights.base_tensors()
-    path = tmp_path / "native.safetensors"
-    write_checkpoint(path, tensors, toy_weights.info(clip=clip))
-    _, vision, _, restorer = pack.nodes.host_nano.load_nano(path)
+def test_many_photos_are_read_some_at_a_time(native, read, photo, calls) -> None:
+    vision, restorer = native
     images = photo(3 * vision.image_size, 3 * vision.image_size, batch=3)
     passes = calls(vision.model, "forward")
     positive, _, degradation = read(images, diff_restorer=restorer, clip_vision=vision)

@@ -71,6 +71,7 @@ def test_differences_are_those_of_the_pictures(tmp_path: Path) -> None:
 def test_the_report_shows_what_there_is(tmp_path: Path) -> None:
     write_report(results() | {"differences": {"exact 64": {"mean": 0.1, "max": 9.0}}}, tmp_path)
     text = (tmp_path / "benchmarks.md").read_text()
+    assert "code 0ld, c0de. Ratios" in text, "figures of two versions"
     assert "| exact 64 px: largest difference to the whole, levels | 9 | 4 | **miss** |" in text
     assert "| euler, 8 steps | 1.00 | 24.00 |" in text
     assert (tmp_path / "benchmarks_area.png").exists()

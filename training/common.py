@@ -51,6 +51,9 @@ class DataConfig:
     darker: float = 0.0
     """Share of clean photos that are first exposed for up to 2 stops less, so that a dark photo is
     not always taken for low light; not those that low light or haze is put on."""
+    softer: float = 0.0
+    """Share of clean photos that first lose up to 2.5 times in resolution: a camera's own pixels are
+    softer than those of reduced photos and shall not be taken for blur; not those to be blurred."""
     mixing: Mixing = field(default_factory=Mixing)
     """Several degradations at once (clean photos only)."""
     crop: int = 128
@@ -188,6 +191,7 @@ def open_data(
             pairs=pairs[place],
             pair_share=config.pair_share,
             darker=config.darker if place == 0 else 0.0,
+            softer=config.softer if place == 0 else 0.0,
         )
         for place in (0, 1)
     )

@@ -78,6 +78,7 @@ class RestorationSamples(Dataset[dict[str, Tensor]]):
         pairs: PairedPhotos | None = None,
         pair_share: float = 0.5,
         darker: float = 0.0,
+        softer: float = 0.0,
     ) -> None:
         """Makes samples of photos and pairs.
 
@@ -93,6 +94,9 @@ class RestorationSamples(Dataset[dict[str, Tensor]]):
                 the others are degraded on the fly.
             darker: Share of clean photos that are first exposed for up to 2 stops less, so that a
                 dark photo is not always one to brighten; not those for `low_light` and `haze`.
+            softer: Share of clean photos that first lose up to 2.5 times in resolution, as the
+                pixels of a camera are softer than those of reduced photos; not those for `blur` and
+                `low_res`.
 
         Raises:
             ValueError: There is no photo.
@@ -103,7 +107,7 @@ class RestorationSamples(Dataset[dict[str, Tensor]]):
         self.seed, self.kinds = seed, tuple(kinds)
         self.mixing = mixing or Mixing()
         self.pairs = pairs.by_kind() if pairs else {}
-        self.pair_share, self.darker = pair_share, darker
+        self.pair_share, self.darker, self.softer = pair_share, darker, softer
 
     def __len__(self) -> int:
         return len(self.photos)
@@ -140,6 +144,12 @@ class RestorationSamples(Dataset[dict[str, Tensor]]):
             and _chance(self.darker, generator)
         ):
             part = _darker(part, generator)
+        if (
+            not levels.keys() & {"blur", "low_res"}
+            and self.softer > 0
+            and _chance(self.softer, generator)
+        ):
+            part = _softer(part, generator)
         severities = torch.tensor([list(levels.values())])
         degraded = to_8_bit(degrade_chain(tuple(levels), part, severities, generator))
         return self._sample(part, degraded, levels, generator)
@@ -247,6 +257,14 @@ def _darker(part: Tensor, generator: torch.Generator) -> Tensor:
     """As exposed for up to 2 stops less, through a gamma of 2.2, in steps of 1/255."""
     stops = 2 * float(torch.rand((), generator=generator))
     return to_8_bit(part * 2 ** (-stops / 2.2))
+
+
+def _softer(part: Tensor, generator: torch.Generator) -> Tensor:
+    """Reduced by 1 to 2.5 and enlarged again, in steps of 1/255."""
+    factor = 1 + 1.5 * float(torch.rand((), generator=generator))
+    small = [round(side / factor) for side in part.shape[-2:]]
+    small_part = F.interpolate(part, size=small, mode="bicubic", antialias=True)
+    return to_8_bit(F.interpolate(small_part, size=part.shape[-2:], mode="bicubic"))
 
 
 def _chance(share: float, generator: torch.Generator) -> bool:

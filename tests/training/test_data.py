@@ -198,6 +198,20 @@ def test_darker_photos_are_darker_on_both_sides_but_not_under_low_light(folder: 
     assert torch.equal(sample["gt"], sample["lq"])
 
 
+def test_softer_photos_are_softer_on_both_sides_but_not_under_blur(folder: Path) -> None:
+    for kind in ("clean", "noise", "blur"):
+        plain, soft = (make(folder, kinds=(kind,), softer=share) for share in (0.0, 1.0))
+        if kind == "blur":
+            assert all(same(plain[index], soft[index]) for index in range(3))
+        else:
+            before, after = (
+                sum(s[i]["gt"].diff(dim=2).abs().mean() for i in range(9)) for s in (plain, soft)
+            )
+            assert after < 0.9 * before
+    sample = make(folder, kinds=("clean",), softer=1.0)[0]
+    assert torch.equal(sample["gt"], sample["lq"])
+
+
 def test_clean_samples_are_aligned(folder: Path) -> None:
     samples = make(folder, kinds=("clean",))
     assert all(torch.equal(samples[i]["gt"], samples[i]["lq"]) for i in range(12))

@@ -52,8 +52,8 @@ class DataConfig:
     """Share of clean photos that are first exposed for up to 2 stops less, so that a dark photo is
     not always taken for low light; not those that low light or haze is put on."""
     softer: float = 0.0
-    """Share of clean photos that first lose up to 2.5 times in resolution, so that the soft pixels of
-    a camera are not taken for blur; not those that blur is put on."""
+    """Share of clean photos that first lose up to 2.5 times in resolution, so that the soft pixels
+    of a camera are not taken for blur; not those that blur is put on."""
     mixing: Mixing = field(default_factory=Mixing)
     """Several degradations at once (clean photos only)."""
     crop: int = 128

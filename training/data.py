@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import asdict, dataclass
 from itertools import count
+from typing import Any
 
 import numpy as np
 import torch
@@ -153,6 +155,27 @@ class RestorationSamples(Dataset[dict[str, Tensor]]):
         severities = torch.tensor([list(levels.values())])
         degraded = to_8_bit(degrade_chain(tuple(levels), part, severities, generator))
         return self._sample(part, degraded, levels, generator)
+
+    def with_seed(self, seed: int) -> RestorationSamples:
+        """The samples that another seed gives of the same photos."""
+        other = copy(self)
+        other.seed = seed
+        return other
+
+    def origin(self) -> dict[str, Any]:
+        """What its samples are a function of, beside the photos' pixels, as JSON values."""
+        return {
+            "seed": self.seed,
+            "photos": len(self.photos),
+            "pairs": {kind: len(pairs) for kind, pairs in self.pairs.items()},
+            "pair_share": self.pair_share,
+            "kinds": list(self.kinds),
+            "mixing": asdict(self.mixing),
+            "crop": self.crop,
+            "clip_size": self.clip_size,
+            "darker": self.darker,
+            "softer": self.softer,
+        }
 
     def _draw_kind(self, generator: torch.Generator) -> str:
         return self.kinds[int(torch.randint(len(self.kinds), (), generator=generator))]

@@ -38,7 +38,8 @@ class Config:
 
     data: DataConfig
     out: Path
-    """safetensors file to write: `indices` (N,), `latents` (N, 4, h, w) scaled, fp16. Until it is
+    """safetensors file to write: `indices` (N,), `latents` (N, 4, h, w) scaled, fp16, and what the
+    samples were made of (`origin`) in its metadata. Until it is
     complete, its batches are in the folder <out>.parts, from which the same command goes on."""
     model: ModelConfig = field(default_factory=ModelConfig)
     samples: int = 2000
@@ -50,7 +51,7 @@ class Config:
     precision: Precision = "auto"
     """Mixed precision; auto is bf16 where the device computes in it, else no."""
     seed: int = 0
-    """Seed of the data set (stage 2 must use the same) and of the noise."""
+    """Seed of the samples, which the file tells to stage 2, and of the noise."""
     first_index: int = 10_000_000
     """Index of the first sample: far from those that training steps use."""
     workers: int = 0
@@ -86,7 +87,9 @@ def main(config: Config) -> Path:
         _sample(config, parts, missing)
     found = [load_file(_part(parts, start)) for start in batches]
     joined = {name: torch.cat([part[name] for part in found]) for name in ("indices", "latents")}
-    _save(config.out, joined, {"settings": settings})
+    with open_safetensors(_part(parts, first)) as file:
+        origin = file.metadata()["origin"]
+    _save(config.out, joined, {"settings": settings, "origin": origin})
     shutil.rmtree(parts)
     return config.out
 
@@ -99,6 +102,7 @@ def _sample(config: Config, parts: Path, batches: list[range]) -> None:
     dtype = half(config.precision)
     models.freeze(dtype)
     train, _ = open_data(config.data, models.sizes, config.seed, models.types)
+    origin = json.dumps(train.origin())
     loader = DataLoader(train, batch_sampler=list(map(list, batches)), num_workers=config.workers)
     done = config.samples - sum(map(len, batches))
     with tqdm(total=config.samples, initial=done, unit="latent", smoothing=0.05) as bar:
@@ -110,7 +114,7 @@ def _sample(config: Config, parts: Path, batches: list[range]) -> None:
                 "indices": torch.tensor(list(indices)),
                 "latents": latents.half().cpu().contiguous(),
             }
-            _save(_part(parts, indices[0]), part)
+            _save(_part(parts, indices[0]), part, {"origin": origin})
             bar.update(len(indices))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +14,7 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 from diff_restorer import aware_decode, encode_with_features
+from diff_restorer.checkpoint import open_safetensors
 from diff_restorer.decoder import PIXELS, Features
 
 from .checkpoints import compare_file
@@ -85,11 +87,8 @@ class DecoderSamples(Dataset[dict[str, Tensor]]):
         self.samples, self.shape = samples, shape
         self.indices, self.latents = cached.get("indices"), cached.get("latents")
         self.share = share if latents else 0.0
-        if self.latents is not None and self.latents.shape[1:] != shape:
-            raise ValueError(
-                f"--latents: {latents} holds latents of {tuple(self.latents.shape[1:])}, "
-                f"--data.crop asks for {tuple(shape)}; sample them with this crop"
-            )
+        if latents:
+            self.sampled = as_sampled(samples, latents)
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -102,7 +101,31 @@ class DecoderSamples(Dataset[dict[str, Tensor]]):
             return self.samples[index] | empty
         place = int(torch.randint(len(self.indices), (), generator=generator))
         cached = {"latent": self.latents[place].float(), "sampled": torch.tensor(True)}
-        return self.samples[int(self.indices[place])] | cached
+        return self.sampled[int(self.indices[place])] | cached
+
+
+def as_sampled(samples: RestorationSamples, latents: Path) -> RestorationSamples:
+    """The samples that a file's latents were sampled from: those of its seed.
+
+    Raises:
+        ValueError: They came from other photos or settings, so that latents and photos would not
+            belong together; or the file does not tell.
+    """
+    with open_safetensors(latents) as file:
+        told = json.loads((file.metadata() or {}).get("origin", "null"))
+    if told is None:
+        raise ValueError(
+            f"--latents: {latents} does not tell what its photos were; make it anew with "
+            "training.sample_decoder_data"
+        )
+    samples = samples.with_seed(told["seed"])
+    for name, found in samples.origin().items():
+        if told.get(name) != found:
+            raise ValueError(
+                f"--latents: {latents} was sampled with {name} {told.get(name)}, --data gives "
+                f"{found}; give both programs the same --data"
+            )
+    return samples
 
 
 class DecoderLoss:

@@ -1,6 +1,7 @@
 """Photos and samples: what is read, what is left out, and that a sample is (seed, index)."""
 
 import io
+import json
 import tarfile
 from collections import Counter
 from dataclasses import replace
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from skimage import data
 from torch import Tensor
 from torch.nn import functional as F
@@ -20,6 +22,7 @@ from training.common import DataConfig, open_data
 from training.data import Mixing, RestorationSamples, StepSampler, clip_view
 from training.models import Sizes
 from training.photos import CleanPhotos, PhotoStore, photo_size
+from training.train_decoder import DecoderSamples
 
 NAMES = ("astronaut", "chelsea", "coffee")
 
@@ -210,6 +213,31 @@ def test_softer_photos_are_softer_on_both_sides_but_not_under_blur(folder: Path)
             assert after < 0.9 * before
     sample = make(folder, kinds=("clean",), softer=1.0)[0]
     assert torch.equal(sample["gt"], sample["lq"])
+
+
+def test_stage_2_pairs_latents_with_the_samples_they_came_from(
+    folder: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "latents.safetensors"
+    sampled = make(folder, seed=91)
+    latents = torch.arange(2.0)[:, None, None, None].expand(2, 4, 8, 8).contiguous()
+    indices = torch.tensor([10, 11])
+    save_file(
+        {"indices": indices, "latents": latents}, file, {"origin": json.dumps(sampled.origin())}
+    )
+    stage_2 = DecoderSamples(make(folder, seed=3), file, 1.0, latents.shape[1:])
+    for index in range(4):
+        sample = stage_2[index]
+        assert sample["sampled"]
+        origin = sampled[10 + int(sample["latent"][0, 0, 0])]
+        assert all(torch.equal(sample[key], origin[key]) for key in origin)
+
+    for changes, name in (({"crop": 32}, "crop"), ({"softer": 0.5}, "softer")):
+        with pytest.raises(ValueError, match=f"sampled with {name} .* same --data"):
+            DecoderSamples(make(folder, **changes), file, 1.0, latents.shape[1:])
+    save_file({"indices": indices, "latents": latents}, file)
+    with pytest.raises(ValueError, match="does not tell what its photos were"):
+        DecoderSamples(make(folder), file, 1.0, latents.shape[1:])
 
 
 def test_clean_samples_are_aligned(folder: Path) -> None:

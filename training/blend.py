@@ -6,6 +6,7 @@ most of both, because a short run stays in the same basin (WiSE-FT, arXiv 2109.0
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,6 +15,8 @@ import torch
 from diff_restorer.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 
 from .config import parse, settings
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,8 @@ def main(config: Config) -> Path:
     moved = sum(not torch.equal(old[name], new[name]) for name in new)
     notes = {**after.info.config, "blend": settings(config)}
     write_checkpoint(config.out, tensors, replace(after.info, config=notes, scores={}))
-    print(f"{config.out}: {moved} of {len(new)} tensors averaged")
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    log.info("%s: %d of %d tensors averaged", config.out, moved, len(new))
     return config.out
 
 

@@ -140,18 +140,12 @@ class RestorationSamples(Dataset[dict[str, Tensor]]):
         order = torch.randperm(len(self.photos), generator=seeded(self.seed, 0, epoch))
         part = self._part(self.photos[int(order[place])], generator)
         levels = self._draw_levels(kind or self._draw_kind(generator), generator)
-        if (
-            not levels.keys() & {"low_light", "haze"}
-            and self.darker > 0
-            and _chance(self.darker, generator)
+        for change, share, not_for in (
+            (_darker, self.darker, {"low_light", "haze"}),
+            (_softer, self.softer, {"blur", "low_res"}),
         ):
-            part = _darker(part, generator)
-        if (
-            not levels.keys() & {"blur", "low_res"}
-            and self.softer > 0
-            and _chance(self.softer, generator)
-        ):
-            part = _softer(part, generator)
+            if share > 0 and not levels.keys() & not_for and _chance(share, generator):
+                part = change(part, generator)
         severities = torch.tensor([list(levels.values())])
         degraded = to_8_bit(degrade_chain(tuple(levels), part, severities, generator))
         return self._sample(part, degraded, levels, generator)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from diff_restorer.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
+from diff_restorer.checkpoint import read_checkpoint, write_checkpoint
 
 from .config import parse, settings
 
@@ -42,8 +42,15 @@ def main(config: Config) -> Path:
     if not 0 <= config.share <= 1:
         raise ValueError(f"--share: must be from 0 to 1, found {config.share}")
     before, after = (read_checkpoint(path, required=()) for path in (config.before, config.after))
-    _require_alike(before, after)
     old, new = before.state(""), after.state("")
+    if before.info.types != after.info.types:
+        raise ValueError(f"--before, --after: types {before.info.types} and {after.info.types}")
+    shapes = ({(name, each.shape) for name, each in state.items()} for state in (old, new))
+    if odd := set.symmetric_difference(*shapes):
+        raise ValueError(
+            f"--before, --after: the files hold other networks; {min(odd)[0]} is not alike in "
+            f"{before.path} and {after.path}"
+        )
     tensors = {name: torch.lerp(old[name].float(), new[name].float(), config.share) for name in new}
     moved = sum(not torch.equal(old[name], new[name]) for name in new)
     notes = {**after.info.config, "blend": settings(config)}
@@ -51,20 +58,6 @@ def main(config: Config) -> Path:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     log.info("%s: %d of %d tensors averaged", config.out, moved, len(new))
     return config.out
-
-
-def _require_alike(before: Checkpoint, after: Checkpoint) -> None:
-    if before.info.types != after.info.types:
-        raise ValueError(f"--before, --after: types {before.info.types} and {after.info.types}")
-    odd = sorted(before.keys ^ after.keys)
-    shapes = ({k: v.shape for k, v in file.state("").items()} for file in (before, after))
-    first, second = shapes
-    odd = odd or sorted(name for name in first if first[name] != second[name])
-    if odd:
-        raise ValueError(
-            f"--before, --after: the files hold other networks; {odd[0]} is not alike in "
-            f"{before.path} and {after.path}"
-        )
 
 
 if __name__ == "__main__":

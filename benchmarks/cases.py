@@ -50,7 +50,7 @@ def step(setting: Setting) -> Figures:
     ours = graph.control(image)
     theirs = sd15.stock_control(image)
     prompts = {"stock": theirs, "ours": (ours.positive, ours.negative)}
-    each = _per_step(graph, prompts, ours.latent, 2, setting.rounds)
+    each = _per_step(graph, prompts, ours.latent, 4, setting.rounds)
     return {"seconds_per_step": each, "ratio": each["ours"] / each["stock"]}
 
 

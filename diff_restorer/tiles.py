@@ -1,9 +1,10 @@
 """Networks with group norms, tile by tile, with the result of the whole picture.
 
 A network is cut into stages of few layers. Each stage runs tile by tile, and its output, a `Map`,
-is kept outside of the device's memory, or in a file. Tiles see as much of their surroundings as the
-convolutions of the stage reach. A group norm needs the mean and variance of the whole picture:
-until they are known, the tiles run up to that norm and no further, and then start again.
+is kept outside of the device's memory, or in a file; where it can, it overwrites the stage's input.
+Tiles see as much of their surroundings as the convolutions of the stage reach. A group norm needs
+the mean and variance of the whole picture: until they are known, the tiles run up to that norm and
+no further, and then start again.
 
 The tiled VAE of https://github.com/pkuliyi2015/multidiffusion-upscaler-for-automatic1111 likewise
 stops at every norm, but estimates its statistics from a small picture or keeps all tiles waiting
@@ -19,6 +20,7 @@ import mmap
 import os
 import shutil
 import tempfile
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -128,10 +130,14 @@ class Map:
         self._forget()
         return found
 
-    def write(self, window: Window, part: Tensor) -> None:
-        """Fills a part of it; what fp16 cannot hold becomes its largest number."""
+    def kept(self, part: Tensor) -> Tensor:
+        """As it would be kept; what fp16 cannot hold becomes its largest number."""
         if self._value.dtype == torch.float16 != part.dtype:
             part = part.clamp(-_LARGEST_HALF, _LARGEST_HALF)
+        return part.to(self._value, copy=True)
+
+    def write(self, window: Window, part: Tensor) -> None:
+        """Fills a part of it with what `kept` gave."""
         window.of(self._value, self.scale).copy_(part)
         self._forget()
 
@@ -224,7 +230,11 @@ class _Planned:
 
 
 class Plan:
-    """A network of several levels, ready to run on a picture."""
+    """A network of several levels, ready to run on a picture, once.
+
+    It lets go of each map as soon as no stage reads it any more; within a level, maps are
+    overwritten. A picture's memory then is that of its largest map and a row of tiles.
+    """
 
     def __init__(self, levels: Sequence[Sequence[Stage]], value: Map, cut: Cut) -> None:
         """Looks at the network.
@@ -236,7 +246,7 @@ class Plan:
             cut: The tiles.
         """
         self._value, self._cut = value, cut
-        self._levels: list[list[_Planned]] = []
+        self._levels: deque[list[_Planned]] = deque()
         blank = value.blank(cut.like)
         for stages in levels:
             planned = _look(stages, blank)
@@ -247,17 +257,26 @@ class Plan:
 
     @property
     def visits(self) -> int:
-        """How often `cut.on_tile` will be called."""
+        """How often `cut.on_tile` will be called from here on."""
         turns = sum(each.turns for planned in self._levels for each in planned)
         return turns * len(self._cut.windows(self._value.size))
 
     def run(self) -> Iterator[Map]:
         """The map after each level."""
-        value = self._value
-        for planned in self._levels:
-            for each in planned:
-                value = _run(each, value, self._cut)
-            yield value
+        while self._levels:
+            self._advance()
+            yield self._value
+
+    def result(self) -> Map:
+        """The map after the last level."""
+        while self._levels:
+            self._advance()
+        return self._value
+
+    def _advance(self) -> None:
+        for place, each in enumerate(self._levels.popleft()):
+            # The map that enters a level may be of use to others.
+            self._value = _run(each, self._value, self._cut, overwrite=place > 0)
 
 
 def _look(stages: Sequence[Stage], blank: Tensor) -> list[_Planned]:
@@ -283,17 +302,23 @@ def _joined(stages: Sequence[Stage]) -> Stage:
     return Stage(function, tuple(other for stage in stages for other in stage.others))
 
 
-def _run(planned: _Planned, value: Map, cut: Cut) -> Map:
+def _run(planned: _Planned, value: Map, cut: Cut, overwrite: bool = False) -> Map:
+    """The stage on all tiles; its output lies in `value` itself where it may and fits."""
     inputs, size = (value, *planned.stage.others), value.size
     channels, scale = planned.output.shape[1], planned.output.shape[-1]
     summary: list[Tensor] = []
     if planned.summary is not None:
         summary.append(_run(planned.summary, value, cut).whole().to(cut.like))
-    out = Map.empty(channels, scale, size, cut.dtype, cut.folder)
+    windows = cut.windows(size)
+    if overwrite and (channels, scale) == (value.channels, value.scale):
+        out, behind = value, _last_reader(windows, planned.margin)
+    else:
+        out, behind = Map.empty(channels, scale, size, cut.dtype, cut.folder), 0
     known: list[tuple[Tensor, Tensor]] = []
     while True:
         sums: list[_Sums] = []
-        for window in cut.windows(size):
+        waiting: deque[tuple[Window, Tensor]] = deque()
+        for window in windows:
             cut.on_tile()
             around = window.grown(planned.margin, *size)
             crops = [each.read(around, cut.like) for each in inputs]
@@ -303,10 +328,21 @@ def _run(planned: _Planned, value: Map, cut: Cut) -> Map:
                 except _NormReachedError:
                     sums.append(norms.sums)
                     continue
-            out.write(window, window.inside(around).of(found, scale))
+            waiting.append((window, out.kept(window.inside(around).of(found, scale))))
+            if len(waiting) > behind:
+                out.write(*waiting.popleft())
+        for window, part in waiting:
+            out.write(window, part)
         if not sums:
             return out
         known.append(_merged(sums))
+
+
+def _last_reader(windows: Sequence[Window], margin: int) -> int:
+    """How many tiles after a tile the last one comes that looks into it."""
+    columns = sum(window.top == 0 for window in windows)
+    reach = math.ceil(margin / min(min(each.height, each.width) for each in windows))
+    return reach * (columns + 1)
 
 
 class _Counting(TorchFunctionMode):

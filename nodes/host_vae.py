@@ -377,22 +377,29 @@ class AwareDecoder:
             one = given.rows(slice(index, index + 1))
             pixels = vae.process_input(one.photo)
             cut = _cut(vae, trunk, pixels, tile, report)
-            features = {level: Map(value, SCALE >> level) for level, value in one.known.items()}
-            if fusion is not None and fusion.levels and not features:
-                plan = plan_features(trunk, pixels, fusion.levels, cut)
-                report.start(plan, index, 0.0, 0.3)
-                features = {
-                    level: found for level, found in enumerate(plan.run()) if level in fusion.levels
-                }
             pooled = one.pooled.to(cut.like)
+            features = self._feature_maps(one, pixels, cut, report, index)
             plan = plan_decode(
                 trunk, fusion, one.latent, pixels, features, pooled, self.fidelity, cut
             )
+            del features  # the plan lets go of them when it has used them
             report.start(plan, index, 0.3, 1.0)
-            *_, image = plan.run()
-            done.append(image.whole().float())
+            done.append(plan.result().whole().float())
         report.finish()
         return vae.process_output(torch.cat(done))
+
+    def _feature_maps(
+        self, one: _Given, pixels: Tensor, cut: Cut, report: _Report, index: int
+    ) -> dict[int, Map]:
+        """The encoder features of picture `index` at the fusion blocks' levels."""
+        if one.known or not self._fuses:
+            return {level: Map(value, SCALE >> level) for level, value in one.known.items()}
+        levels = self.restorer.fusion.model.levels
+        if not levels:
+            return {}
+        plan = plan_features(one.trunk, pixels, levels, cut)
+        report.start(plan, index, 0.0, 0.3)
+        return {level: found for level, found in enumerate(plan.run()) if level in levels}
 
     def _blended(self, given: _Given, tile: int, overlap: int) -> Tensor:
         """Overlapping tiles, blended by the host.

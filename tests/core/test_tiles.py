@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import os
+import weakref
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -67,8 +69,7 @@ class Decoder:
         plan = plan_decode(
             self.trunk, self.fusion, self.latent, self.photo, features, self.pooled, fidelity, cut,
         )  # fmt: skip
-        *_, image = plan.run()
-        return image.whole().float()
+        return plan.result().whole().float()
 
 
 @torch.no_grad()
@@ -161,9 +162,9 @@ def test_a_disk_that_is_too_small_is_named(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_what_fp16_cannot_hold_stays_finite() -> None:
-    kept = Map.empty(1, 1, (1, 3), torch.float16, None)
-    kept.write(Window(0, 0, 1, 3), torch.tensor([[[[1e6, 2.0, -1e6]]]]))
-    assert kept.whole().flatten().tolist() == [65504, 2, -65504]
+    made = Map.empty(1, 1, (1, 3), torch.float16, None)
+    made.write(Window(0, 0, 1, 3), made.kept(torch.tensor([[[[1e6, 2.0, -1e6]]]])))
+    assert made.whole().flatten().tolist() == [65504, 2, -65504]
 
 
 @torch.no_grad()
@@ -174,9 +175,38 @@ def test_the_number_of_visits_is_known_before() -> None:
         seen[0] += 1
 
     plan = plan_features(decoder.trunk, decoder.photo, (0, 2), Cut(3, decoder.photo, None, count))
+    visits = plan.visits
     assert len(list(plan.run())) == 3
     # Three tiles by four; each of the three levels has two blocks with two norms.
-    assert plan.visits == seen[0] == 12 * 3 * 2 * 3
+    assert visits == seen[0] == 12 * 3 * 2 * 3
+    assert plan.visits == 0
+
+
+@torch.no_grad()
+def test_a_plan_keeps_no_more_maps_than_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks write their output over their input, and nothing outlives its last reader."""
+    decoder, alive, most = Decoder("kl", 64, 96), weakref.WeakSet[Map](), [0]
+    cut = Cut(3, decoder.photo)
+    features = dict(enumerate(plan_features(decoder.trunk, decoder.photo, (1, 2, 3), cut).run()))
+    read = weakref.WeakSet(features.values())
+    plan = plan_decode(
+        decoder.trunk, decoder.fusion, decoder.latent, decoder.photo, features, decoder.pooled,
+        1.0, cut,
+    )  # fmt: skip
+    del features
+    make = Map.empty
+
+    def empty(*args: Any) -> Map:
+        made = make(*args)
+        alive.add(made)
+        most[0] = max(most[0], sum(each.whole().numel() for each in alive))
+        return made
+
+    monkeypatch.setattr(Map, "empty", empty)
+    plan.result()
+    assert not read
+    first, second = decoder.trunk.channels[:2]
+    assert most[0] == first * 64 * 96 + second * 32 * 48
 
 
 @torch.no_grad()

@@ -1,10 +1,11 @@
 """Stage 1 against diffusers' ControlNet training step: `python -m training.bench --help`.
 
-Both train a control module of the same UNet on the same batch, resolution and precision; weights
-are random. Diffusers' step is that of its examples/controlnet/train_controlnet.py: one VAE encode,
-77 text tokens, a hint image of the same size, a frozen UNet. Ours reads the degraded photo by CLIP,
-encodes both photos, trains the prompt processor through the whole UNet and classifies. Each
-variant is a process of its own, so that peak memory is its own, too.
+Both train a control module of the same UNet on the same batch and resolution, in the precision that
+training takes on this device (bf16 where it computes in it, else fp32); weights are random.
+Diffusers' step is that of its examples/controlnet/train_controlnet.py: one VAE encode, 77 text
+tokens, a hint image of the same size, a frozen UNet. Ours reads the degraded photo by CLIP, encodes
+both photos, trains the prompt processor through the whole UNet and classifies. Each variant is a
+process of its own, so that peak memory is its own, too.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from diff_restorer.checkpoint import EPSILON
 from diff_restorer.prompt_processor import DEFAULT_TYPES
 from diff_restorer.views import WHOLE
 
-from .common import DataConfig, ModelConfig, home
+from .common import DataConfig, ModelConfig, half, home
 from .data import RestorationSamples
 from .diffusion import TIMESTEPS, scheduler
 from .loop import LoopConfig
@@ -127,8 +128,9 @@ def in_process(variant: Variant) -> dict[str, Any]:
 
 
 def _report(theirs: dict[str, Any], ours: dict[str, Any]) -> None:
-    log.info("\n%s size, %d px, batch %d, bf16, %s:", *map(ours.get, ("size", "resolution")),
-             ours["batch_size"], "GPU" if torch.cuda.is_available() else "CPU")  # fmt: skip
+    settings = map(ours.get, ("size", "resolution", "batch_size", "precision"))
+    device = "GPU" if torch.cuda.is_available() else "CPU"
+    log.info("\n%s size, %d px, batch %d, %s, %s:", *settings, device)
     for found in (theirs, ours):
         if "error" in found:
             log.info("  %-10s failed: %s", found["step"], found["error"])
@@ -171,7 +173,7 @@ def measure(variant: Variant) -> dict[str, Any]:
     where the clock does not.
     """
     torch.manual_seed(0)
-    device = home()
+    device, precision = home(), half("auto")
     sizes = SIZES[variant.size]
     step, parameters = (our_step if variant.step == "ours" else diffusers_step)(variant, sizes)
     optimizer = torch.optim.AdamW(parameters, lr=1e-5)
@@ -186,7 +188,7 @@ def measure(variant: Variant) -> dict[str, Any]:
         batch = {key: value.to(device) for key, value in batch.items()}
         _synchronize()
         mark, worked = time.perf_counter(), time.process_time()
-        with torch.autocast(device.type, torch.bfloat16):
+        with torch.autocast(device.type, precision, enabled=precision != torch.float32):
             loss = step(batch)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -203,6 +205,7 @@ def measure(variant: Variant) -> dict[str, Any]:
         "samples_per_s": variant.batch_size / typical,
         "cpu_s": work,
         "seconds": [round(value, 3) for value in seconds],
+        "precision": str(precision).partition(".")[2],
         "threads": torch.get_num_threads(),
         "peak_gb": _peak_bytes() / 1e9,
     }
@@ -253,11 +256,11 @@ def our_step(variant: Variant, sizes: Sizes) -> tuple[Step, list[nn.Parameter]]:
 
 
 def diffusers_step(variant: Variant, sizes: Sizes) -> tuple[Step, list[nn.Parameter]]:
-    """The step of diffusers' train_controlnet.py: ControlNet in fp32, the rest in bf16."""
+    """The step of diffusers' train_controlnet.py: ControlNet in fp32, the rest in bf16 or fp32."""
     from diffusers import ControlNetModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    device, frozen = home(), torch.bfloat16
+    device, frozen = home(), half("auto")
     unet = build_unet(sizes)
     control: Any = ControlNetModel.from_unet(unet)
     nn.Module.to(control.train(), device)

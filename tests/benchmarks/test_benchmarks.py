@@ -76,6 +76,11 @@ def test_the_report_shows_what_there_is(tmp_path: Path) -> None:
     assert "| euler, 8 steps | 1.00 | 24.00 |" in text
     assert (tmp_path / "benchmarks_area.png").exists()
     assert (tmp_path / "benchmarks_levers.png").exists()
+    assert "benchmarks_seams.png" in text
+    write_report(results(), tmp_path)
+    text = (tmp_path / "benchmarks.md").read_text()
+    assert "| exact 128 px |  |  | 24.0 | 2.50 |" in text, "without pictures to compare"
+    assert "benchmarks_seams.png" not in text
 
 
 @pytest.mark.comfy

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from tests.browser.chromium import ARGUMENTS, find_or_install
 from tests.browser.editor import Editor
 from tools.environment import ROOT
-from tools.examples import write_examples
+from tools.examples import CLEAN, write_examples
 from tools.host import Host
 
 HELP = ROOT / "web/docs"
@@ -34,6 +34,13 @@ def draw_nodes(editor: Editor) -> None:
     for node in tqdm(sorted(names, key=SHOWN_IN.__contains__), unit="node", disable=None):
         if node in SHOWN_IN:
             editor.open_template(SHOWN_IN[node])
+            editor.page.evaluate(
+                """name => {
+                    const found = app.graph.nodes.find(each => each.title === "Clean photo");
+                    if (found) found.widgets.find(each => each.name === "image").value = name;
+                }""",
+                CLEAN,
+            )
             editor.run()
             editor.shown_pictures(node)
             editor.page.evaluate(

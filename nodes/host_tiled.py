@@ -55,18 +55,28 @@ class Grid:
         return rows[:, None] * columns
 
     def local(self, values: Tensor) -> LocalPooled:
-        """Pooled P_D of the tiles, (tiles, B, C), blended as the tiles are."""
+        """Pooled P_D of the tiles, (tiles, B, C), each true of its tile's middle."""
         rows, columns = (self._shares(side) for side in self.size)
         tiles = values.permute(1, 2, 0).unflatten(2, (len(rows), len(columns)))
         return LocalPooled(tiles.contiguous(), rows, columns)
 
     def _shares(self, side: int) -> Tensor:
-        """How much each tile along a side counts at each place, (tiles, side)."""
+        """How much each tile along a side counts at each place, (tiles, side).
+
+        Linear from middle to middle: within the overlap alone, the decoder's tone would change so
+        fast that a smooth sky shows it.
+        """
         starts, length = self._spread(side)
+        if len(starts) == 1:
+            return torch.ones(1, side)
+        middles = torch.tensor(starts) + (length - 1) / 2
+        places = torch.arange(side)
+        after = torch.searchsorted(middles, places.float()).clamp(1, len(starts) - 1)
+        first, second = middles[after - 1], middles[after]
+        share = ((places - first) / (second - first)).clamp(0, 1)
         shares = torch.zeros(len(starts), side)
-        for share, start in zip(shares, starts, strict=True):
-            share[start : start + length] = _ramps(length, self.overlap)
-        return shares / shares.sum(dim=0)
+        shares[after - 1, places], shares[after, places] = 1 - share, share
+        return shares
 
 
 def _ramps(length: int, overlap: int) -> Tensor:

@@ -94,7 +94,7 @@ def test_locality_goes_from_the_photo_to_the_tile(tiled, prepare, photo, sample_
 
 
 def test_the_degradation_of_each_place_is_that_of_its_tile(toy, tiled, prepare, photo) -> None:
-    """Away from overlaps it is what the Prompt Processor reads from the tile."""
+    """Up to the middle of an outer tile it is what the Prompt Processor reads from it."""
     image = torch.cat([photo(64, 96), 1 - photo(64, 96, seed=3)], dim=2)
     whole = prepare(image).degradation
     found = tiled(image, overlap=16).degradation

@@ -36,7 +36,7 @@ class DataConfig:
     """Where photos come from and how samples are cut.
 
     Clean photos are degraded on the fly; pairs bring their own degradation. All kinds are drawn
-    equally often, whatever the source.
+    equally often, whatever the source, but for those to `oversample`.
     """
 
     photos: Path | None = None
@@ -54,6 +54,9 @@ class DataConfig:
     softer: float = 0.0
     """Share of clean photos that first lose up to 2.5 times in resolution, so that the soft pixels
     of a camera are not taken for blur; not those that blur is put on."""
+    oversample: tuple[str, ...] = ()
+    """Kinds to draw more often, such as `noise noise jpeg`: each mention adds a kind's own share
+    once more. Meant for a run that goes on from a finished file to mend its weakest kinds."""
     mixing: Mixing = field(default_factory=Mixing)
     """Several degradations at once (clean photos only)."""
     crop: int = 128
@@ -192,6 +195,7 @@ def open_data(
             pair_share=config.pair_share,
             darker=config.darker if place == 0 else 0.0,
             softer=config.softer if place == 0 else 0.0,
+            oversample=config.oversample if place == 0 else (),
         )
         for place in (0, 1)
     )

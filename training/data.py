@@ -81,6 +81,7 @@ class RestorationSamples(Dataset[dict[str, Tensor]]):
         pair_share: float = 0.5,
         darker: float = 0.0,
         softer: float = 0.0,
+        oversample: Sequence[str] = (),
     ) -> None:
         """Makes samples of photos and pairs.
 
@@ -89,7 +90,8 @@ class RestorationSamples(Dataset[dict[str, Tensor]]):
             crop: Side of `gt` and `lq`, pixels.
             clip_size: Side of `clip_view`, pixels.
             seed: Another seed gives other samples.
-            kinds: Degradations, drawn uniformly; `label` is the place in this list.
+            kinds: Degradations, drawn uniformly unless `oversample` is given; `label` is the place
+                in this list.
             mixing: How often clean photos get several degradations at once.
             pairs: Degraded and clean photos.
             pair_share: Share of the samples of a kind that are pairs, where there are pairs of it;
@@ -99,14 +101,17 @@ class RestorationSamples(Dataset[dict[str, Tensor]]):
             softer: Share of clean photos that first lose up to 2.5 times in resolution, as the
                 pixels of a camera are softer than those of reduced photos; not those for `blur` and
                 `low_res`.
+            oversample: Kinds to draw more often; each mention adds a kind's own share once more.
 
         Raises:
-            ValueError: There is no photo.
+            ValueError: There is no photo, or `oversample` names what `kinds` lacks.
         """
         if not photos:
             raise ValueError("photos: a sample needs a clean photo, found none")
+        if unknown := set(oversample) - set(kinds):
+            raise ValueError(f"oversample: unknown {sorted(unknown)}; known are {tuple(kinds)}")
         self.photos, self.crop, self.clip_size = photos, crop, clip_size
-        self.seed, self.kinds = seed, tuple(kinds)
+        self.seed, self.kinds, self.oversample = seed, tuple(kinds), tuple(oversample)
         self.mixing = mixing or Mixing()
         self.pairs = pairs.by_kind() if pairs else {}
         self.pair_share, self.darker, self.softer = pair_share, darker, softer
@@ -169,10 +174,12 @@ class RestorationSamples(Dataset[dict[str, Tensor]]):
             "clip_size": self.clip_size,
             "darker": self.darker,
             "softer": self.softer,
+            "oversample": list(self.oversample),
         }
 
     def _draw_kind(self, generator: torch.Generator) -> str:
-        return self.kinds[int(torch.randint(len(self.kinds), (), generator=generator))]
+        drawn = self.kinds + self.oversample
+        return drawn[int(torch.randint(len(drawn), (), generator=generator))]
 
     def _draw_levels(self, kind: str, generator: torch.Generator) -> dict[str, float]:
         """The kinds of a sample, `kind` and what is mixed in, with their severities."""

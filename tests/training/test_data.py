@@ -215,6 +215,14 @@ def test_softer_photos_are_softer_on_both_sides_but_not_under_blur(folder: Path)
     assert torch.equal(sample["gt"], sample["lq"])
 
 
+def test_oversampled_kinds_are_drawn_more_often(folder: Path) -> None:
+    samples = make(folder, kinds=("clean", "noise"), oversample=("clean", "clean"), crop=16)
+    labels = [int(samples[index]["label"]) for index in range(200)]
+    assert 0.65 < labels.count(0) / len(labels) < 0.85  # three of four
+    with pytest.raises(ValueError, match=r"oversample: unknown \['fog'\]; known are"):
+        make(folder, oversample=("fog",))
+
+
 def test_stage_2_pairs_latents_with_the_samples_they_came_from(
     folder: Path, tmp_path: Path
 ) -> None:

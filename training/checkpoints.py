@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
@@ -80,7 +81,13 @@ class Checkpoints:
             settings: The run's configuration, to compare when it goes on.
         """
         self.accelerator, self.out, self.size = accelerator, out, size
-        self.settings = {**_flat(settings), "processes": accelerator.num_processes}
+        self.settings = {
+            **_flat(settings),
+            "processes": accelerator.num_processes,
+            "sharded": accelerator.distributed_type == DistributedType.FSDP,
+        }
+        accelerator.register_save_state_pre_hook(self._name_without_wrapper)
+        accelerator.register_load_state_pre_hook(self._load_without_wrapper)
 
     def prepare(self) -> None:
         """Make the run folder, and fail now rather than in an hour where the disk is too small.
@@ -131,20 +138,25 @@ class Checkpoints:
             Its step and `extra`; 0 and nothing where there is no checkpoint.
 
         Raises:
-            ResumeError: There are checkpoints, but none can be read.
+            ResumeError: There are checkpoints, but none can be read, or they are of a run that was
+                sharded (FSDP) and this one is not, or the other way round.
         """
         damaged: list[Path] = []
         reason: Exception | None = None
         for folder in reversed(self.folders()):
             try:
                 manifest = _unseal(folder)
+                self._require_same_shards(manifest["settings"])
                 self.accelerator.load_state(str(folder))
+            except ResumeError:
+                raise
             except Exception as error:  # zip, pickle, JSON, safetensors and OS errors alike
                 log.warning("%s cannot be read, trying the one before: %s", folder, error)
                 damaged.append(folder)
                 reason = error
                 continue
-            self._warn_of_changes(folder, manifest["settings"])
+            if changed := self._changes(manifest["settings"]):
+                log.warning("%s was trained with other settings: %s", folder, "; ".join(changed))
             self.accelerator.wait_for_everyone()
             if self.accelerator.is_main_process:
                 for folder_ in damaged:
@@ -161,15 +173,35 @@ class Checkpoints:
             ) from reason
         return 0, {}
 
-    def _warn_of_changes(self, folder: Path, before: Mapping[str, Any]) -> None:
+    def _name_without_wrapper(
+        self, models: list[nn.Module], weights: list[Mapping[str, Tensor]], folder: str
+    ) -> None:
+        """DDP calls every weight `module.` something: a run may go on without it."""
+        for place in range(len(weights)):
+            weights[place] = self.accelerator.unwrap_model(models[place]).state_dict()
+
+    def _load_without_wrapper(self, models: list[nn.Module], folder: str) -> None:
+        models[:] = [self.accelerator.unwrap_model(model) for model in models]
+
+    def _require_same_shards(self, before: Mapping[str, Any]) -> None:
+        if before.get("sharded", False) != self.settings["sharded"]:
+            was, now = (
+                "with FSDP" if sharded else "without FSDP"
+                for sharded in (before.get("sharded", False), self.settings["sharded"])
+            )
+            raise ResumeError(
+                f"{self.out}: its checkpoints were written {was}, this run is {now}; start it "
+                "like before (the number of processes may change), or move the folder away"
+            )
+
+    def _changes(self, before: Mapping[str, Any]) -> list[str]:
+        """Settings that differ and may change what is learnt."""
         now: dict[str, Any] = json.loads(json.dumps(self.settings))  # tuples as the file has them
-        changed = [
+        return [
             f"{name} {before.get(name)} -> {now.get(name)}"
             for name in sorted(before.keys() | now.keys())
             if name.split(".")[-1] not in _FREE and before.get(name) != now.get(name)
         ]
-        if changed:
-            log.warning("%s was trained with other settings: %s", folder, "; ".join(changed))
 
 
 def write_failure(folder: Path, what: str, error: Exception) -> DiskError:

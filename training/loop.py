@@ -100,6 +100,9 @@ class Stage:
     begin_step: Callable[[int], None] | None = None
     """Told the number of each step before its first batch; may switch `requires_grad` off for a
     time, of parameters that have it when the run starts."""
+    opponents: tuple[nn.Module, ...] = ()
+    """Parts of `trainable` that do not share gradients, as a GAN's two sides: each one's norm is
+    limited by itself. None: the norm of the whole is."""
     check: Callable[[Path], None] | None = None
     """Raises an error that names the file where it reads back other than it was exported."""
 
@@ -198,7 +201,7 @@ class _Run:
         optimizer = torch.optim.AdamW(learned, lr=config.lr, weight_decay=config.weight_decay)
         self.module, self.optimizer = accelerator.prepare(_LossModule(stage), optimizer)
         _reject_nested_shards(self.module)
-        self.average = Average(self.module, config.ema)
+        self.average = Average(accelerator.unwrap_model(self.module), config.ema)
         accelerator.register_for_checkpointing(self.average)
 
     def train(self, dataset: Dataset[Batch]) -> Path:
@@ -275,7 +278,9 @@ class _Run:
         if self.stage.begin_step is not None:
             self.stage.begin_step(step)
         parts: list[dict[str, Tensor]] = []
+        learned: set[str] = set()  # terms that have a gradient
         batch: Batch = {}
+        accelerator.step = 0  # counts batches, also those of a run with another `accumulate`
         for micro in range(config.accumulate):
             with self.progress.waiting():
                 batch = next(batches)
@@ -288,6 +293,7 @@ class _Run:
                 with accelerator.autocast():
                     terms: dict[str, Tensor] = self.module(batch, generator)
                 accelerator.backward(terms["loss"])
+            learned |= {name for name, value in terms.items() if value.requires_grad}
             parts.append({name: value.detach() for name, value in terms.items()})
         accelerator.unscale_gradients()
         gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
@@ -296,18 +302,20 @@ class _Run:
         batch_count = config.accumulate * accelerator.num_processes
         scaled = accelerator.scaler is not None  # fp16 overflows now and then, and skips the step
         if counts["loss"] < batch_count or not (math.isfinite(norm) or scaled):
-            raise NonFiniteError(describe(step, parts, batch, self.stage.trainable))
+            raise NonFiniteError(describe(step, parts, learned, batch, self.stage.trainable))
         if config.clip < norm < math.inf:
-            torch._foreach_mul_(gradients, config.clip / (norm + 1e-6))
+            for side in self.stage.opponents or (self.stage.trainable,):
+                torch.nn.utils.clip_grad_norm_(side.parameters(), config.clip)
         self.optimizer.step()
         if not self.optimizer.step_was_skipped:
             self.average.update()
         elif accelerator.scaler is not None and accelerator.scaler.get_scale() < 1:
-            raise NonFiniteError(describe(step, parts, batch, self.stage.trainable))
+            raise NonFiniteError(describe(step, parts, learned, batch, self.stage.trainable))
         self.optimizer.zero_grad(set_to_none=True)
         for name in values:
             self.progress.means.add(name, values[name], counts[name])
-        self.progress.means.add("grad_norm", norm, 1)
+        if math.isfinite(norm):
+            self.progress.means.add("grad_norm", norm, 1)
         self.progress.advance()
         return stop, old
 
@@ -340,7 +348,8 @@ class _Run:
         out = self.config.out
         with self.progress.paused(), self.average.applied():
             if self.accelerator.is_main_process:
-                scores = self.stage.validate(step, out / "sheets")
+                with self.accelerator.autocast():
+                    scores = self.stage.validate(step, out / "sheets")
                 try:
                     self.stage.export(self.exported, self.settings)
                 except (OSError, SafetensorError) as error:

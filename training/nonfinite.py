@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 
 import torch
 from torch import Tensor, nn
@@ -13,15 +13,28 @@ class NonFiniteError(RuntimeError):
 
 
 def describe(
-    step: int, parts: list[dict[str, Tensor]], batch: dict[str, Tensor], module: nn.Module
+    step: int,
+    parts: list[dict[str, Tensor]],
+    learned: Set[str],
+    batch: dict[str, Tensor],
+    module: nn.Module,
 ) -> str:
-    """Name what is not finite on this process: its causes where they can be seen, too."""
+    """Name what is not finite on this process: its causes where they can be seen, too.
+
+    Args:
+        step: Of the run.
+        parts: The terms of each batch.
+        learned: Terms with a gradient; others may be NaN where a batch says nothing of them.
+        batch: The last one.
+        module: What trains.
+    """
 
     def bad(tensors: Iterator[tuple[str, Tensor | None]]) -> list[str]:
         found = [n for n, t in tensors if t is not None and not torch.isfinite(t).all()]
         return [*found[:3], *(["..."] if len(found) > 3 else [])]
 
-    terms = [n for n in parts[0] if not all(torch.isfinite(part[n]).all() for part in parts)]
+    wrong = [n for n in parts[0] if not all(torch.isfinite(part[n]).all() for part in parts)]
+    terms = [name for name in wrong if name in learned]
     gradients = bad((n, p.grad) for n, p in module.named_parameters())
     inputs = bad(iter(batch.items()))
     weights = bad((n, p.detach()) for n, p in module.named_parameters())

@@ -149,8 +149,8 @@ class DecoderLoss:
     def trainable(self) -> nn.Module:
         """The decoder, and the discriminator: one optimizer and one checkpoint for both.
 
-        Each one's terms give the other no gradient, so that one step trains both as alternating
-        steps would, with the images of the same forward pass.
+        Each one's terms give the other no gradient, and their norms are limited apart, so that one
+        step trains both as alternating steps would, with the images of the same forward pass.
         """
         if self.discriminator is None:
             return self.models.decoder
@@ -279,7 +279,13 @@ def main(config: Config) -> Path:
     def check(path: Path) -> None:
         compare_file(path, models.file_tensors(parts, torch.float32))
 
-    stage = Stage(loss.trainable, loss, validate, export, check=check, begin_step=loss.begin_step)
+    sides = () if loss.discriminator is None else (models.decoder, loss.discriminator)
+    stage = Stage(
+        *(loss.trainable, loss, validate, export),
+        check=check,
+        begin_step=loss.begin_step,
+        opponents=sides,
+    )
     return run(stage, samples, config.loop, config)
 
 

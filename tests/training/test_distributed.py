@@ -15,6 +15,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from training.checkpoints import ResumeError
+
 from .toys import train
 
 ROOT = Path(__file__).parents[2]
@@ -71,3 +73,28 @@ def test_two_processes_equal_accumulation(
         assert len(shared_out) == len(alone)
         for found, expected in zip(shared_out, alone, strict=True):
             assert found == pytest.approx(expected, abs=0, rel=tolerance)
+
+
+def test_a_run_of_two_processes_goes_on_in_one_and_back(tmp_path: Path) -> None:
+    """The same batches, as the one accumulates; the weights' names must not tell of processes."""
+    shared = {"decay": False, "batch_size": 2, "validate_every": 7}
+    straight = train({"out": str(tmp_path / "one"), "accumulate": 2, "steps": 7, **shared})
+    out = str(tmp_path / "two")
+    for steps, processes in ((2, 2), (4, 1), (7, 2)):
+        settings = {"out": out, "accumulate": 2 // processes, "steps": steps, **shared}
+        if processes == 1:
+            train(settings)
+        else:
+            done = launch("ddp", settings)
+            assert done.returncode == 0, done.stderr[-3000:]
+    assert "processes 1 -> 2" in done.stderr
+    found, expected = load_file(tmp_path / "two" / "export.safetensors"), load_file(straight)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+def test_a_sharded_run_does_not_go_on_unsharded(tmp_path: Path) -> None:
+    out = str(tmp_path / "run")
+    done = launch("fsdp", {"out": out, "steps": 2})
+    assert done.returncode == 0, done.stderr[-3000:]
+    with pytest.raises(ResumeError, match="written with FSDP, this run is without FSDP"):
+        train({"out": out, "steps": 4})

@@ -10,7 +10,7 @@ import resource
 import shutil
 import signal
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import pytest
 import tomllib
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from diff_restorer.checkpoint import CheckpointInfo, CheckpointKeysError, write_checkpoint
 from training.average import Average
 from training.checkpoints import DiskError, ResumeError, compare_file
-from training.loop import LoopConfig, NonFiniteError, learning_rate, run
+from training.loop import LoopConfig, NonFiniteError, Stage, learning_rate, run
 from training.plots import draw_curves, read_curves
 from training.progress import Means, Table, read_table
 
@@ -163,6 +163,48 @@ def test_terms_that_say_nothing_are_left_out_of_the_mean(tmp_path: Path) -> None
     means = Means()
     means.add("a", 0.0, 0)
     assert means.take()["a"] != means.take().get("a", 0)  # NaN, then nothing
+
+
+def test_terms_without_gradient_are_not_blamed(tmp_path: Path) -> None:
+    broken = stage(scale=float("nan"))
+    with pytest.raises(NonFiniteError, match="step 0: loss is not finite"):
+        run(broken, Points(), config(tmp_path, batch_size=1))  # `even` may be NaN, too
+
+
+def test_a_run_goes_on_with_another_accumulation(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """From step 1, which is no multiple of the new number of batches per step."""
+    out = tmp_path / "run"
+    with pytest.raises(KeyboardInterrupt):
+        run(stage(stop_at=2), Points(), config(out, checkpoint_every=1))
+    before = load_file(out / "step_0000001" / "model.safetensors")["trainable.0.weight"]
+    with caplog.at_level(logging.WARNING, "training"):
+        run(stage(), Points(), config(out, batch_size=1, accumulate=2, checkpoint_every=1))
+    assert "accumulate 1 -> 2; batch_size 2 -> 1" in caplog.text
+    for step in (5, 6):
+        after = load_file(out / f"step_{step:07d}" / "model.safetensors")["trainable.0.weight"]
+        assert not torch.equal(before, after)
+        before = after
+
+
+def test_opponents_are_limited_apart(tmp_path: Path) -> None:
+    """A side with small gradients keeps them, whatever the other's are."""
+    sides = nn.ModuleList([nn.Linear(4, 1, bias=False), nn.Linear(4, 1, bias=False)])
+    small, large = sides
+
+    def loss(batch: dict[str, Tensor], _: torch.Generator) -> dict[str, Tensor]:
+        return {"loss": (0.01 * small(batch["x"]) + 1000 * large(batch["x"])).mean()}
+
+    def export(path: Path, _: dict[str, Any]) -> None:
+        save_file(sides.state_dict(), path)
+
+    playing = Stage(sides, loss, lambda *_: {"x": 0.0}, export, opponents=(small, large))
+    run(playing, Points(), config(tmp_path, steps=1))
+    moments = torch.load(tmp_path / "step_0000001" / "optimizer.bin")["state"]
+    first, second = (float(moments[place]["exp_avg"].norm()) * 10 for place in (0, 1))
+    assert second == pytest.approx(1, rel=1e-3)  # `clip`
+    assert 0.001 < first < 0.1
 
 
 @pytest.mark.parametrize("damage", ["cut", "missing", "no manifest"])

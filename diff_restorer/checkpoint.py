@@ -16,6 +16,7 @@ from safetensors.torch import save_file  # pyright: ignore[reportUnknownVariable
 from torch import Tensor
 
 EPSILON, V_PREDICTION = "epsilon", "v_prediction"
+ONE_KIND, ANY_KINDS = "ce", "bce"
 FORMAT = "diff-restorer"
 FORMAT_VERSION = 1
 REQUIRED_PREFIXES = ("prompt_processor.", "control.")
@@ -82,8 +83,11 @@ class CheckpointInfo:
     """Factor between the VAE's own latent and the one the UNet sees."""
     prediction: str = EPSILON
     """What the UNet predicts: `epsilon` (SD 1.5) or `v_prediction` (Nano)."""
+    classification: str = ONE_KIND
+    """How the classifier was trained: `ce`, one kind per photo (softmax), or `bce`, any number of
+    them (sigmoids)."""
     config: Mapping[str, Any] = field(default_factory=dict[str, Any])
-    """Training configuration."""
+    """Settings of the training programs, by program, such as `train_control`."""
     git_revision: str = ""
     """Revision of the training code."""
     scores: Mapping[str, Any] = field(default_factory=dict[str, Any])
@@ -100,6 +104,7 @@ class CheckpointInfo:
             "clip": json.dumps(dict(self.clip)),
             "latent_scale": repr(self.latent_scale),
             "prediction": self.prediction,
+            "classification": self.classification,
             "config": json.dumps(dict(self.config)),
             "git_revision": self.git_revision,
             "scores": json.dumps(dict(self.scores)),
@@ -128,12 +133,19 @@ class CheckpointInfo:
             raise ValueError(
                 f"metadata 'prediction' is {prediction!r}, not {EPSILON!r} or {V_PREDICTION!r}"
             )
+        classification = metadata.get("classification", ONE_KIND)  # likewise
+        if classification not in (ONE_KIND, ANY_KINDS):
+            raise ValueError(
+                f"metadata 'classification' is {classification!r}, not {ONE_KIND!r} or "
+                f"{ANY_KINDS!r}"
+            )
         return cls(
             types=tuple(str(name) for name in parsed("types", list)),
             base_model=metadata["base_model"],
             clip=parsed("clip", dict),
             latent_scale=float(metadata["latent_scale"]),
             prediction=prediction,
+            classification=classification,
             config=parsed("config", dict),
             git_revision=metadata["git_revision"],
             scores=parsed("scores", dict),

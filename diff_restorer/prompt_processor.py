@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .checkpoint import ONE_KIND
+
 DEFAULT_TYPES = ("noise", "blur", "jpeg", "low_light", "haze", "rain", "snow", "raindrop")
 """The eight degradation types of the published evaluation, as far as they can be inferred."""
 
@@ -51,7 +53,17 @@ class PromptOutput(NamedTuple):
     pooled: Tensor
     """Mean of P_D over tokens, (B, context_width): for the classifier and the decoder."""
     logits: Tensor
-    """(B, N), one per degradation type, before softmax."""
+    """(B, N), one per degradation type."""
+
+    def probabilities(self, classification: str = ONE_KIND) -> Tensor:
+        """(B, N) in [0, 1]: that a photo has this kind of damage.
+
+        Args:
+            classification: How the classifier was trained, see `CheckpointInfo`: of kinds that
+                exclude each other the sum is 1.
+        """
+        one = classification == ONE_KIND
+        return self.logits.softmax(dim=-1) if one else self.logits.sigmoid()
 
     def over_views(self, photos: int) -> PromptOutput:
         """What several views of each photo, photo by photo in a row, tell of its degradation.

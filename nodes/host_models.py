@@ -80,7 +80,7 @@ class DiffRestorer:
         degradation = Degradation(
             tokens=out.degradation,
             pooled=out.pooled,
-            probabilities=out.logits.softmax(dim=-1),
+            probabilities=out.probabilities(self.info.classification),
             types=self.info.types,
             prototypes=prototypes.to(out.pooled.device, torch.float32),
         )

@@ -27,7 +27,7 @@ class Degradation:
     pooled: Tensor
     """Mean of P_D over tokens, (B, C): modulates the decoder's fusion blocks."""
     probabilities: Tensor
-    """(B, N), softmax of the classifier's logits."""
+    """(B, N) in [0, 1]; of a classifier of single kinds they add up to 1."""
     types: tuple[str, ...]
     """Names of the N types."""
     prototypes: Tensor

@@ -33,7 +33,7 @@ from tqdm import tqdm
 from diff_restorer.degradations import KINDS
 from tools.environment import ROOT
 
-from .common import Precision, git_revision, half, mixed_precision
+from .common import Precision, git_revision, half, home, mixed_precision
 from .evaluation import plots
 from .evaluation.metrics import fidelity
 from .evaluation.pictures import (
@@ -50,6 +50,7 @@ from .evaluation.tables import SETTINGS, table
 from .evaluation.testsets import Case, synthetic
 from .evaluation.variants import VARIANTS, Photo, Variant
 from .models import Models
+from .pretrained import Sd15Config
 
 log = logging.getLogger(__name__)
 PARTS = ("no_ps", "no_pd_control", "no_pd_decoder", "stock_decoder", "no_diffusion", "no_ce")
@@ -80,7 +81,9 @@ class Config:
     out: Path = Path("ablation_out")
     """Folder of the results."""
     file: Path = ROOT / "models/diff_restorer_nano.safetensors"
-    """The full model, a self-contained file."""
+    """The full model: a finished file."""
+    sd15: Sd15Config = field(default_factory=Sd15Config)
+    """Base networks of a file for SD 1.5 (its workflows sample with `--steps 20`)."""
     retrained: dict[str, Path] = field(default_factory=dict)
     """Variant -> file that was trained that way."""
     variants: tuple[str, ...] = tuple(VARIANTS)
@@ -126,7 +129,7 @@ def score_case(
     scores: dict[str, dict[str, float]] = {}
     number_format = half(config.precision)
     mixed = number_format != torch.float32
-    with torch.no_grad(), torch.autocast("cpu", number_format, enabled=mixed):
+    with torch.no_grad(), torch.autocast(home().type, number_format, enabled=mixed):
         for name, variant in todo.items():
             file = config.retrained.get(name, config.file)
             if file not in photos:
@@ -142,7 +145,7 @@ def run(config: Config, cases: Sequence[Case]) -> Scores:
     """Scores of every case, from the cache where they are still right."""
     variants = chosen_variants(config)
     files = {name: config.retrained.get(name, config.file) for name in variants}
-    models = {file: open_file(file) for file in set(files.values())}
+    models = {file: open_file(file, config.sd15) for file in set(files.values())}
     code = file_digest(
         *(Path(__file__).parent / f"evaluation/{m}.py" for m in ("variants", "reading"))
     )
@@ -256,7 +259,7 @@ def markdown(config: Config, rows: Mapping[str, Any], photos: int) -> str:
     verdicts = [verdict(rows[name]) for name in PARTS if name in rows]
     absent = [
         VARIANTS[name].title
-        for name in config.variants
+        for name in VARIANTS
         if VARIANTS[name].retrained and name not in config.retrained
     ]
     parts = [

@@ -14,7 +14,7 @@ import torch
 
 from diff_restorer.checkpoint import read_checkpoint, write_checkpoint
 
-from .config import parse, settings
+from .config import run_program, settings
 
 log = logging.getLogger(__name__)
 
@@ -61,4 +61,4 @@ def main(config: Config) -> Path:
 
 
 if __name__ == "__main__":
-    main(parse(Config, __doc__))
+    run_program(main, Config, __doc__)

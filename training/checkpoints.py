@@ -19,6 +19,8 @@ from torch import Tensor, nn
 
 from diff_restorer.checkpoint import CheckpointKeysError, read_checkpoint
 
+from .errors import DiskError, ResumeError
+
 log = logging.getLogger(__name__)
 
 KEPT = 2
@@ -31,14 +33,6 @@ _FREE = frozenset(
         *("validation_samples", "memory_mb", "gradient_checkpointing"),
     }
 )
-
-
-class DiskError(RuntimeError):
-    """Too little disk, or a write that failed; earlier checkpoints are intact."""
-
-
-class ResumeError(RuntimeError):
-    """A run folder holds checkpoints, but none that can be read."""
 
 
 def state_bytes(trainable: nn.Module) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -86,11 +86,14 @@ class ModelConfig:
     """Less memory for a third more time: stage 1 computes activations twice."""
 
 
-def open_models(config: ModelConfig, needed: tuple[str, ...] = ()) -> tuple[Models, set[str]]:
+def open_models(
+    config: ModelConfig, needed: tuple[str, ...] = (), seed: int = 0
+) -> tuple[Models, set[str]]:
     """Build the networks, on the device of this process, and load `config.init`.
 
     Args:
         needed: File prefixes that a program cannot start without.
+        seed: Of the random weights that no file replaces.
 
     Returns:
         The models and the prefixes that were loaded.
@@ -100,7 +103,7 @@ def open_models(config: ModelConfig, needed: tuple[str, ...] = ()) -> tuple[Mode
         ValueError: A file is of another kind, or a needed part is in none of the files.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     for path in config.init:
         check_base(read_checkpoint(path, required=()), SD15 if config.sd15.checkpoint else NANO)
     if config.sd15.checkpoint is None:
@@ -164,13 +167,17 @@ def open_data(
     Validation has one degradation per sample, whatever the mixing, so that its scores compare.
 
     Raises:
-        ValueError: There is neither a photo nor a pair, or nothing is left for one of both parts.
+        ValueError: There is neither a photo nor a pair, nothing is left for one of both parts, or
+            a setting cannot be.
     """
+    _check(config, sizes)
     if not config.photos and not config.pairs:
         raise ValueError("--data.photos or --data.pairs: give clean photos, paired sets, or both")
     store = PhotoStore(config.memory_mb)
     pairs = (
-        PairedPhotos(config.pairs, store).split(config.held_out) if config.pairs else (None, None)
+        PairedPhotos(config.pairs, store, kinds).split(config.held_out)
+        if config.pairs
+        else (None, None)
     )
     if config.photos:
         photos = CleanPhotos(config.photos, store)
@@ -209,8 +216,31 @@ def open_data(
     return train, default_collate(chosen)
 
 
+def _check(config: DataConfig, sizes: Sizes) -> None:
+    multiple = 8 * 2 ** (len(sizes.unet_channels) - 1)
+    if config.crop < multiple or config.crop % multiple:
+        raise ValueError(
+            f"--data.crop: {config.crop} pixels do not fit this UNet; give a multiple of {multiple}"
+        )
+    if config.held_out < 2:
+        raise ValueError(
+            f"--data.held-out: found {config.held_out}; give at least 2, of which one trains"
+        )
+    if config.validation_samples < 1:
+        raise ValueError(
+            f"--data.validation-samples: found {config.validation_samples}; give at least 1"
+        )
+
+
+def in_batches(batch: dict[str, Tensor], size: int) -> Iterator[dict[str, Tensor]]:
+    """Its samples, `size` at a time: what trains in memory must also be validated in it."""
+    count = len(next(iter(batch.values())))
+    for start in range(0, count, size):
+        yield {key: value[start : start + size] for key, value in batch.items()}
+
+
 def checkpoint_info(models: Models, config: dict[str, Any]) -> CheckpointInfo:
-    """Metadata of a file made by this run."""
+    """Metadata of a file made by this run, whose program and settings are `config`."""
     sizes = models.sizes
     return CheckpointInfo(
         types=models.types,
@@ -224,7 +254,10 @@ def checkpoint_info(models: Models, config: dict[str, Any]) -> CheckpointInfo:
         },
         latent_scale=models.latent_scale,
         prediction=models.prediction,
-        config=config | ({"ablations": sorted(models.ablations)} if models.ablations else {}),
+        classification=models.classification,
+        config=models.history
+        | config
+        | ({"ablations": sorted(models.ablations)} if models.ablations else {}),
         git_revision=git_revision(),
         scores={},
     )

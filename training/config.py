@@ -11,18 +11,34 @@ import argparse
 import contextlib
 import dataclasses
 import sys
+import traceback
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+from typing import (
+    Any,
+    Literal,
+    NoReturn,
+    TypeVar,
+    Union,
+    cast,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 import tomli_w
 import tomllib
 import tyro
 
+import diff_restorer
+
+from .errors import DiskError, NonFiniteError, ResumeError
+
 ConfigT = TypeVar("ConfigT")
 
 PRESETS = Path(__file__).parent / "configs"
+CORE = Path(diff_restorer.__file__).parent
 # `[common]` may hold these though a program lacks them.
 _SHARED = frozenset({"loop", "data", "model"})
 
@@ -55,6 +71,25 @@ def parse(
     if default is tyro.MISSING:
         return tyro.cli(kind, description=text, args=rest)
     return tyro.cli(kind, description=text, args=rest, default=default)
+
+
+def run_program(
+    main: Callable[[ConfigT], object], kind: type[ConfigT], description: str | None
+) -> NoReturn:
+    """Run a program on the settings of its command line, and end the process.
+
+    What our own code finds wrong with settings, files or the machine is one line and exit status 1;
+    anything else is an error of ours, with its traceback.
+    """
+    try:
+        main(parse(kind, description))
+    except (ValueError, OSError, DiskError, ResumeError, NonFiniteError) as error:
+        raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+        ours = any(folder in raised_in.parents for folder in (PRESETS.parent, CORE))
+        if not ours and not isinstance(error, OSError):
+            raise
+        sys.exit(f"error: {error}")
+    sys.exit()
 
 
 def load(kind: type[ConfigT], preset: str | Path, overrides: Mapping[str, Any]) -> ConfigT:

@@ -18,6 +18,7 @@ from torch.utils.data import Dataset, Sampler
 from diff_restorer.degradations import KINDS, degrade_chain, sample_severity
 
 from .pairs import PairedPhotos
+from .photos import fingerprint
 
 UNKNOWN_SEVERITY = -1.0
 """`severity` of samples from pairs."""
@@ -65,7 +66,7 @@ class RestorationSamples(Dataset[dict[str, Tensor]]):
     """Endless aligned training samples: a part of a photo, degraded, and a crop of it.
 
     Sample `index` is a function of (seed, index) alone, for any index from 0; without pairs, each
-    run of `len(self)` indices visits every photo once.
+    run of `len(photos)` indices visits every photo once.
     """
 
     def __init__(
@@ -117,7 +118,8 @@ class RestorationSamples(Dataset[dict[str, Tensor]]):
         self.pair_share, self.darker, self.softer = pair_share, darker, softer
 
     def __len__(self) -> int:
-        return len(self.photos)
+        """Samples of one epoch: as many as there are photos or pairs, whichever are more."""
+        return max(len(self.photos), sum(map(len, self.pairs.values())))
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         """Returns one sample.
@@ -162,11 +164,18 @@ class RestorationSamples(Dataset[dict[str, Tensor]]):
         return other
 
     def origin(self) -> dict[str, Any]:
-        """What its samples are a function of, beside the photos' pixels, as JSON values."""
+        """What its samples are a function of, as JSON values; of the photos names and sizes."""
         return {
             "seed": self.seed,
             "photos": len(self.photos),
+            "files": fingerprint(getattr(self.photos, "paths", ())),
             "pairs": {kind: len(pairs) for kind, pairs in self.pairs.items()},
+            "pair files": fingerprint(
+                file
+                for pairs in self.pairs.values()
+                for pair in pairs.pairs
+                for file in (pair.lq, pair.gt)
+            ),
             "pair_share": self.pair_share,
             "kinds": list(self.kinds),
             "mixing": asdict(self.mixing),

@@ -5,9 +5,10 @@
 Degrades every clean photo by the nine kinds, restores it through ComfyUI's API (a server of its
 own, or --server), and writes to --out: table.md, metrics.json, scores.json (for training.export
 --scores), bars.png, confusion.png, tsne.png, sheet.jpg and sheets/. A pair set is a folder
-<pairs>/<set>/{lq,gt} with the same file names in both; it is named after its kind
-(noise_real, lowlight_real, ...). The same command goes on where a run was stopped, and makes again
-only what a changed photo, seed, workflow or weights file concerns.
+<pairs>/<set>/{lq,gt} with the same file names in both, named after its kind (noise_real,
+lowlight_real, ...); or --data.pairs is one published set, in a layout that training reads. The
+same command goes on where a run was stopped, and makes again only what a changed photo, seed,
+workflow or weights file concerns.
 
 Exit code: 0; 1 if a photo failed (it is named in table.md); 2 with --check if a quality bar is
 missed.
@@ -31,6 +32,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
+from diff_restorer.checkpoint import read_checkpoint
 from diff_restorer.degradations import KINDS
 from tools.client import Client, ClientError, load_workflow
 from tools.environment import ROOT
@@ -57,8 +59,11 @@ from .evaluation.reading import read_photo as read_prompts
 from .evaluation.report import PhotoScore, Summary
 from .evaluation.restoring import Batch, Job, run_batch, vae_round_trip
 from .evaluation.testsets import REAL, Case, Cases, real, synthetic
+from .models import NANO, SD15
+from .pretrained import Sd15Config
 
 log = logging.getLogger(__name__)
+TITLES = {NANO: "Nano", SD15: "Diff-Restorer"}
 
 
 @dataclass(frozen=True)
@@ -68,7 +73,7 @@ class PhotoSets:
     clean: Path | None = None
     """Clean photos to degrade, e.g. CBSD68: a folder, a text list or a CSV manifest."""
     pairs: Path | None = None
-    """Folder of pair sets, <set>/{lq,gt}."""
+    """Folder of pair sets, <set>/{lq,gt}, or of one published set such as LOL."""
     limit: int = 0
     """Only the first photos of each set; 0 takes all."""
     seed: int = 0
@@ -85,8 +90,11 @@ class Config:
     workflow: Path = NANO_WORKFLOW
     """Workflow in API format, with nodes titled `Degraded photo` and `Restored`."""
     file: Path = ROOT / "models/diff_restorer_nano.safetensors"
-    """Nano's file, which the server loads that is started; with `--server`, the one that it loads.
-    Its digest and t-SNE features go into the report."""
+    """The file that the workflow loads: Nano's, which the server that is started is given, or one
+    for SD 1.5, which lies in the `models/diff_restorer` of the server that `--server` names. Its
+    digest and t-SNE features go into the report."""
+    sd15: Sd15Config = field(default_factory=Sd15Config)
+    """Base networks of a file for SD 1.5, for the t-SNE; without them it is left out."""
     server: str | None = None
     """URL of a ComfyUI with this pack; without it, one is started."""
     gpu: bool = False
@@ -236,16 +244,16 @@ def add_fid(config: Config, cases: list[Case], learned: Learned, summary: Summar
 def draw_features(config: Config, cases: list[Case]) -> str | None:
     """t-SNE of what the model reads from the degraded photos; returns why it was not drawn."""
     try:
-        models = open_file(config.file)
-    except (ValueError, KeyError) as error:
+        models = open_file(config.file, config.sd15)
+    except (ValueError, OSError) as error:
         return f"t-SNE: {error}"
     chosen = [case for case in cases if case.set in KINDS]
     clip: list[NDArray[np.float32]] = []
     degradation: list[NDArray[np.float32]] = []
     for case in tqdm(chosen, desc="features", unit="photo"):
         prompt, tokens = read_prompts(models, read_image(case.lq))
-        clip.append(tokens.mean(dim=(0, 1)).numpy())
-        degradation.append(prompt.pooled[0].numpy())
+        clip.append(tokens.mean(dim=(0, 1)).cpu().numpy())
+        degradation.append(prompt.pooled[0].cpu().numpy())
     if len(chosen) < 5:
         return "t-SNE: needs at least five photos"
     features = {
@@ -290,6 +298,10 @@ def draw_sheets(
 
 def evaluate(config: Config) -> tuple[Summary, dict[str, str]]:
     """Runs everything and writes the report; returns the summary and the failed photos."""
+    nodes = {node["class_type"] for node in load_workflow(config.workflow).values()}
+    if "DiffRestorerLoader" in nodes and config.file == Config.file:
+        raise ValueError("--file: name the file that --workflow loads; the report tells of it")
+    base_model = read_checkpoint(config.file).info.base_model
     config.out.mkdir(parents=True, exist_ok=True)
     found = open_cases(config)
     cases, failed = found.cases, dict(found.failed)
@@ -335,7 +347,7 @@ def evaluate(config: Config) -> tuple[Summary, dict[str, str]]:
     write_atomically(
         config.out / "table.md", tables.markdown(summary, bars, about, missing, failed)
     )
-    plots.draw_bars(summary, config.out / "bars.png", "Nano (blind)")
+    plots.draw_bars(summary, config.out / "bars.png", f"{TITLES[base_model]} (blind)")
     plots.draw_confusion(
         summary["confusion"], summary["overall"]["accuracy"], config.out / "confusion.png"
     )

@@ -16,8 +16,9 @@ from tqdm import tqdm
 
 from diff_restorer.checkpoint import read_checkpoint, write_checkpoint
 
+from .checkpoints import compare_file, require_space
 from .common import DataConfig, ModelConfig, open_data, open_models, to_home
-from .config import parse
+from .config import run_program
 from .models import Models
 
 log = logging.getLogger(__name__)
@@ -49,8 +50,9 @@ def main(config: Config) -> Path:
     """Finish the file.
 
     Raises:
-        ValueError: The file is an ablation, no sample of some type was drawn, or the file read back
-            gives other results.
+        ValueError: The file is an ablation, no sample of some type was drawn, a weight is too large
+            for fp16, or the file reads back other than it was written.
+        DiskError: There is too little room for the file.
     """
     models, _ = open_models(config.model, ("prompt_processor.", "control."))
     if models.ablations:
@@ -74,7 +76,14 @@ def main(config: Config) -> Path:
     prefixes = sorted({_part(key) for key in source.keys})
     scores = json.loads(config.scores.read_text()) if config.scores else source.info.scores
     info = replace(source.info, scores=scores, config=without_folders(source.info.config))
-    write_checkpoint(config.out, models.file_tensors(prefixes, torch.float16), info)
+    tensors = models.file_tensors(prefixes, torch.float16)
+    for name, value in tensors.items():
+        if value.is_floating_point() and not value.isfinite().all():
+            raise ValueError(f"--model.init: {source.path}: {name} is not finite in fp16")
+    config.out.parent.mkdir(parents=True, exist_ok=True)
+    require_space(config.out.parent, sum(value.nbytes for value in tensors.values()) + 2**20)
+    write_checkpoint(config.out, tensors, info)
+    compare_file(config.out, tensors)
 
     written = pooled_p_d(models, [validation])[0]
     del models  # SD 1.5 twice would be much
@@ -103,4 +112,4 @@ def _part(key: str) -> str:
 
 
 if __name__ == "__main__":
-    main(parse(Config, __doc__))
+    run_program(main, Config, __doc__)

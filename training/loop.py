@@ -26,8 +26,9 @@ from .average import Average
 from .checkpoints import Checkpoints, state_bytes, write_failure
 from .common import Precision, mixed_precision
 from .data import StepSampler, seeded
+from .errors import NonFiniteError
 from .interruption import Interruption, ignore_interrupts
-from .nonfinite import NonFiniteError, describe
+from .nonfinite import describe
 from .plots import draw_curves
 from .progress import Progress
 
@@ -96,7 +97,8 @@ class Stage:
     validate: Callable[[int, Path], dict[str, float]]
     """(step, sheet folder) -> scores, run with EMA weights; draws its sheet."""
     export: Callable[[Path, dict[str, Any]], None]
-    """(path, config) -> writes the file that the next stage or the nodes load, EMA weights."""
+    """(path, {program: settings}) -> writes the file that the next stage or the nodes load, of EMA
+    weights."""
     begin_step: Callable[[int], None] | None = None
     """Told the number of each step before its first batch; may switch `requires_grad` off for a
     time, of parameters that have it when the run starts."""
@@ -191,6 +193,7 @@ class _Run:
     ) -> None:
         self.accelerator, self.stage, self.config = accelerator, stage, config
         self.settings = record.settings(program)
+        self.told = {record.table_name(type(program)): self.settings}  # in the exported file
         self.exported = config.out / "export.safetensors"
         size = state_bytes(stage.trainable)
         self.checkpoints = Checkpoints(accelerator, config.out, size, self.settings)
@@ -351,7 +354,7 @@ class _Run:
                 with self.accelerator.autocast():
                     scores = self.stage.validate(step, out / "sheets")
                 try:
-                    self.stage.export(self.exported, self.settings)
+                    self.stage.export(self.exported, self.told)
                 except (OSError, SafetensorError) as error:
                     raise write_failure(out, self.exported.name, error) from error
                 if self.stage.check is not None:

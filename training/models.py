@@ -22,6 +22,7 @@ from diff_restorer import (
     encode_with_features,
 )
 from diff_restorer.checkpoint import (
+    ONE_KIND,
     V_PREDICTION,
     Checkpoint,
     CheckpointInfo,
@@ -60,7 +61,10 @@ CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 NANO, SD15 = "nano", "sd15"
 SD15_LATENT_SCALE = 0.18215
-ABLATIONS = ("without_semantic", "control_time", "control_none", "decoder_without_degradation")
+ABLATIONS = (
+    *("without_semantic", "control_time", "control_none"),
+    *("decoder_without_degradation", "without_diffusion"),
+)
 """What a training can leave out of the method, or move, to see what it is worth. A file of such a
 training says so, training's own programs then do the same, and `training.export` refuses it."""
 
@@ -133,7 +137,9 @@ class Models(nn.Module):
         self.latent_scale = SD15_LATENT_SCALE if base else 1.0
         self.prediction = prediction
         self.degradation_view = degradation_view
+        self.classification = ONE_KIND
         self.ablations: frozenset[str] = frozenset()
+        self.history: dict[str, Any] = {}  # settings by program, of the files that were loaded
         self.vae = base.vae if base else build_vae(sizes)
         self.vision: Any = base.vision if base else build_vision(sizes)
         self.unet = base.unet if base else build_unet(sizes)
@@ -343,6 +349,7 @@ class Models(nn.Module):
         checkpoint = read_checkpoint(path, required=())
         check_base(checkpoint, self.base_model)
         self.leave_out(*checkpoint.info.config.get("ablations", ()))
+        self.history |= checkpoint.info.config
         found: set[str] = set()
         for prefix, module in self.parts().items():
             if state := checkpoint.state(prefix):
@@ -358,6 +365,7 @@ class Models(nn.Module):
             self.prediction = checkpoint.info.prediction
         if "prompt_processor." in found:
             self.degradation_view = checkpoint.info.clip.get("degradation_view", WHOLE)
+            self.classification = checkpoint.info.classification
         return found
 
 

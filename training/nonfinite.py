@@ -8,10 +8,6 @@ import torch
 from torch import Tensor, nn
 
 
-class NonFiniteError(RuntimeError):
-    """A loss or gradient became NaN or infinite."""
-
-
 def describe(
     step: int,
     parts: list[dict[str, Tensor]],

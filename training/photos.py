@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import logging
 import tarfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -49,6 +50,15 @@ class ShardMember:
 
 
 PhotoFile = Path | ShardMember
+
+
+def fingerprint(files: Iterable[PhotoFile]) -> str:
+    """Short hash of the files' names and sizes, in their order."""
+    told = hashlib.blake2b(digest_size=6)
+    for file in files:
+        size = file.size if isinstance(file, ShardMember) else file.stat().st_size
+        told.update(f"{Path(file.name).name} {size}\n".encode())
+    return told.hexdigest()
 
 
 def shard_key(member: ShardMember) -> tuple[str, str]:

@@ -12,7 +12,7 @@ import logging
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -23,8 +23,9 @@ from tqdm import tqdm
 
 from diff_restorer.checkpoint import open_safetensors
 
+from .checkpoints import require_space
 from .common import DataConfig, ModelConfig, Precision, half, home, open_data, open_models, to_home
-from .config import parse
+from .config import run_program
 from .data import seeded
 from .diffusion import sample
 from .models import Models, to_pixels
@@ -62,8 +63,15 @@ def main(config: Config) -> Path:
     """Sample and write, with a progress bar; goes on where a killed run was.
 
     Raises:
-        ValueError: The latents or parts that are there belong to other settings.
+        ValueError: The latents or parts that are there belong to other settings, or several
+            processes were started.
+        DiskError: There is too little room for the parts and the file joined from them.
     """
+    if (processes := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
+        raise ValueError(
+            f"WORLD_SIZE is {processes}, but this program runs in one process: start it without "
+            "accelerate launch"
+        )
     parts = config.out.with_name(config.out.name + ".parts")
     settings = _settings(config)
     if config.out.is_file():
@@ -72,6 +80,7 @@ def main(config: Config) -> Path:
         log.info("%s is complete", config.out)
         return config.out
     parts.mkdir(parents=True, exist_ok=True)
+    require_space(parts, 2 * config.samples * 2 * 4 * (config.data.crop // 8) ** 2 + 2**20)
     record = parts / "settings.json"
     if record.exists():
         _require(settings, record.read_text(), parts)
@@ -133,7 +142,9 @@ def _on_device(loader: DataLoader[dict[str, Tensor]]) -> Iterator[dict[str, Tens
 def _settings(config: Config) -> str:
     """All that the latents depend on, as JSON; the files of the model by their content."""
     names = ("data", "model", "samples", "batch_size", "steps", "precision", "seed", "first_index")
-    values = {name: repr(getattr(config, name)) for name in names}
+    # What only saves memory or is validated on may change.
+    alike = replace(config, data=replace(config.data, memory_mb=0, validation_samples=1))
+    values = {name: repr(getattr(alike, name)) for name in names}
     for path in config.model.init:
         digest = hashlib.blake2b(digest_size=16)
         with path.open("rb") as file:
@@ -162,4 +173,4 @@ def _save(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | Non
 
 
 if __name__ == "__main__":
-    main(parse(Config, __doc__))
+    run_program(main, Config, __doc__)

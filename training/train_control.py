@@ -14,8 +14,17 @@ from torch.nn import functional as F
 from diff_restorer.checkpoint import V_PREDICTION
 
 from .checkpoints import compare_file
-from .common import DataConfig, ModelConfig, checkpoint_info, half, open_data, open_models, to_home
-from .config import parse
+from .common import (
+    DataConfig,
+    ModelConfig,
+    checkpoint_info,
+    half,
+    in_batches,
+    open_data,
+    open_models,
+    to_home,
+)
+from .config import run_program
 from .diffusion import TIMESTEPS, first_step_noise, sample, scheduler
 from .loop import LoopConfig, Stage, maybe_compile, run
 from .losses import band_means, kind_loss
@@ -64,10 +73,17 @@ def prepare(models: Models, config: Config) -> nn.Module:
     """Freeze what is frozen and leave out what is left out; returns what trains.
 
     Raises:
-        ValueError: SD 1.5's UNet would train, which no file of ours could keep.
+        ValueError: SD 1.5's UNet would train, which no file of ours could keep; or the
+            classification loss is taken from a classifier that does not train.
     """
+    if not config.train_degradation and config.ce_weight != Config.ce_weight:
+        raise ValueError(
+            f"--ce-weight {config.ce_weight}: without --train-degradation nothing learns from the "
+            "classification loss, so its weight changes nothing; give both"
+        )
     if config.train_unet and models.base_model == SD15:
         raise ValueError("--train-unet: a file for SD 1.5 holds no UNet; it stays frozen")
+    models.classification = config.classification
     if config.without_semantic:
         models.leave_out("without_semantic")
     if config.degradation_in_control != "context":
@@ -141,7 +157,7 @@ def main(config: Config) -> Path:
     needed = ("base.vae.", "base.clip_vision.")
     if not config.train_degradation:
         needed += ("prompt_processor.",)
-    models, found = open_models(config.model, needed)
+    models, found = open_models(config.model, needed, config.loop.seed)
     if "control." not in found:
         models.start_control()
     trainable = prepare(models, config)
@@ -150,16 +166,16 @@ def main(config: Config) -> Path:
 
     @torch.no_grad()
     def validate(step: int, folder: Path) -> dict[str, float]:
-        prompt = models.read(validation)
-        restored = sample(
-            models,
-            models.encode(to_pixels(validation["lq"])),
-            prompt.semantic,
-            prompt.degradation,
-            config.validation_steps,
-            torch.Generator().manual_seed(0),
-        )
-        image = (models.decode(restored) + 1) / 2
+        generator = torch.Generator().manual_seed(0)
+        images: list[Tensor] = []
+        found_kinds: list[Tensor] = []
+        for batch in in_batches(validation, config.loop.batch_size):
+            prompt = models.read(batch)
+            hint, steps = models.encode(to_pixels(batch["lq"])), config.validation_steps
+            latent = sample(models, hint, prompt.semantic, prompt.degradation, steps, generator)
+            images.append((models.decode(latent) + 1) / 2)
+            found_kinds.append(prompt.logits.argmax(dim=1))
+        image = torch.cat(images)
         labels = [models.types[label] for label in validation["label"]]
         save_sheet(
             folder / f"{step:07d}.jpg",
@@ -167,7 +183,7 @@ def main(config: Config) -> Path:
             labels,
         )
         degraded = torch.tensor([label != "clean" for label in labels])
-        right = prompt.logits.argmax(dim=1) == validation["label"]
+        right = torch.cat(found_kinds) == validation["label"]
         return {
             "psnr_lq": float(psnr(validation["lq"], validation["gt"])[degraded].mean()),
             "psnr": float(psnr(image, validation["gt"])[degraded].mean()),
@@ -187,4 +203,4 @@ def main(config: Config) -> Path:
 
 
 if __name__ == "__main__":
-    main(parse(Config, __doc__))
+    run_program(main, Config, __doc__)

@@ -18,8 +18,17 @@ from diff_restorer.checkpoint import open_safetensors
 from diff_restorer.decoder import PIXELS, Features
 
 from .checkpoints import compare_file
-from .common import DataConfig, ModelConfig, checkpoint_info, half, open_data, open_models, to_home
-from .config import parse
+from .common import (
+    DataConfig,
+    ModelConfig,
+    checkpoint_info,
+    half,
+    in_batches,
+    open_data,
+    open_models,
+    to_home,
+)
+from .config import run_program
 from .data import RestorationSamples
 from .diffusion import sample
 from .loop import LoopConfig, Stage, maybe_compile, run
@@ -73,6 +82,8 @@ class Config:
     """Adversarial term."""
     without_degradation: bool = False
     """Ablation: pooled P_D is zero."""
+    without_diffusion: bool = False
+    """Ablation: the latent of the degraded photo itself is decoded, without noise."""
     validation_steps: int = 20
     """Sampling steps of the validation pictures."""
 
@@ -164,16 +175,16 @@ class DecoderLoss:
         self.playing = self.discriminator is not None and step >= self.config.gan.start
 
     @torch.no_grad()
-    def read(self, clean: Tensor, degraded: Tensor) -> tuple[Tensor, Features]:
-        """Scaled latent of the pixels `clean`, of any number of photos; features of `degraded`."""
-        photos = torch.cat([clean, degraded])
+    def read(self, photo: Tensor, degraded: Tensor) -> tuple[Tensor, Features]:
+        """Scaled latent of the pixels `photo`, of any number of photos; features of `degraded`."""
+        photos = torch.cat([photo, degraded])
         with own_precision(self.models.vae):
             moments, features = encode_with_features(
                 self.trunk, suited(self.models.vae, photos), self.fusion.levels
             )
         features = features | {PIXELS: photos}
-        rows = slice(len(clean), None)
-        mean = moments[: len(clean), : self.trunk.latent_channels].float()
+        rows = slice(len(photo), None)
+        mean = moments[: len(photo), : self.trunk.latent_channels].float()
         own = {level: value[rows] for level, value in features.items()}
         return mean * self.models.latent_scale, own
 
@@ -187,9 +198,11 @@ class DecoderLoss:
         with torch.no_grad():
             pooled = self.models.read_pooled(batch)
         latent, fresh = batch["latent"].clone(), ~batch["sampled"]
-        clean, features = self._read_fast(to_pixels(batch["gt"][fresh]), to_pixels(batch["lq"]))
-        level = config.latent_noise * torch.rand(len(clean), 1, 1, 1, **place).to(clean.device)
-        latent[fresh] = clean + level * torch.randn(clean.shape, **place).to(clean.device)
+        target = batch["lq" if config.without_diffusion else "gt"][fresh]
+        encoded, features = self._read_fast(to_pixels(target), to_pixels(batch["lq"]))
+        most = 0.0 if config.without_diffusion else config.latent_noise
+        level = most * torch.rand(len(encoded), 1, 1, 1, **place).to(encoded.device)
+        latent[fresh] = encoded + level * torch.randn(encoded.shape, **place).to(encoded.device)
         pixels = self._decode_fast(latent, features, pooled).float()
         image = (pixels + 1) / 2
         l1 = F.l1_loss(image, batch["gt"])
@@ -217,9 +230,17 @@ class DecoderLoss:
 
 
 def prepare(models: Models, config: Config) -> None:
-    """Freeze everything but the decoder, and leave out what is left out."""
+    """Freeze everything but the decoder, and leave out what is left out.
+
+    Raises:
+        ValueError: Sampled latents are given to a training without diffusion.
+    """
+    if config.without_diffusion and config.latents:
+        raise ValueError("--without-diffusion: it decodes no sampled latents; leave out --latents")
     if config.without_degradation:
         models.leave_out("decoder_without_degradation")
+    if config.without_diffusion:
+        models.leave_out("without_diffusion")
     models.freeze(half(config.loop.precision))
     models.decoder.requires_grad_(True)
 
@@ -227,7 +248,7 @@ def prepare(models: Models, config: Config) -> None:
 def main(config: Config) -> Path:
     """Train, and write the complete file."""
     models, found = open_models(
-        config.model, ("base.vae.", "base.clip_vision.", "prompt_processor.")
+        config.model, ("base.vae.", "base.clip_vision.", "prompt_processor."), config.loop.seed
     )
     if "decoder.vae." not in found:
         models.start_decoder()
@@ -241,16 +262,18 @@ def main(config: Config) -> Path:
 
     @torch.no_grad()
     def validate(step: int, folder: Path) -> dict[str, float]:
-        prompt = models.read(validation)
-        hint = models.encode(to_pixels(validation["lq"]))
-        _, features = loss.read(*(to_pixels(validation[name]) for name in ("gt", "lq")))
-        if "control." in found:
-            generator = torch.Generator().manual_seed(0)
-            steps = config.validation_steps
-            latent = sample(models, hint, prompt.semantic, prompt.degradation, steps, generator)
-        else:  # before stage 1: the LQ photo's own latent
-            latent = hint
-        image = (loss.decode(latent, features, prompt.pooled) + 1) / 2
+        generator = torch.Generator().manual_seed(0)
+        images: list[Tensor] = []
+        for batch in in_batches(validation, config.loop.batch_size):
+            prompt = models.read(batch)
+            hint, features = loss.read(to_pixels(batch["lq"]), to_pixels(batch["lq"]))
+            if "control." in found and not config.without_diffusion:
+                steps = config.validation_steps
+                latent = sample(models, hint, prompt.semantic, prompt.degradation, steps, generator)
+            else:
+                latent = hint
+            images.append((loss.decode(latent, features, prompt.pooled).float() + 1) / 2)
+        image = torch.cat(images)
         before = psnr(validation["lq"], validation["gt"])
         after = psnr(image, validation["gt"])
         labels = [models.types[label] for label in validation["label"]]
@@ -290,4 +313,4 @@ def main(config: Config) -> Path:
 
 
 if __name__ == "__main__":
-    main(parse(Config, __doc__))
+    run_program(main, Config, __doc__)

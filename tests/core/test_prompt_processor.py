@@ -35,6 +35,13 @@ def test_outputs_have_the_documented_shapes_and_pooling() -> None:
     torch.testing.assert_close(output.logits, processor.classifier(output.pooled))
 
 
+def test_kinds_exclude_each_other_or_do_not() -> None:
+    output = PromptProcessor(CONFIGS[0])(torch.randn(2, 5, 24))
+    output = output._replace(logits=torch.tensor([[3.0, 3.0, -3.0]]))
+    torch.testing.assert_close(output.probabilities(), output.logits.softmax(dim=1))
+    assert output.probabilities("bce").gt(0.9).tolist() == [[True, True, False]]
+
+
 def test_samples_of_a_batch_do_not_mix() -> None:
     processor = PromptProcessor(CONFIGS[0])
     tokens = torch.randn(3, 5, 24)

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import tarfile
 from collections import Counter
 from dataclasses import replace
@@ -243,6 +244,11 @@ def test_stage_2_pairs_latents_with_the_samples_they_came_from(
     for changes, name in (({"crop": 32}, "crop"), ({"softer": 0.5}, "softer")):
         with pytest.raises(ValueError, match=f"sampled with {name} .* same --data"):
             DecoderSamples(make(folder, **changes), file, 1.0, latents.shape[1:])
+    renamed = tmp_path / "renamed"
+    shutil.copytree(folder, renamed)
+    (renamed / "astronaut.png").rename(renamed / "zebra.png")  # as many photos, another order
+    with pytest.raises(ValueError, match=r"sampled with files .* same --data"):
+        DecoderSamples(make(renamed), file, 1.0, latents.shape[1:])
     save_file({"indices": indices, "latents": latents}, file)
     with pytest.raises(ValueError, match="does not tell what its photos were"):
         DecoderSamples(make(folder), file, 1.0, latents.shape[1:])

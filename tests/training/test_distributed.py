@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from training.checkpoints import ResumeError
+from training.errors import ResumeError
 
 from .toys import train
 

@@ -39,7 +39,8 @@ from training.evaluation.pictures import (
 )
 from training.evaluation.report import PhotoScore
 from training.evaluation.restoring import Job, run_batch, vae_round_trip
-from training.evaluation.testsets import kind_of, synthetic
+from training.evaluation.testsets import synthetic
+from training.layouts import kind_of
 from training.loop import LoopConfig
 
 
@@ -158,6 +159,21 @@ def test_pairs_are_matched_and_misfits_are_named(pairs: Path, tmp_path: Path):
     ((name, reason),) = found.failed.items()
     assert "rain_odd" in name
     assert "30 x 40" in reason
+
+
+def test_a_published_set_is_read_in_its_layout(tmp_path: Path):
+    for split, half in ((s, h) for s in ("train", "test") for h in ("low", "high")):
+        (tmp_path / "LOL" / split / half).mkdir(parents=True)
+        name = "astronaut" if split == "train" else "coffee"
+        picture = small_photo(name, 32, 24)
+        dark = picture.point(lambda level: level // 4) if half == "low" else picture
+        dark.save(tmp_path / "LOL" / split / half / "1.png")
+    found = testsets.real(tmp_path / "LOL", tmp_path / "cache", 0)
+    assert [(c.set, c.name, c.kind) for c in found.cases] == [
+        ("pairs/LOL_low_light", f"{split}_low_1", "low_light") for split in ("test", "train")
+    ]
+    for case in found.cases:
+        assert read_image(case.lq).mean() < 0.5 * read_image(case.gt).mean()
 
 
 @pytest.mark.parametrize(

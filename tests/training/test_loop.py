@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 from diff_restorer.checkpoint import CheckpointInfo, CheckpointKeysError, write_checkpoint
 from training.average import Average
-from training.checkpoints import DiskError, ResumeError, compare_file
-from training.loop import LoopConfig, NonFiniteError, Stage, learning_rate, run
+from training.checkpoints import compare_file
+from training.errors import DiskError, NonFiniteError, ResumeError
+from training.loop import LoopConfig, Stage, learning_rate, run
 from training.plots import draw_curves, read_curves
 from training.progress import Means, Table, read_table
 

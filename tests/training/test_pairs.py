@@ -157,6 +157,13 @@ def test_the_path_can_carry_a_kind_or_a_layout(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"1 pairs of .* are of the kind low_res, which is not"):
         PairedPhotos([realsr])
     assert PairedPhotos([f"blur={realsr}"]).pairs[0].kind == "blur"
+    data = DataConfig(pairs=(realsr,), crop=32, validation_samples=1)
+    wanted = (*KINDS, "low_res")
+    for name in "bcd":
+        save(tmp_path / "clean" / f"{name}.png")
+    clean = replace(data, photos=tmp_path / "clean", held_out=2)
+    train, _ = open_data(clean, Sizes(), 0, wanted)
+    assert list(train.pairs) == ["low_res"]
 
 
 def test_a_set_without_pairs_says_what_was_looked_for(tmp_path: Path) -> None:
@@ -359,7 +366,8 @@ def test_a_run_can_have_pairs_alone_or_beside_photos(root: Path) -> None:
     sizes = Sizes(vision_image=32)
     config = DataConfig(pairs=(root / "daclip", f"haze={root / 'reside'}"), crop=32, held_out=4)
     train, validation = open_data(config, sizes, seed=0)
-    assert len(train) == 9 + 2 + 1  # their clean halves serve as clean photos
+    assert len(train.photos) == 9 + 2 + 1  # their clean halves serve as clean photos
+    assert len(train) == 18  # pairs
     assert validation["label"].tolist() == list(range(9)) * 2
     seen = {int(train[index]["label"]) for index in range(80)}
     assert seen == set(range(9))

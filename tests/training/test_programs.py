@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 import subprocess
 import sys
@@ -16,11 +17,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from skimage import data
 
-from diff_restorer.checkpoint import read_checkpoint
+from diff_restorer.checkpoint import read_checkpoint, write_checkpoint
 from diff_restorer.prompt_processor import DEFAULT_TYPES
 from tests.training import toy_sd15
-from training import export, sample_decoder_data, train_control, train_decoder
-from training.common import DataConfig, ModelConfig, open_models
+from training import ablate, export, sample_decoder_data, train_control, train_decoder
+from training.common import DataConfig, ModelConfig, home, open_models
 from training.loop import LoopConfig
 from training.models import Models, Sizes
 from training.nano import autoencoder, vision
@@ -127,11 +128,101 @@ def test_the_release_is_complete_and_in_half_precision(files: dict[str, Path]) -
     assert checkpoint.self_contained
     assert checkpoint.fusion_levels == (0, 2)
     assert checkpoint.info.types[-1] == "clean"
-    assert checkpoint.info.config["loop"]["steps"] == 2
-    assert checkpoint.info.config["loop"]["out"] == "decoder"  # and not the folder it is in
+    told = checkpoint.info.config
+    assert list(told) == ["nano.vision", "nano.autoencoder", "train_control", "train_decoder"]
+    assert told["train_control"]["train_unet"]
+    assert told["train_decoder"]["loop"]["steps"] == 2
+    assert told["train_decoder"]["loop"]["out"] == "decoder"  # and not the folder it is in
     state = checkpoint.state("")
     assert {tensor.dtype for tensor in state.values()} == {torch.float16}
     assert state["prompt_processor.prototypes"].any(dim=1).all()
+
+
+@pytest.mark.gpu
+def test_every_program_runs_on_the_gpu(files: dict[str, Path], sd15_files: dict[str, Path]) -> None:
+    assert home().type == "cuda"
+    assert all(path.exists() for path in (*files.values(), *sd15_files.values()))
+
+
+def test_a_weight_that_fp16_cannot_hold_is_named(
+    files: dict[str, Path], photos: Path, tmp_path: Path
+) -> None:
+    source = read_checkpoint(files["decoder"])
+    state = source.state("")
+    state["decoder.fusion.0.out.weight"] = state["decoder.fusion.0.out.weight"] + 1e5
+    write_checkpoint(tmp_path / "large.safetensors", state, source.info)
+    config = ModelConfig(init=(tmp_path / "large.safetensors",), sizes=TOY)
+    shots = DataConfig(photos, crop=32, held_out=3, validation_samples=9)
+    with pytest.raises(ValueError, match=r"decoder\.fusion\.0\.out\.weight is not finite in fp16"):
+        export.main(export.Config(shots, tmp_path / "never.safetensors", config, samples=128))
+    assert not (tmp_path / "never.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (("--data.crop", "100"), "error: --data.crop: 100 pixels do not fit this UNet; give a"),
+        (("--data.held-out", "1"), "error: --data.held-out: found 1; give at least 2"),
+        (("--data.validation-samples", "0"), "error: --data.validation-samples: found 0"),
+        (("--model.init", "missing.safetensors"), "missing.safetensors"),
+    ],
+)
+def test_what_is_wrong_with_the_settings_is_one_line(
+    photos: Path, tmp_path: Path, options: tuple[str, ...], expected: str
+) -> None:
+    command = [*(sys.executable, "-m", "training.nano.autoencoder"), "--loop.steps", "1"]
+    command += ["--loop.out", str(tmp_path), "--data.photos", str(photos), *options]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert expected in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+
+
+def test_a_classifier_of_several_kinds_is_told_apart(
+    files: dict[str, Path], photos: Path, tmp_path: Path
+) -> None:
+    settings = train_control.Config(
+        LoopConfig(out=tmp_path, steps=1, batch_size=1, warmup=1, workers=0),
+        DataConfig(photos, crop=32, held_out=3, validation_samples=9),
+        ModelConfig(init=(files["eyes"], files["base"]), sizes=TOY),
+        train_unet=True,
+        classification="bce",
+        validation_steps=1,
+    )
+    made = train_control.main(settings)
+    assert read_checkpoint(made).info.classification == "bce"
+    assert open_models(ModelConfig(init=(made,), sizes=TOY))[0].classification == "bce"
+    assert read_checkpoint(files["release"]).info.classification == "ce"
+
+
+def test_a_weight_of_a_loss_that_trains_nothing_is_refused(
+    files: dict[str, Path], photos: Path, tmp_path: Path
+) -> None:
+    settings = train_control.Config(
+        LoopConfig(out=tmp_path, steps=1),
+        DataConfig(photos, crop=32, held_out=3),
+        ModelConfig(init=(files["control"],), sizes=TOY),
+        ce_weight=0.0,
+        train_degradation=False,
+    )
+    with pytest.raises(ValueError, match=r"--ce-weight 0\.0: without --train-degradation"):
+        train_control.main(settings)
+
+
+def test_a_decoder_without_diffusion_is_an_ablation(
+    files: dict[str, Path], photos: Path, tmp_path: Path
+) -> None:
+    settings = train_decoder.Config(
+        LoopConfig(out=tmp_path, steps=1, batch_size=2, warmup=1, workers=0),
+        DataConfig(photos, crop=32, held_out=3, validation_samples=9),
+        ModelConfig(init=(files["control"],), sizes=TOY),
+        without_diffusion=True,
+    )
+    assert open_models(ModelConfig(init=(train_decoder.main(settings),), sizes=TOY))[
+        0
+    ].ablations == {"without_diffusion"}
+    with pytest.raises(ValueError, match="--without-diffusion: it decodes no sampled latents"):
+        train_decoder.main(replace(settings, latents=files["latents"]))
 
 
 def test_the_release_loads_into_other_models(files: dict[str, Path]) -> None:
@@ -245,6 +336,28 @@ def test_stage_2_of_sd15_trains_the_decoder_only(sd15_files: dict[str, Path]) ->
         stock = file.get_tensor("first_stage_model.decoder.conv_out.weight")
     tuned = read_checkpoint(sd15_files["decoder"]).state("decoder.vae.")
     assert not torch.equal(stock, tuned["decoder.conv_out.weight"])
+
+
+def test_a_file_for_sd15_can_be_taken_apart(
+    sd15_files: dict[str, Path], photos: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    data_ = ablate.AblationData(photos, limit=1, kinds=("noise",))
+    config = ablate.Config(
+        data_,
+        tmp_path,
+        sd15_files["release"],
+        variants=("no_ps", "stock_decoder"),
+        steps=2,
+        precision="no",
+    )
+    assert ablate.main(config) == 1
+    assert "give SD 1.5's with --sd15.checkpoint and --sd15.clip" in caplog.text
+    base = toy_sd15.model_config(sd15_files["control"].parents[1]).sd15
+    assert ablate.main(replace(config, sd15=base)) == 0
+    rows = json.loads((tmp_path / "ablation.json").read_text())["variants"]
+    assert {name: row["kinds"]["noise"]["psnr"] > 0 for name, row in rows.items()} == {
+        "full": True, "no_ps": True, "stock_decoder": True,
+    }  # fmt: skip
 
 
 def test_a_killed_sampling_goes_on_to_the_same_latents(

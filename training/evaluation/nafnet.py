@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from diff_restorer import zero_init
 
 from ..common import DataConfig, git_revision, home, open_data, to_home
-from ..config import parse
+from ..config import run_program
 from ..loop import LoopConfig, Stage, maybe_compile, run
 from ..losses import psnr_loss
 from ..models import Sizes, psnr
@@ -181,4 +181,4 @@ def main(config: Config) -> Path:
 
 
 if __name__ == "__main__":
-    main(parse(Config, __doc__))
+    run_program(main, Config, __doc__)

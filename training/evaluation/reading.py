@@ -10,27 +10,33 @@ from torch.nn import functional as F
 
 from diff_restorer import PromptOutput
 from diff_restorer.checkpoint import read_checkpoint
-from diff_restorer.views import WHOLE, native_views
+from diff_restorer.views import native_views
 
+from ..common import ModelConfig, open_models
 from ..data import clip_view
-from ..models import Models, sizes_of
+from ..models import Models
+from ..pretrained import Sd15Config
 
 
-def open_file(path: Path) -> Models:
-    """The networks of a self-contained file, for evaluation.
+def open_file(path: Path, sd15: Sd15Config | None = None) -> Models:
+    """The networks of a file, for evaluation, on the device of this process.
+
+    Args:
+        path: Of a finished file.
+        sd15: The base networks of a file for SD 1.5.
 
     Raises:
         FileNotFoundError: There is no such file.
         CheckpointError: It is no Diff-Restorer file.
-        ValueError: It has no base networks of its own, or a part does not fit.
+        ValueError: It has no base networks of its own and none are given, or a part does not fit.
     """
-    checkpoint = read_checkpoint(path)
-    if not checkpoint.self_contained:
-        raise ValueError(f"{path}: holds no UNet, VAE and vision model; give a Nano file")
-    view = checkpoint.info.clip.get("degradation_view", WHOLE)
-    info = checkpoint.info
-    models = Models(sizes_of(path), info.types, info.prediction, view)
-    models.load(path)
+    base = sd15 or Sd15Config()
+    if not read_checkpoint(path).self_contained and base.checkpoint is None:
+        raise ValueError(
+            f"{path}: holds no UNet, VAE and vision model; give SD 1.5's with --sd15.checkpoint "
+            "and --sd15.clip"
+        )
+    models, _ = open_models(ModelConfig(init=(path,), sd15=base))
     return models.eval().requires_grad_(False)
 
 
@@ -51,6 +57,7 @@ def read_photo(models: Models, image: Tensor) -> tuple[PromptOutput, Tensor]:
 
     There is a P_CLIP for each view of a photo.
     """
+    image = image.to(models.prompt.prototypes.device)
     whole, close = models.tokens(views(models, image))
     return models.prompt_of(whole, close).over_views(len(image)), close
 

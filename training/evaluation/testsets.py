@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import zlib
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +15,6 @@ from tqdm import tqdm
 
 import diff_restorer.degradations
 from diff_restorer.degradations import (
-    ALL_KINDS,
     KINDS,
     add_gaussian_noise,
     degrade,
@@ -22,7 +22,8 @@ from diff_restorer.degradations import (
 )
 
 from ..data import seeded
-from ..photos import UNREADABLE, PhotoFile, list_photos, read_photo
+from ..layouts import find_pairs, kind_of
+from ..photos import UNREADABLE, PhotoFile, ShardMember, list_photos, read_photo
 from .pictures import digest, file_digest, read_note, save_picture, to_image, to_picture
 
 log = logging.getLogger(__name__)
@@ -138,50 +139,71 @@ def synthetic(clean: Path, cache: Path, limit: int, seed: int) -> Cases:
     return made
 
 
-def kind_of(folder: str) -> str | None:
-    """The degradation that a folder of pairs is named after: `lowlight_real` -> `low_light`."""
-    plain = folder.lower().replace("_", "").replace("-", "")
-    matches = [kind for kind in ALL_KINDS if plain.startswith(kind.replace("_", ""))]
-    return max(matches, key=len, default=None)  # `raindrop` begins with `rain`
+Pictures = tuple[PhotoFile, PhotoFile]
+"""LQ and GT."""
 
 
 def real(pairs: Path, cache: Path, limit: int) -> Cases:
-    """Sets of pairs: `<pairs>/<set>/{lq,gt}/<same name>`.
+    """Sets of pairs: `<pairs>/<set>/{lq,gt}/<same name>`, or one set in a published layout.
 
-    An LQ that is smaller than its GT by a whole factor (super-resolution) is enlarged by bicubic
-    interpolation. Both are kept as PNG in `cache`, upright.
+    A folder without such sets is read as training's `--data.pairs` are (GoPro, LOL, ...), as one
+    set per kind. An LQ that is smaller than its GT by a whole factor (super-resolution) is enlarged
+    by bicubic interpolation. Both are kept as PNG in `cache`, upright.
 
     Args:
-        pairs: Folder of the sets.
+        pairs: Folder of the sets, or of the published one.
         cache: Folder for the pictures that are used.
         limit: Take the first pairs of each set only; 0 takes all.
 
     Raises:
         ValueError: There is no set.
     """
-    sets = sorted(path.parent for path in pairs.glob("*/lq"))
-    if not sets:
-        raise ValueError(f"--data.pairs: found no <set>/lq and <set>/gt in {pairs}")
     made = Cases([], {})
-    for folder in sets:
-        partners = {path.stem: path for path in (folder / "gt").glob("*") if path.is_file()}
-        for path in sorted((folder / "lq").glob("*"))[: limit or None]:
+    sets = _named_sets(pairs, made.failed) or _published_sets(pairs)
+    for (name, kind), files in sets.items():
+        for stem, sources in list(files.items())[: limit or None]:
             try:
-                if path.stem not in partners:
-                    raise ValueError(f"{folder / 'gt'} has no photo of this name")
-                lq, gt = _as_pair(read_upright(path), read_upright(partners[path.stem]))
+                both = _as_pair(*map(read_upright, sources))
             except UNREADABLE as error:
-                made.failed[str(path)] = str(error)
+                made.failed[str(sources[0])] = str(error)
                 continue
-            name, files = REAL + folder.name, []
-            for role, image in (("lq", lq), ("gt", gt)):
-                target = cache / REAL / folder.name / role / f"{path.stem}.png"
+            targets = [cache / REAL / name / role / f"{stem}.png" for role in ("lq", "gt")]
+            for image, target in zip(both, targets, strict=True):
                 key = digest(to_picture(image).tobytes(), str(image.shape))
                 if read_note(target).get("key") != key:
                     save_picture(target, to_picture(image), {"key": key})
-                files.append(target)
-            made.cases.append(Case(name, path.stem, kind_of(folder.name), files[1], files[0]))
+            made.cases.append(Case(REAL + name, stem, kind, gt=targets[1], lq=targets[0]))
     return made
+
+
+def _named_sets(
+    pairs: Path, failed: dict[str, str]
+) -> dict[tuple[str, str | None], dict[str, Pictures]]:
+    """(name of the set, kind) -> name of the photo -> its files, of `<set>/{lq,gt}`."""
+    found: dict[tuple[str, str | None], dict[str, Pictures]] = {}
+    for folder in sorted(path.parent for path in pairs.glob("*/lq")):
+        partners = {path.stem: path for path in (folder / "gt").glob("*") if path.is_file()}
+        files = found.setdefault((folder.name, kind_of(folder.name)), {})
+        for path in sorted((folder / "lq").glob("*")):
+            if path.stem in partners:
+                files[path.stem] = path, partners[path.stem]
+            else:
+                failed[str(path)] = f"{folder / 'gt'} has no photo of this name"
+    return found
+
+
+def _published_sets(pairs: Path) -> dict[tuple[str, str | None], dict[str, Pictures]]:
+    """Likewise, of one published layout; photos of one name get the folders above it in front."""
+    found: dict[tuple[str, str | None], dict[str, Pictures]] = {}
+    every = find_pairs(pairs)
+    names = Counter(Path(pair.lq.name).stem for pair in every)
+    for pair in every:
+        path = Path(pair.lq.name) if isinstance(pair.lq, ShardMember) else pair.lq
+        inside = path.relative_to(pairs) if path.is_relative_to(pairs) else path
+        parts = inside.with_suffix("").parts if names[path.stem] > 1 else (path.stem,)
+        files = found.setdefault((f"{pairs.resolve().name}_{pair.kind}", pair.kind), {})
+        files["_".join(parts)] = pair.lq, pair.gt
+    return found
 
 
 def _as_pair(lq: Tensor, gt: Tensor) -> tuple[Tensor, Tensor]:

@@ -78,9 +78,12 @@ class Photo:
         self.prompt: PromptOutput
         self.prompt, _ = read_photo(models, lq)
         self.trunk = models.decoder.trunk(models.vae)
-        self.pixels = to_pixels(pad_to_8(lq))
+        self.pixels = self._pixels(lq)
         self.hint, self.features = self._encode(self.pixels)
         self._latents: dict[tuple[bool, bool, int], Tensor] = {}
+
+    def _pixels(self, image: Tensor) -> Tensor:
+        return to_pixels(pad_to_8(image)).to(self.models.prompt.prototypes.device)
 
     def _encode(self, pixels: Tensor) -> tuple[Tensor, Features]:
         levels = self.models.decoder.fusion.levels
@@ -106,14 +109,14 @@ class Photo:
                 self.trunk, fusion, raw_latent, self.features, pooled, variant.fidelity
             )
         height, width = self.size
-        image = (image.float()[..., :height, :width] + 1) / 2
+        image = (image.float().cpu()[..., :height, :width] + 1) / 2
         return (image.clamp(0, 1) * 255).round() / 255
 
     def _latent(self, variant: Variant, steps: int) -> Tensor:
         if variant.latent == "lq":
             return self.hint
         if variant.latent == "gt":
-            return self._encode(to_pixels(pad_to_8(self.gt)))[0]
+            return self._encode(self._pixels(self.gt))[0]
         key = (variant.semantic, variant.degradation, steps)
         if key not in self._latents:
             p_s, p_d = self.prompt.semantic, self.prompt.degradation

@@ -85,4 +85,4 @@ def main(recipe: Recipe) -> Path:
 
 
 if __name__ == "__main__":
-    main(config.parse(Recipe, __doc__))
+    config.run_program(main, Recipe, __doc__)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from ..common import DataConfig, ModelConfig, checkpoint_info, open_data, open_models, to_home
-from ..config import parse, settings
+from ..config import run_program, settings
 from ..models import clip_tokens
 
 log = logging.getLogger(__name__)
@@ -119,11 +119,10 @@ def main(config: Config) -> Path:
     tokens = fit(joined["new"], joined["old"], config.ridge)
     degradation = fit(joined["new P_D"], joined["old P_D"], config.ridge)
     fold(new.prompt.cpu(), tokens, degradation)
-    new.save(
-        config.out, tuple(sorted(parts)), checkpoint_info(new, settings(config)), torch.float32
-    )
+    info = checkpoint_info(new, {"nano.align": settings(config)})
+    new.save(config.out, tuple(sorted(parts)), info, torch.float32)
     return config.out
 
 
 if __name__ == "__main__":
-    main(parse(Config, __doc__))
+    run_program(main, Config, __doc__)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ..checkpoints import compare_file
-from ..common import DataConfig, ModelConfig, checkpoint_info, open_data, open_models
-from ..config import parse
+from ..common import DataConfig, ModelConfig, checkpoint_info, open_data, open_models, to_home
+from ..config import run_program
 from ..loop import LoopConfig, Stage, maybe_compile, run
 from ..models import psnr, to_pixels
 from ..sheets import save_sheet
@@ -83,11 +83,12 @@ def start_as_box_average(vae: Any) -> None:
 
 def main(config: Config) -> Path:
     """Train, and write a file with `base.vae.`."""
-    models, found = open_models(config.model)
+    models, found = open_models(config.model, seed=config.loop.seed)
     vae = models.vae
     if "base.vae." not in found:
         start_as_box_average(vae)
-    train, validation = open_data(config.data, config.model.sizes, config.loop.seed)
+    train, fixed = open_data(config.data, models.sizes, config.loop.seed, models.types)
+    validation = to_home(fixed)
 
     def reconstruct(pixels: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         latent = vae.encoder(pixels).float()
@@ -97,13 +98,11 @@ def main(config: Config) -> Path:
     step_function = maybe_compile(reconstruct, config.loop)
 
     def loss(batch: dict[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
-        size = len(batch["gt"])
-        degraded = torch.rand(size, generator=generator) < config.degraded_share
+        size, place = len(batch["gt"]), {"generator": generator, "device": generator.device}
+        degraded = torch.rand(size, **place) < config.degraded_share
         pixels = to_pixels(torch.where(degraded[:, None, None, None], batch["lq"], batch["gt"]))
         side = config.data.crop // 8
-        noise = torch.randn(
-            size, config.model.sizes.latent_channels, side, side, generator=generator
-        )
+        noise = torch.randn(size, models.sizes.latent_channels, side, side, **place)
         l1, square = step_function(pixels, noise)
         return {"loss": l1 + config.latent_weight * square, "l1": l1, "latent_square": square}
 
@@ -130,4 +129,4 @@ def main(config: Config) -> Path:
 
 
 if __name__ == "__main__":
-    main(parse(Config, __doc__))
+    run_program(main, Config, __doc__)

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from ..checkpoints import compare_file
 from ..common import DataConfig, ModelConfig, checkpoint_info, home, open_data, open_models, to_home
-from ..config import parse
+from ..config import run_program
 from ..loop import LoopConfig, Stage, maybe_compile, run
 from ..losses import kind_loss
 from ..models import clip_tokens
@@ -101,8 +101,8 @@ def measures(batch: dict[str, Tensor]) -> Tensor:
 
 def main(config: Config) -> Path:
     """Train, and write a file with `base.clip_vision.` and `prompt_processor.`."""
-    models, found = open_models(config.model)
-    train, validation = open_data(config.data, config.model.sizes, config.loop.seed)
+    models, found = open_models(config.model, seed=config.loop.seed)
+    train, validation = open_data(config.data, models.sizes, config.loop.seed, models.types)
     if "base.clip_vision." not in found:
         start_as_spectrum(models.vision, validation["native_view"])
     ruler = nn.Linear(models.prompt.config.context_width, len(MEASURES)).to(home())
@@ -152,4 +152,4 @@ def main(config: Config) -> Path:
 
 
 if __name__ == "__main__":
-    main(parse(Config, __doc__))
+    run_program(main, Config, __doc__)

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageEnhance
 from safetensors.torch import save_file
 from skimage import data
 from skimage.metrics import peak_signal_noise_ratio
@@ -166,7 +166,7 @@ def test_a_published_set_is_read_in_its_layout(tmp_path: Path):
         (tmp_path / "LOL" / split / half).mkdir(parents=True)
         name = "astronaut" if split == "train" else "coffee"
         picture = small_photo(name, 32, 24)
-        dark = picture.point(lambda level: level // 4) if half == "low" else picture
+        dark = ImageEnhance.Brightness(picture).enhance(0.25) if half == "low" else picture
         dark.save(tmp_path / "LOL" / split / half / "1.png")
     found = testsets.real(tmp_path / "LOL", tmp_path / "cache", 0)
     assert [(c.set, c.name, c.kind) for c in found.cases] == [

@@ -41,6 +41,7 @@ from .evaluation.pictures import (
     file_digest,
     pixel_digest,
     read_image,
+    read_json,
     weights_digest,
     write_atomically,
 )
@@ -153,7 +154,7 @@ def run(config: Config, cases: Sequence[Case]) -> Scores:
     scores: Scores = {}
     for case in tqdm(cases, desc="ablation", unit="photo"):
         cache = config.out / "scores" / f"{case.id}.json"
-        stored = _read(cache)
+        stored = read_json(cache)
         settings = f"{config.steps} {half(config.precision)} {config.data.seed}"
         photo = digest(pixel_digest(case.lq), pixel_digest(case.gt), settings)
         keys = {name: digest(photo, marks[files[name]], str(variants[name])) for name in variants}
@@ -167,13 +168,6 @@ def run(config: Config, cases: Sequence[Case]) -> Scores:
             for name in variants
         }
     return scores
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
 
 
 def difference(values: Sequence[float]) -> tuple[float, float | None]:

@@ -14,6 +14,7 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from diff_restorer.degradations import ALL_KINDS, degrade_chain
 
+from .evaluation.pictures import to_picture
 from .photos import UNREADABLE, read_photo
 
 _MARGIN, _HEADER = 110, 24
@@ -37,11 +38,6 @@ class SheetConfig:
     """Seed; every cell has its own random numbers."""
 
 
-def _to_picture(image: Tensor) -> Image.Image:
-    """(3, H, W) in [0, 1] -> picture."""
-    return Image.fromarray((image * 255).round().byte().permute(1, 2, 0).numpy())
-
-
 def contact_sheet(config: SheetConfig) -> Image.Image:
     """Returns the labelled sheet; each cell names its severity and its PSNR against the photo.
 
@@ -49,7 +45,7 @@ def contact_sheet(config: SheetConfig) -> Image.Image:
         ValueError: The photo cannot be read, or a kind is unknown.
     """
     try:
-        photo = _to_picture(read_photo(config.photo) / 255)
+        photo = to_picture(read_photo(config.photo) / 255)
     except UNREADABLE as error:
         raise ValueError(f"--photo: {config.photo} cannot be read: {error}") from error
     photo.thumbnail((config.side, config.side), Image.Resampling.LANCZOS)
@@ -69,7 +65,7 @@ def contact_sheet(config: SheetConfig) -> Image.Image:
             left = _MARGIN + column * width
             label = f"{severity:.2f}   " + (f"{psnr:.1f} dB" if psnr < 80 else "identical")
             pen.text((left + 6, top + 3), label, "black", font)
-            sheet.paste(_to_picture(degraded[0]), (left, top + _HEADER))
+            sheet.paste(to_picture(degraded[0]), (left, top + _HEADER))
     return sheet
 
 

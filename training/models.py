@@ -349,7 +349,8 @@ class Models(nn.Module):
         checkpoint = read_checkpoint(path, required=())
         check_base(checkpoint, self.base_model)
         self.leave_out(*checkpoint.info.config.get("ablations", ()))
-        self.history |= checkpoint.info.config
+        if "loop" not in checkpoint.info.config:  # once the last program's alone, without its name
+            self.history |= checkpoint.info.config
         found: set[str] = set()
         for prefix, module in self.parts().items():
             if state := checkpoint.state(prefix):

@@ -6,7 +6,6 @@ sample is a function of (seed, index).
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -28,6 +27,7 @@ from .common import DataConfig, ModelConfig, Precision, half, home, open_data, o
 from .config import run_program
 from .data import seeded
 from .diffusion import sample
+from .evaluation.pictures import file_digest
 from .models import Models, to_pixels
 
 log = logging.getLogger(__name__)
@@ -146,11 +146,7 @@ def _settings(config: Config) -> str:
     alike = replace(config, data=replace(config.data, memory_mb=0, validation_samples=1))
     values = {name: repr(getattr(alike, name)) for name in names}
     for path in config.model.init:
-        digest = hashlib.blake2b(digest_size=16)
-        with path.open("rb") as file:
-            while block := file.read(2**20):
-                digest.update(block)
-        values[str(path)] = digest.hexdigest()
+        values[str(path)] = file_digest(path)
     return json.dumps(values)
 
 

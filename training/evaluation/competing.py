@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from . import baselines
 from .baselines import COMPETITORS, Photo
-from .pictures import digest, file_digest, pixel_digest, write_atomically
+from .pictures import digest, file_digest, pixel_digest, read_json, write_atomically
 from .testsets import Case
 
 
@@ -58,7 +58,7 @@ def run_baselines(
     todo: list[tuple[Case, str]] = []
     for case in cases:
         key = digest(code, case.kind or "", pixel_digest(case.lq), pixel_digest(case.gt))
-        stored = _read(_file(cache, case))
+        stored = read_json(_file(cache, case))
         if stored.get("key") == key:
             scores[case.id] = stored["scores"]
         elif COMPETITORS.get(case.kind or ""):
@@ -110,10 +110,3 @@ def best_baseline(scores: dict[str, float]) -> str | None:
 
 def _file(cache: Path, case: Case) -> Path:
     return cache / f"{case.id}.json"
-
-
-def _read(path: Path) -> dict:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}

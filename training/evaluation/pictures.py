@@ -94,6 +94,14 @@ def write_atomically(path: Path, text: str) -> None:
     os.replace(part, path)
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """What a JSON file holds; empty where there is no such file or it cannot be read."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
 def to_picture(image: Tensor) -> Image.Image:
     """(1, 3, H, W) or (3, H, W) in [0, 1] -> 8-bit RGB picture; values outside are clamped."""
     pixels = image.detach().float().reshape(3, *image.shape[-2:]).permute(1, 2, 0)

@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 import tyro
 from PIL import Image, ImageDraw, ImageFont
-from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
 from diff_restorer.degradations import ALL_KINDS, degrade_chain

@@ -372,7 +372,7 @@ def test_a_run_can_have_pairs_alone_or_beside_photos(root: Path) -> None:
     seen = {int(train[index]["label"]) for index in range(80)}
     assert seen == set(range(9))
     train, _ = open_data(replace(config, photos=root / "photos"), sizes, seed=0)
-    assert len(train) == 2
+    assert len(train.photos) == 2
     paired = {
         KINDS[sample["label"]]
         for sample in (train[index] for index in range(120))

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import scipy.stats
 import torch
 import tyro
 from tqdm import tqdm
@@ -56,6 +57,12 @@ from .pretrained import Sd15Config
 log = logging.getLogger(__name__)
 PARTS = ("no_ps", "no_pd_control", "no_pd_decoder", "stock_decoder", "no_diffusion", "no_ce")
 """Variants that decide whether a part of the method helps."""
+CODE = (
+    *sorted((ROOT / "diff_restorer").rglob("*.py")),
+    *(ROOT / "training" / f"{name}.py" for name in ("data", "diffusion", "models", "networks")),
+    *(ROOT / "training" / f"evaluation/{name}.py" for name in ("reading", "variants")),
+)
+"""What scores depend on."""
 Scores = dict[str, dict[str, dict[str, float]]]
 """Case id -> variant -> `psnr`, `ssim`, `seconds`."""
 
@@ -147,10 +154,8 @@ def run(config: Config, cases: Sequence[Case]) -> Scores:
     variants = chosen_variants(config)
     files = {name: config.retrained.get(name, config.file) for name in variants}
     models = {file: open_file(file, config.sd15) for file in set(files.values())}
-    code = file_digest(
-        *(Path(__file__).parent / f"evaluation/{m}.py" for m in ("variants", "reading"))
-    )
-    marks = {file: digest(weights_digest(file), code) for file in models}
+    code = file_digest(*CODE)
+    marks = {file: digest(file_digest(file), code) for file in models}
     scores: Scores = {}
     for case in tqdm(cases, desc="ablation", unit="photo"):
         cache = config.out / "scores" / f"{case.id}.json"
@@ -170,47 +175,55 @@ def run(config: Config, cases: Sequence[Case]) -> Scores:
     return scores
 
 
-def difference(values: Sequence[float]) -> tuple[float, float | None]:
-    """Mean of paired differences and its standard error, None for a single pair."""
-    error = float(np.std(values, ddof=1) / math.sqrt(len(values))) if len(values) > 1 else None
-    return float(np.mean(values)), error
+def difference(values: Sequence[float]) -> dict[str, Any]:
+    """Mean of paired differences, its `standard_error`, and `interval`, half the width of its 95 %
+    confidence interval by Student's t; both None for a single pair."""
+    return mean_difference([values])
+
+
+def mean_difference(kinds: Sequence[Sequence[float]]) -> dict[str, Any]:
+    """`difference` over several kinds that weigh alike, as means of independent samples (Welch and
+    Satterthwaite's degrees of freedom)."""
+    found: dict[str, Any] = {"difference": math.nan, "standard_error": None, "interval": None}
+    if kinds:
+        found["difference"] = float(np.mean([np.mean(values) for values in kinds]))
+    if kinds and min(map(len, kinds)) > 1:
+        free = np.array([len(values) - 1 for values in kinds])
+        squares = np.array([np.var(values, ddof=1) / len(values) for values in kinds])
+        error = math.sqrt(squares.sum()) / len(kinds)
+        freedom = squares.sum() ** 2 / ((squares**2 / free).sum() or 1)
+        found["standard_error"] = error
+        found["interval"] = float(error * scipy.stats.t.ppf(0.975, max(freedom, 1)))
+    return found
 
 
 def summarize(config: Config, cases: Sequence[Case], scores: Scores) -> dict[str, Any]:
     """Per variant: mean PSNR and SSIM, and paired differences to `full`, per kind and over all.
 
-    The mean over kinds is that of the degraded ones, without `clean`; its standard error is that
-    of a mean of independent kinds.
+    The mean over kinds is that of the degraded ones, without `clean`.
     """
     rows: dict[str, Any] = {}
     kinds = [kind for kind in KINDS if any(case.set == kind for case in cases)]
     degraded = [kind for kind in kinds if kind in DEGRADED]
     for name, variant in chosen_variants(config).items():
         per_kind: dict[str, Any] = {}
+        gaps: dict[str, list[float]] = {}
         for kind in kinds:
             ids = [case.id for case in cases if case.set == kind]
-            gap, error = difference(
-                [scores[i][name]["psnr"] - scores[i]["full"]["psnr"] for i in ids]
-            )
+            gaps[kind] = [scores[i][name]["psnr"] - scores[i]["full"]["psnr"] for i in ids]
             per_kind[kind] = {
                 "psnr": float(np.mean([scores[i][name]["psnr"] for i in ids])),
                 "ssim": float(np.mean([scores[i][name]["ssim"] for i in ids])),
-                "difference": gap,
-                "standard_error": error,
+                **difference(gaps[kind]),
             }
         row: dict[str, Any] = {"title": variant.title, "kinds": per_kind}
         row["file"] = config.retrained.get(name, config.file).name
         row["retrained"] = name in config.retrained
         row["seconds"] = float(np.mean([scores[case.id][name]["seconds"] for case in cases]))
-        for key in ("psnr", "ssim", "difference"):
+        for key in ("psnr", "ssim"):
             values = [per_kind[kind][key] for kind in degraded]
             row[key] = float(np.mean(values)) if values else math.nan
-        errors = [per_kind[kind]["standard_error"] for kind in degraded]
-        known = errors and None not in errors
-        row["standard_error"] = (
-            math.sqrt(sum(e * e for e in errors)) / len(errors) if known else None
-        )
-        rows[name] = row
+        rows[name] = row | mean_difference([gaps[kind] for kind in degraded])
     return rows
 
 
@@ -219,7 +232,7 @@ def verdict(row: Mapping[str, Any]) -> str:
     worth, error = -row["difference"], row["standard_error"]
     if error is None:
         known = "one photo only, no verdict"
-    elif abs(worth) <= 1.96 * error:
+    elif abs(worth) <= row["interval"]:
         known = "**no difference that these photos can show**"
     else:
         known = "yes" if worth > 0 else "**no, the model is better without it**"
@@ -239,7 +252,7 @@ def markdown(config: Config, rows: Mapping[str, Any], photos: int) -> str:
         gap, error = entry["difference"], entry["standard_error"]
         if error is None:
             return f"{gap:+.2f}"
-        star = "\\*" if abs(gap) > 1.96 * error and abs(gap) >= 0.005 else ""
+        star = "\\*" if abs(gap) > max(entry["interval"], 0.005) else ""
         return f"{gap:+.2f} ± {error:.2f}{star}"
 
     lines = []
@@ -263,7 +276,7 @@ def markdown(config: Config, rows: Mapping[str, Any], photos: int) -> str:
         f"{config.data.seed}, {config.steps} DDIM steps, {_format(config)}. "
         f"{SETTINGS[0].upper()}{SETTINGS[1:]}.",
         "The first row is PSNR in dB; the others are paired differences to it in dB, ± their "
-        "standard error. \\* marks those beyond 1.96 standard errors. The mean is over the "
+        "standard error. \\* marks those beyond chance (t test at 5 %). The mean is over the "
         "degraded kinds, without `clean`.",
         table(("variant", "PSNR", "SSIM", "difference", *kinds), lines),
     ]

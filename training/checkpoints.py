@@ -7,7 +7,8 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from .errors import DiskError, ResumeError
 log = logging.getLogger(__name__)
 
 KEPT = 2
-_MANIFEST = "state.json"
+_MANIFEST, _WRITING = "state.json", "writing"
 # Settings that a run may change when it goes on; any other that differs is named in a warning.
 _FREE = frozenset(
     {
@@ -42,8 +43,14 @@ def state_bytes(trainable: nn.Module) -> int:
     return sum(t.nbytes for t in tensors) + 3 * sum(p.nbytes for p in learned) + 2**20
 
 
-def require_space(folder: Path, needed: int) -> None:
+def require_space(folder: Path, needed: int, what: str, option: str = "--out") -> None:
     """Check that `needed` bytes fit into `folder`.
+
+    Args:
+        folder: Exists.
+        needed: Bytes.
+        what: Is to be written, in the plural.
+        option: Names the folder on the command line.
 
     Raises:
         DiskError: They do not; names the folder and both figures.
@@ -51,8 +58,9 @@ def require_space(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise DiskError(
-            f"{folder}: checkpoints need {_size(needed)}, but {_size(free)} are free. Make room, "
-            "or give another --loop.out; the same command then goes on from the last checkpoint."
+            f"{folder}: {what} need {_size(needed)}, but {_size(free)} are free. Make room and "
+            f"start the same command again, which goes on from what is there; or give another "
+            f"{option}."
         )
 
 
@@ -90,7 +98,22 @@ class Checkpoints:
             DiskError: The checkpoints to come do not fit: those that are kept, and one in writing.
         """
         self.out.mkdir(parents=True, exist_ok=True)
-        require_space(self.out, self.size * max(1, KEPT + 1 - len(self.folders())))
+        self._require_space(self.size * max(1, KEPT + 1 - len(self.folders())))
+
+    def _require_space(self, needed: int) -> None:
+        require_space(self.out, needed, "checkpoints", "--loop.out")
+
+    @contextmanager
+    def writing(self) -> Iterator[Path]:
+        """A folder in the run folder for what is not whole yet; afterwards it is gone. What a
+        killed process leaves in it goes when the next one writes."""
+        temporary = self.out / _WRITING
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        try:
+            yield temporary
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
 
     def folders(self) -> list[Path]:
         """Whole checkpoints, oldest first."""
@@ -102,11 +125,11 @@ class Checkpoints:
         Raises:
             DiskError: There is too little space, or writing failed.
         """
-        temporary, final = self.out / "writing", self.out / f"step_{step:07d}"
+        temporary, final = self.out / _WRITING, self.out / f"step_{step:07d}"
         main = self.accelerator.is_main_process
         if main:
             shutil.rmtree(temporary, ignore_errors=True)
-            require_space(self.out, self.size)
+            self._require_space(self.size)
         self.accelerator.wait_for_everyone()
         try:
             self.accelerator.save_state(str(temporary))

@@ -30,6 +30,7 @@ from typing import (
 import tomli_w
 import tomllib
 import tyro
+from safetensors import SafetensorError
 
 import diff_restorer
 
@@ -76,17 +77,24 @@ def parse(
 def run_program(
     main: Callable[[ConfigT], object], kind: type[ConfigT], description: str | None
 ) -> NoReturn:
-    """Run a program on the settings of its command line, and end the process.
+    """Run a program on the settings of its command line or a preset, and end the process."""
+    exit_after(lambda: main(parse(kind, description)))
 
-    What our own code finds wrong with settings, files or the machine is one line and exit status 1;
-    anything else is an error of ours, with its traceback.
+
+def exit_after(program: Callable[[], object]) -> NoReturn:
+    """Run a program and end the process.
+
+    What our own code finds wrong with settings, files or the machine, and a file that cannot be
+    read or written, is one line and exit status 1; anything else is an error of ours, with its
+    traceback.
     """
     try:
-        main(parse(kind, description))
-    except (ValueError, OSError, DiskError, ResumeError, NonFiniteError) as error:
+        program()
+    except (OSError, SafetensorError) as error:  # of whatever library
+        sys.exit(f"error: {error}")
+    except (ValueError, DiskError, ResumeError, NonFiniteError) as error:
         raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
-        ours = any(folder in raised_in.parents for folder in (PRESETS.parent, CORE))
-        if not ours and not isinstance(error, OSError):
+        if not any(folder in raised_in.parents for folder in (PRESETS.parent, CORE)):
             raise
         sys.exit(f"error: {error}")
     sys.exit()

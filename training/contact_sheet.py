@@ -13,6 +13,7 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from diff_restorer.degradations import ALL_KINDS, degrade_chain
 
+from .config import exit_after
 from .evaluation.pictures import to_picture
 from .photos import UNREADABLE, read_photo
 
@@ -68,10 +69,9 @@ def contact_sheet(config: SheetConfig) -> Image.Image:
     return sheet
 
 
-def main() -> None:
-    config = tyro.cli(SheetConfig, description=__doc__)
+def main(config: SheetConfig) -> None:
     contact_sheet(config).save(config.out)
 
 
 if __name__ == "__main__":
-    main()
+    exit_after(lambda: main(tyro.cli(SheetConfig, description=__doc__)))

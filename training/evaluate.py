@@ -40,12 +40,12 @@ from tools.host import Host, HostError, exit_on_termination
 from tools.restore import NANO_WORKFLOW
 
 from .common import git_revision
-from .evaluation import baselines, plots, report, tables
+from .evaluation import baselines, nafnet, plots, report, tables
 from .evaluation.competing import best_baseline, read_photo, run_baselines
 from .evaluation.metrics import Learned, fidelity
-from .evaluation.nafnet import load_nafnet
 from .evaluation.pictures import (
     digest,
+    file_digest,
     pixel_digest,
     read_image,
     read_note,
@@ -181,7 +181,8 @@ def run_nafnet(config: Config, cases: list[Case]) -> None:
     """Restores the photos of the synthetic sets with the comparison network."""
     if config.nafnet is None:
         return
-    network, model = load_nafnet(config.nafnet), weights_digest(config.nafnet)
+    network = nafnet.load_nafnet(config.nafnet)
+    model = file_digest(config.nafnet, Path(nafnet.__file__))
     for case in tqdm(cases, desc="NAFNet", unit="photo"):
         path = config.out / "nafnet" / f"{case.id}.png"
         key = digest(model, pixel_digest(case.lq))

@@ -50,10 +50,11 @@ def main(config: Config) -> Path:
     """Finish the file.
 
     Raises:
-        ValueError: The file is an ablation, no sample of some type was drawn, a weight is too large
-            for fp16, or the file reads back other than it was written.
+        ValueError: The file is an ablation, the scores are no JSON, no sample of some type was
+            drawn, a weight is too large for fp16, or the file reads back other than it was written.
         DiskError: There is too little room for the file.
     """
+    scores = _read_scores(config.scores) if config.scores else None
     models, _ = open_models(config.model, ("prompt_processor.", "control."))
     if models.ablations:
         raise ValueError(
@@ -74,14 +75,15 @@ def main(config: Config) -> Path:
 
     source = read_checkpoint(config.model.init[-1])
     prefixes = sorted({_part(key) for key in source.keys})
-    scores = json.loads(config.scores.read_text()) if config.scores else source.info.scores
+    scores = source.info.scores if scores is None else scores
     info = replace(source.info, scores=scores, config=without_folders(source.info.config))
     tensors = models.file_tensors(prefixes, torch.float16)
     for name, value in tensors.items():
         if value.is_floating_point() and not value.isfinite().all():
             raise ValueError(f"--model.init: {source.path}: {name} is not finite in fp16")
     config.out.parent.mkdir(parents=True, exist_ok=True)
-    require_space(config.out.parent, sum(value.nbytes for value in tensors.values()) + 2**20)
+    needed = sum(value.nbytes for value in tensors.values()) + 2**20
+    require_space(config.out.parent, needed, "its tensors")
     write_checkpoint(config.out, tensors, info)
     compare_file(config.out, tensors)
 
@@ -94,6 +96,16 @@ def main(config: Config) -> Path:
     size = config.out.stat().st_size / 1e6
     log.info("%s: %.1f MB, P_D read back within %.4f", config.out, size, difference)
     return config.out
+
+
+def _read_scores(path: Path) -> dict[str, Any]:
+    try:
+        scores = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"--scores: {path} is not JSON: {error}") from error
+    if not isinstance(scores, dict):
+        raise ValueError(f"--scores: {path} holds a {type(scores).__name__}, give a JSON object")
+    return scores
 
 
 def without_folders(settings: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import threading
 from types import FrameType
@@ -36,6 +37,9 @@ class Interruption:
         log.warning("%s: stopping after this step", signal.Signals(number).name)
 
 
-def ignore_interrupts(_: int = 0) -> None:
-    """For data processes: Ctrl-C reaches them, too, and the main process still needs them."""
+def leave_group(_: int = 0) -> None:
+    """For data processes: Ctrl-C, `timeout` and `accelerate launch` signal the process group, and
+    the main process needs its data until it has saved. Signals to this very process still act."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(os, "setsid"):  # not on Windows
+        os.setsid()

@@ -27,7 +27,7 @@ from .checkpoints import Checkpoints, state_bytes, write_failure
 from .common import Precision, mixed_precision
 from .data import StepSampler, seeded
 from .errors import NonFiniteError
-from .interruption import Interruption, ignore_interrupts
+from .interruption import Interruption, leave_group
 from .nonfinite import describe
 from .plots import draw_curves
 from .progress import Progress
@@ -62,7 +62,7 @@ class LoopConfig:
     ema: float = 0.999
     """Decay of the exponential moving average that is validated and exported."""
     clip: float = 1.0
-    """Gradient norm limit."""
+    """Gradient norm limit; 0 is none."""
     precision: Precision = "auto"
     """Mixed precision; auto is bf16 where the device computes in it, else no. fp16 needs a GPU."""
     compile: bool = False
@@ -266,7 +266,7 @@ class _Run:
             persistent_workers=config.workers > 0,
             prefetch_factor=4 if config.workers else None,
             pin_memory=accelerator.device.type == "cuda",
-            worker_init_fn=ignore_interrupts,
+            worker_init_fn=leave_group,
         )
         for batch in loader:
             yield {k: v.to(accelerator.device, non_blocking=True) for k, v in batch.items()}
@@ -306,7 +306,7 @@ class _Run:
         scaled = accelerator.scaler is not None  # fp16 overflows now and then, and skips the step
         if counts["loss"] < batch_count or not (math.isfinite(norm) or scaled):
             raise NonFiniteError(describe(step, parts, learned, batch, self.stage.trainable))
-        if config.clip < norm < math.inf:
+        if 0 < config.clip < norm < math.inf:
             for side in self.stage.opponents or (self.stage.trainable,):
                 torch.nn.utils.clip_grad_norm_(side.parameters(), config.clip)
         self.optimizer.step()
@@ -348,17 +348,19 @@ class _Run:
 
     def _validate(self, step: int, *, again: bool = False) -> None:
         """Validate and export with averaged weights, on the main process."""
-        out = self.config.out
+        out, exported = self.config.out, self.exported
         with self.progress.paused(), self.average.applied():
             if self.accelerator.is_main_process:
                 with self.accelerator.autocast():
                     scores = self.stage.validate(step, out / "sheets")
                 try:
-                    self.stage.export(self.exported, self.told)
+                    with self.checkpoints.writing() as folder:
+                        self.stage.export(folder / exported.name, self.told)
+                        if self.stage.check is not None:
+                            self.stage.check(folder / exported.name)
+                        (folder / exported.name).replace(exported)
                 except (OSError, SafetensorError) as error:
-                    raise write_failure(out, self.exported.name, error) from error
-                if self.stage.check is not None:
-                    self.stage.check(self.exported)
+                    raise write_failure(out, exported.name, error) from error
                 if not again:
                     self.progress.validated(step, scores)
                     draw_curves([out], out / "curves.png")

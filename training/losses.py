@@ -131,14 +131,16 @@ def _open_lpips(weights: Path) -> Any:
     """LPIPS with its heads, which the package brings, on a local backbone."""
     import lpips  # only here: without weights it is not needed
 
-    state = torch.load(weights, map_location="cpu", weights_only=True)
+    accepted = f"accepted is torchvision's VGG16 ({VGG_FILE})"
+    try:
+        state = torch.load(weights, map_location="cpu", weights_only=True)
+    except Exception as error:  # of pickle, zip and torch alike, whatever the file is
+        raise ValueError(f"{weights}: cannot be read ({error!r}); {accepted}") from error
     model = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)
     own: Any = model.net.state_dict()  # sliceK.N.weight for torchvision's features.N.weight
     named = {key: f"features.{key.partition('.')[2]}" for key in own}
     if missing := [name for name in named.values() if name not in state]:
-        raise ValueError(
-            f"{weights}: lacks {missing[:3]}; accepted is torchvision's VGG16 ({VGG_FILE})"
-        )
+        raise ValueError(f"{weights}: lacks {missing[:3]}; {accepted}")
     model.net.load_state_dict({key: state[name] for key, name in named.items()})
     return model.eval().requires_grad_(False)
 

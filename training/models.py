@@ -412,3 +412,11 @@ def psnr(image: Tensor, reference: Tensor) -> Tensor:
     """Peak signal-to-noise ratio in dB per sample, RGB, of images in [0, 1]; clamps `image`."""
     error = F.mse_loss(image.clamp(0, 1), reference, reduction="none").flatten(1).mean(dim=1)
     return -10 * torch.log10(error.clamp_min(1e-10))
+
+
+def psnr_gain(image: Tensor, degraded: Tensor, reference: Tensor) -> Tensor:
+    """Mean gain in PSNR of `image` over `degraded`, in dB, each in [-20, 30], of the samples that
+    are degraded at all; NaN where none is."""
+    before = psnr(degraded, reference)
+    gain = (psnr(image, reference) - before).clamp(-20, 30)
+    return gain.where(before < psnr(reference, reference), torch.nan).nanmean()

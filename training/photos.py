@@ -154,9 +154,19 @@ def _photos_in(shards: Sequence[Path]) -> list[ShardMember]:
 
 
 def read_photo(file: PhotoFile) -> Tensor:
-    """Decodes a photo upright into (3, H, W) uint8."""
+    """Decodes a photo upright into (3, H, W) uint8.
+
+    Raises:
+        ValueError: It has 32 bits per pixel of one channel, whose range is anyone's guess.
+    """
     with file.open("rb") as stream, Image.open(stream) as picture:
-        upright = ImageOps.exif_transpose(picture).convert("RGB")
+        upright = ImageOps.exif_transpose(picture)
+        if upright.mode.startswith("I;16"):  # `convert` would cut off all above 255
+            grey = np.asarray(upright).astype(np.uint16) >> 8
+            upright = Image.fromarray(grey.astype(np.uint8))
+        elif upright.mode in ("I", "F"):
+            raise ValueError(f"mode {upright.mode} (32 bits) is no photo; give 8 or 16 bits")
+        upright = upright.convert("RGB")
     return torch.from_numpy(np.array(upright)).permute(2, 0, 1).contiguous()
 
 

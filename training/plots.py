@@ -13,6 +13,7 @@ from pathlib import Path
 import tyro
 from matplotlib.figure import Figure
 
+from .config import exit_after
 from .progress import read_table
 
 _TABLES = ("metrics", "validation")
@@ -110,4 +111,4 @@ def main(config: PlotConfig) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(PlotConfig, description=__doc__))
+    exit_after(lambda: main(tyro.cli(PlotConfig, description=__doc__)))

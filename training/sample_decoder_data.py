@@ -80,7 +80,8 @@ def main(config: Config) -> Path:
         log.info("%s is complete", config.out)
         return config.out
     parts.mkdir(parents=True, exist_ok=True)
-    require_space(parts, 2 * config.samples * 2 * 4 * (config.data.crop // 8) ** 2 + 2**20)
+    needed = 2 * config.samples * 2 * 4 * (config.data.crop // 8) ** 2 + 2**20
+    require_space(parts, needed, "latents")
     record = parts / "settings.json"
     if record.exists():
         _require(settings, record.read_text(), parts)

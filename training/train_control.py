@@ -83,7 +83,8 @@ def prepare(models: Models, config: Config) -> nn.Module:
         )
     if config.train_unet and models.base_model == SD15:
         raise ValueError("--train-unet: a file for SD 1.5 holds no UNet; it stays frozen")
-    models.classification = config.classification
+    if config.train_degradation:  # else the file keeps the way that its classifier was trained
+        models.classification = config.classification
     if config.without_semantic:
         models.leave_out("without_semantic")
     if config.degradation_in_control != "context":
@@ -125,8 +126,8 @@ def make_loss(models: Models, config: Config) -> Loss:
         size = config.draws * len(batch["gt"])
         place = {"generator": generator, "device": generator.device}
         with torch.no_grad():
-            both = encode(to_pixels(torch.cat([batch["gt"], batch["lq"]]))).float()
-            clean, hint = map(repeated, both.chunk(2))
+            # One after the other: together they would be the largest activation of the step.
+            clean, hint = (repeated(encode(to_pixels(batch[n])).float()) for n in ("gt", "lq"))
             whole, close = models.tokens(batch)
         timestep = torch.randint(0, TIMESTEPS, (size,), **place).to(clean.device)
         noise = torch.randn(clean.shape, **place).to(clean.device)

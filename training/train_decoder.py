@@ -40,7 +40,7 @@ from .losses import (
     hinge_discriminator,
     psnr_loss,
 )
-from .models import Models, own_precision, psnr, suited, to_pixels
+from .models import Models, own_precision, psnr, psnr_gain, suited, to_pixels
 from .sheets import save_sheet
 
 
@@ -94,12 +94,12 @@ class DecoderSamples(Dataset[dict[str, Tensor]]):
     def __init__(
         self, samples: RestorationSamples, latents: Path | None, share: float, shape: torch.Size
     ) -> None:
-        cached = load_file(latents) if latents else {}
         self.samples, self.shape = samples, shape
-        self.indices, self.latents = cached.get("indices"), cached.get("latents")
         self.share = share if latents else 0.0
         if latents:
             self.sampled = as_sampled(samples, latents)
+        cached = load_file(latents) if latents else {}
+        self.indices, self.latents = cached.get("indices"), cached.get("latents")
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -213,8 +213,8 @@ class DecoderLoss:
             total = total + config.lpips_weight * terms["perceptual"]
         if self.discriminator is not None:
             total = total + self._play(terms, total, batch["gt"], pixels)
-        gain = psnr(image.detach(), batch["gt"]) - psnr(batch["lq"], batch["gt"])
-        return {"loss": total, **terms, "psnr_gain": gain.clamp(-20, 30).mean()}
+        gain = psnr_gain(image.detach(), batch["lq"], batch["gt"])
+        return {"loss": total, **terms, "psnr_gain": gain}
 
     def _play(self, terms: dict[str, Tensor], total: Tensor, gt: Tensor, pixels: Tensor) -> Tensor:
         """What the GAN adds to the loss; adds to `terms` what is logged of it."""

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import scipy.stats
 import torch
 from PIL import Image
 from skimage import data
@@ -15,7 +15,7 @@ from skimage import data
 from diff_restorer.checkpoint import V_PREDICTION
 from diff_restorer.degradations import KINDS
 from training import ablate
-from training.ablate import AblationData, Config, difference, verdict
+from training.ablate import AblationData, Config, difference, mean_difference, verdict
 from training.common import checkpoint_info
 from training.diffusion import sample
 from training.evaluation.reading import open_file, read_photo, views
@@ -209,11 +209,21 @@ def test_a_retrained_file_keeps_its_own_prompts(config: Config, tmp_path: Path):
 
 
 def test_standard_errors():
-    assert difference([1.0, 1.0, 4.0]) == (2.0, pytest.approx(math.sqrt(3) / math.sqrt(3)))
-    assert difference([0.5]) == (0.5, None)
-    row = {"title": "without P_S", "difference": -0.3, "standard_error": 0.1}
+    values = [1.0, 1.0, 4.0]
+    found = difference(values)
+    assert (found["difference"], found["standard_error"]) == (2.0, pytest.approx(1.0))
+    low, high = scipy.stats.ttest_1samp(values, 0).confidence_interval()
+    assert 2 * found["interval"] == pytest.approx(high - low)
+    assert difference([0.5]) == {"difference": 0.5, "standard_error": None, "interval": None}
+    # Of two means, as Welch's test of one against the negative of the other has it.
+    both, other = mean_difference([values, [0.5, 0.0, 0.7]]), [-0.5, 0.0, -0.7]
+    low, high = scipy.stats.ttest_ind(values, other, equal_var=False).confidence_interval()
+    assert both["difference"] == pytest.approx((low + high) / 4)
+    assert both["interval"] == pytest.approx((high - low) / 4)
+    assert mean_difference([[1.0, 1.0]])["interval"] == 0
+    row = {"title": "no P_S", "difference": -0.3, "standard_error": 0.1, "interval": 0.25}
     assert verdict(row).endswith("ahead: yes")
-    assert "no difference" in verdict({**row, "standard_error": 0.2})
+    assert "no difference" in verdict({**row, "interval": 0.4})
     assert "better without" in verdict({**row, "difference": 0.3})
 
 

@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 import tomllib
 import torch
+from safetensors.torch import load_file
 
 from training import common, sample_decoder_data, train_control, train_decoder
 from training.common import DataConfig
-from training.config import PRESETS, load, parse, settings, table_name, write
+from training.config import PRESETS, exit_after, load, parse, settings, table_name, write
 from training.loop import LoopConfig, count_steps, learning_rate
 from training.nano import autoencoder, vision
 
@@ -52,6 +53,19 @@ def test_options_win_over_the_table_and_the_table_over_common(preset: Path) -> N
     assert config.semantic_dropout == train_control.Config.semantic_dropout  # its own default
     eyes = parse(vision.Config, args=["--config", str(preset), *GIVEN])
     assert (eyes.loop.steps, eyes.loop.warmup) == (12, 7)
+
+
+def test_a_file_that_cannot_be_read_is_one_line_and_an_error_of_ours_is_not(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "latents.safetensors").write_bytes(b"no tensors")
+    with pytest.raises(SystemExit, match=r"error: .*eader"):
+        exit_after(lambda: load_file(tmp_path / "latents.safetensors"))
+    with pytest.raises(ValueError, match="invalid literal"):
+        exit_after(lambda: int("no number of anyone's settings"))
+    with pytest.raises(SystemExit) as end:
+        exit_after(lambda: 7)
+    assert not end.value.code
 
 
 def test_without_a_preset_the_defaults_hold() -> None:

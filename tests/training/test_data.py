@@ -9,6 +9,7 @@ from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -22,7 +23,7 @@ from diff_restorer.degradations import KINDS
 from training.common import DataConfig, open_data
 from training.data import Mixing, RestorationSamples, StepSampler, clip_view
 from training.models import Sizes
-from training.photos import CleanPhotos, PhotoStore, photo_size
+from training.photos import CleanPhotos, PhotoStore, photo_size, read_photo
 from training.train_decoder import DecoderSamples
 
 NAMES = ("astronaut", "chelsea", "coffee")
@@ -395,6 +396,18 @@ def test_ranks_share_what_one_rank_with_a_larger_batch_sees() -> None:
     assert [a + b for a, b in zip(*ranks, strict=True)] == list(whole)
     with pytest.raises(ValueError, match="rank 2, world_size 2"):
         StepSampler(5, batch_size=3, rank=2, world_size=2)
+
+
+def test_grey_of_16_bits_keeps_its_range_and_32_bits_are_refused(tmp_path: Path) -> None:
+    ramp = np.linspace(0, 65535, 256, dtype=np.uint16).reshape(16, 16)
+    for name in ("ramp.png", "ramp.tif"):
+        Image.fromarray(ramp).save(tmp_path / name)
+        photo = read_photo(tmp_path / name)
+        assert photo.dtype == torch.uint8
+        assert torch.equal(photo.flatten(1), torch.arange(256, dtype=torch.uint8).expand(3, -1))
+    Image.fromarray(ramp.astype(np.float32)).save(tmp_path / "float.tif")
+    with pytest.raises(ValueError, match="mode F"):
+        read_photo(tmp_path / "float.tif")
 
 
 def test_clip_view_squashes_the_whole_picture() -> None:

@@ -147,6 +147,8 @@ def test_a_result_depends_on_pixels_and_not_on_notes(photos: Path, tmp_path: Pat
 
 
 def test_pairs_are_matched_and_misfits_are_named(pairs: Path, tmp_path: Path):
+    for role in ("lq", "gt"):
+        (pairs / "noise_real" / role / ".DS_Store").write_bytes(b"no photo")
     found = testsets.real(pairs, tmp_path, 0)
     kinds = {case.set: case.kind for case in found.cases}
     assert kinds == {

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import random
+import signal
+import subprocess
+import sys
 import time
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file
+
+from tools.environment import ROOT
 
 from .toys import same, train
 
@@ -27,6 +33,26 @@ def wait_for(condition: Any, child: BaseProcess) -> None:
         assert child.is_alive(), "the run ended by itself"
         time.sleep(0.001)
     raise AssertionError("the run does not advance")
+
+
+def test_a_signal_to_the_whole_process_group_still_saves_the_state(tmp_path: Path) -> None:
+    """As `timeout`, a terminal and `accelerate launch` send it: to the data processes, too."""
+    settings = {
+        "out": str(tmp_path), "steps": 1_000_000, "decay": False, "workers": 1,
+        "checkpoint_every": 1_000_000, "validate_every": 1_000_000,
+    }  # fmt: skip
+    command = [sys.executable, "-c", f"from tests.training.toys import train; train({settings})"]
+    child = subprocess.Popen(
+        command, cwd=ROOT, start_new_session=True, stderr=subprocess.PIPE, text=True
+    )
+    rows = tmp_path / "metrics.csv"
+    while not (rows.is_file() and rows.read_text().count("\n") > 2):
+        assert child.poll() is None, child.stderr
+        time.sleep(0.02)
+    os.killpg(child.pid, signal.SIGTERM)
+    _, said = child.communicate(timeout=120)
+    assert child.returncode == 128 + signal.SIGTERM, said
+    assert steps_done(tmp_path) > 0
 
 
 def test_killed_twenty_times_equals_a_straight_run_bit_for_bit(tmp_path: Path) -> None:

@@ -286,6 +286,13 @@ def test_an_interrupted_run_saves_its_state_and_says_how_to_go_on(
     assert same(load_file(straight), load_file(run(stage(), Points(), config(out))))
 
 
+def test_a_gradient_norm_limit_of_zero_is_none(tmp_path: Path) -> None:
+    files = [run(stage(), Points(), config(tmp_path / str(c), clip=c)) for c in (0.0, 1e9, 1e-3)]
+    free, wide, tight = map(load_file, files)
+    assert same(free, wide)
+    assert not same(free, tight)
+
+
 def test_minutes_make_checkpoints_due(tmp_path: Path) -> None:
     stopped(tmp_path, checkpoint_every=100, checkpoint_minutes=1e-9)
     assert checkpoints(tmp_path) == ["step_0000004", "step_0000005"]
@@ -325,6 +332,8 @@ def test_an_export_that_reads_back_differently_ends_the_run(tmp_path: Path) -> N
     )
     with pytest.raises(ValueError, match=r"export\.safetensors: reads back other"):
         run(wrong, Points(), config(tmp_path))
+    assert not (tmp_path / "export.safetensors").exists()
+    assert not (tmp_path / "writing").exists()
 
 
 def test_a_file_is_compared_bit_for_bit(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from training.losses import (
     psnr_loss,
     spectral_distance,
 )
+from training.models import psnr_gain
 
 
 def picture(seed: int, side: int = 48) -> Tensor:
@@ -93,6 +94,18 @@ def test_without_weights_the_fallback_runs_and_says_so(
         Perceptual(tmp_path / "nothing.pth")
 
 
+def test_what_is_not_degraded_has_no_part_in_the_gain() -> None:
+    clean = torch.full((3, 3, 4, 4), 0.5)
+    lq, image = clean.clone(), clean.clone()
+    lq[0] += 0.1  # 20 dB
+    image[0] += 0.05  # 6 dB more
+    image[1] += 0.01  # of a clean photo
+    lq[2] += 0.4
+    image[2] += 0.2
+    assert float(psnr_gain(image, lq, clean)) == pytest.approx(6.0206, abs=1e-3)
+    assert psnr_gain(image[1:2], lq[1:2], clean[1:2]).isnan()
+
+
 def test_lpips_runs_on_local_weights(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     torch.manual_seed(0)
     features = torchvision.models.vgg16(weights=None).features
@@ -112,6 +125,9 @@ def test_lpips_runs_on_local_weights(tmp_path: Path, caplog: pytest.LogCaptureFi
     torch.save({"features.0.weight": torch.zeros(1)}, tmp_path / "other.pth")
     with pytest.raises(ValueError, match=r"other\.pth: lacks .*torchvision's VGG16"):
         Perceptual(tmp_path / "other.pth")
+    (tmp_path / "text.pth").write_text("no pickle")
+    with pytest.raises(ValueError, match=r"text\.pth: cannot be read .*torchvision's VGG16"):
+        Perceptual(tmp_path / "text.pth")
 
 
 def test_the_discriminator_learns_and_neither_player_moves_the_other() -> None:

@@ -178,6 +178,15 @@ def test_what_is_wrong_with_the_settings_is_one_line(
     assert "Traceback" not in done.stderr
 
 
+def test_scores_that_are_no_json_are_named_at_the_start(photos: Path, tmp_path: Path) -> None:
+    for text, message in (("{", "is not JSON"), ("[1]", "holds a list")):
+        (tmp_path / "scores.json").write_text(text)
+        config = ModelConfig(init=(tmp_path / "not even opened",), sizes=TOY)
+        settings = export.Config(DataConfig(photos), tmp_path / "never", config)
+        with pytest.raises(ValueError, match=f"--scores: .*{message}"):
+            export.main(replace(settings, scores=tmp_path / "scores.json"))
+
+
 def test_a_classifier_of_several_kinds_is_told_apart(
     files: dict[str, Path], photos: Path, tmp_path: Path
 ) -> None:
@@ -192,6 +201,11 @@ def test_a_classifier_of_several_kinds_is_told_apart(
     made = train_control.main(settings)
     assert read_checkpoint(made).info.classification == "bce"
     assert open_models(ModelConfig(init=(made,), sizes=TOY))[0].classification == "bce"
+    # A run that leaves the classifier alone, with the default of `classification`.
+    later = replace(settings, train_degradation=False, classification="ce")
+    later = replace(later, model=replace(settings.model, init=(made,)))
+    later = replace(later, loop=replace(settings.loop, out=tmp_path / "later"))
+    assert read_checkpoint(train_control.main(later)).info.classification == "bce"
     assert read_checkpoint(files["release"]).info.classification == "ce"
 
 

@@ -23,7 +23,7 @@ from ..common import DataConfig, git_revision, home, open_data, to_home
 from ..config import run_program
 from ..loop import LoopConfig, Stage, maybe_compile, run
 from ..losses import psnr_loss
-from ..models import Sizes, psnr
+from ..models import Sizes, psnr_gain
 from ..sheets import save_sheet
 
 FORMAT = "diff-restorer-nafnet"
@@ -147,17 +147,15 @@ def main(config: Config) -> Path:
 
     def loss(batch: dict[str, Tensor], _: torch.Generator) -> dict[str, Tensor]:
         restored = restore(batch["lq"]).float()
-        gain = psnr(restored.detach(), batch["gt"]) - psnr(batch["lq"], batch["gt"])
-        total = psnr_loss(restored, batch["gt"])
-        return {"loss": total, "psnr_gain": gain.clamp(-20, 30).mean()}
+        gain = psnr_gain(restored.detach(), batch["lq"], batch["gt"])
+        return {"loss": psnr_loss(restored, batch["gt"]), "psnr_gain": gain}
 
     @torch.no_grad()
     def validate(step: int, folder: Path) -> dict[str, float]:
         images = {name: validation[name] for name in ("lq", "gt")}
         images["restored"] = network(images["lq"]).float()
         save_sheet(folder / f"{step:07d}.jpg", {name: rows[:18] for name, rows in images.items()})
-        before, after = (psnr(images[name], images["gt"]) for name in ("lq", "restored"))
-        return {"psnr_gain": float((after - before).clamp(-20, 30).mean())}
+        return {"psnr_gain": float(psnr_gain(images["restored"], images["lq"], images["gt"]))}
 
     def tensors() -> dict[str, Tensor]:
         return {key: value.cpu().contiguous() for key, value in network.state_dict().items()}

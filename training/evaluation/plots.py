@@ -148,14 +148,14 @@ def draw_differences(rows: Sequence[dict[str, Any]], path: Path, title: str) -> 
     """Horizontal bars with error bars: what each variant changes against the full model.
 
     Args:
-        rows: `name`, `difference` (dB) and `standard_error` (dB or None) each.
+        rows: `name`, `difference` (dB) and `interval` (dB or None) each, as `ablate` finds them.
         path: PNG to write.
         title: Above the bars.
     """
     figure, (axis,) = _figure(8.2, 0.9 + 0.45 * len(rows))
     names = [row["name"] for row in rows]
     values = np.array([row["difference"] for row in rows])
-    errors = np.array([1.96 * (row["standard_error"] or 0) for row in rows])
+    errors = np.array([row["interval"] or 0.0 for row in rows])
     colours = ["#a23b3b" if value < 0 else OURS_COLOUR for value in values]
     axis.barh(names, values, color=colours, height=0.62)
     axis.errorbar(values, names, xerr=errors, fmt="none", ecolor="black", capsize=3, lw=1)

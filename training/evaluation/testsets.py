@@ -23,7 +23,7 @@ from diff_restorer.degradations import (
 
 from ..data import seeded
 from ..layouts import find_pairs, kind_of
-from ..photos import UNREADABLE, PhotoFile, ShardMember, list_photos, read_photo
+from ..photos import UNREADABLE, PhotoFile, ShardMember, is_photo, list_photos, read_photo
 from .pictures import digest, file_digest, read_note, save_picture, to_image, to_picture
 
 log = logging.getLogger(__name__)
@@ -182,9 +182,9 @@ def _named_sets(
     """(name of the set, kind) -> name of the photo -> its files, of `<set>/{lq,gt}`."""
     found: dict[tuple[str, str | None], dict[str, Pictures]] = {}
     for folder in sorted(path.parent for path in pairs.glob("*/lq")):
-        partners = {path.stem: path for path in (folder / "gt").glob("*") if path.is_file()}
+        partners = {path.stem: path for path in (folder / "gt").glob("*") if is_photo(path.name)}
         files = found.setdefault((folder.name, kind_of(folder.name)), {})
-        for path in sorted((folder / "lq").glob("*")):
+        for path in sorted(p for p in (folder / "lq").glob("*") if is_photo(p.name)):
             if path.stem in partners:
                 files[path.stem] = path, partners[path.stem]
             else:

@@ -18,8 +18,9 @@ from ..diff_restorer.native import has_native_bf16
 
 MODEL_FOLDER = "diff_restorer"
 # Whoever has trained another Nano names it in the environment; saved workflows stay as they are.
+NANO_VARIABLE = "DIFF_RESTORER_NANO"
 NANO_FILE = Path(
-    os.environ.get("DIFF_RESTORER_NANO")
+    os.environ.get(NANO_VARIABLE)
     or Path(__file__).parents[1] / "models" / "diff_restorer_nano.safetensors"
 )
 

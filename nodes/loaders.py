@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 from comfy_api.latest import io
 
 from . import host
@@ -94,8 +96,10 @@ class DiffRestorerNanoLoader(io.ComfyNode):
     @classmethod
     def execute(cls) -> io.NodeOutput:
         if not host.NANO_FILE.is_file():
+            remedy = "They come with the pack: install it again."
+            if os.environ.get(host.NANO_VARIABLE):
+                remedy = f"The environment names it in {host.NANO_VARIABLE}: correct or unset that."
             raise FileNotFoundError(
-                f"Nano's weights are missing: there is no {host.NANO_FILE}. They come with the "
-                "pack: install it again."
+                f"Nano's weights are missing: there is no {host.NANO_FILE.absolute()}. {remedy}"
             )
         return io.NodeOutput(*load_nano(host.NANO_FILE))

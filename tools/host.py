@@ -29,6 +29,7 @@ from tools.environment import ROOT, SetupError
 
 PACK_NAME = "diff-restorer"
 PACK_NODE = "DiffRestorerLoader"
+NANO_VARIABLE = "DIFF_RESTORER_NANO"
 START_TIMEOUT = 300.0
 STOP_TIMEOUT = 10.0
 FOLDERS = ("custom_nodes", "models", "input", "output", "user")
@@ -50,7 +51,8 @@ class Host:
         arguments: Further command-line arguments for ComfyUI.
         python: Interpreter of the environment that holds ComfyUI's packages.
         log: File for ComfyUI's output; default ``<base>/host.log``.
-        nano: File that Load Diff-Restorer Nano opens; default the shipped one.
+        nano: File that Load Diff-Restorer Nano opens; default the one that the environment names in
+            DIFF_RESTORER_NANO, else the shipped one.
 
     Raises:
         HostError: On entering, if the server or the pack does not come up; carries the log's end.
@@ -74,7 +76,9 @@ class Host:
         self.arguments = arguments
         self.python = python
         self.log = log or self.base / "host.log"
-        self.nano = nano
+        named = nano or os.environ.get(NANO_VARIABLE)
+        # The server runs in another folder.
+        self.nano = Path(named).resolve() if named else None
         self.process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -201,7 +205,7 @@ class Host:
             )
 
     def _nano_variable(self) -> dict[str, str]:
-        return {} if self.nano is None else {"DIFF_RESTORER_NANO": str(self.nano.resolve())}
+        return {} if self.nano is None else {NANO_VARIABLE: str(self.nano)}
 
     def _wait_until_ready(self) -> None:
         deadline = time.monotonic() + START_TIMEOUT

@@ -152,10 +152,16 @@ def test_interrupt_and_queue_again(runner: Runner, nano: Graph):
     assert resumed.shape == (128, 160, 3)
 
 
-def test_another_nano_is_named_in_the_environment(comfyui_root: Path, tmp_path: Path) -> None:
-    other = tmp_path / "mine.safetensors"
-    with Host(tmp_path / "server", nano=other) as host:
+def test_another_nano_is_named_in_the_environment(
+    comfyui_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Relative to where the user is, which is not where the server runs.
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DIFF_RESTORER_NANO", "mine.safetensors")
+    with Host(tmp_path / "server") as host:
         runner = Runner(host)
         graph = Graph.load(photo=runner.upload(make_photo(), "photo.png"))
-        with pytest.raises(ClientError, match=r"there is no .*mine\.safetensors"):
+        file = tmp_path / "mine.safetensors"
+        message = f"there is no {file}.*DIFF_RESTORER_NANO: correct or unset"
+        with pytest.raises(ClientError, match=message):
             runner.pictures(graph)

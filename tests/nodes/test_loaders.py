@@ -163,6 +163,9 @@ def test_nano_is_missing(run, pack: ModuleType, tmp_path: Path, monkeypatch) -> 
     monkeypatch.setattr(pack.nodes.host, "NANO_FILE", tmp_path / "nano.safetensors")
     with pytest.raises(FileNotFoundError, match=r"Nano's weights are missing.*install it again"):
         run("DiffRestorerNanoLoader")
+    monkeypatch.setenv("DIFF_RESTORER_NANO", "nano.safetensors")
+    with pytest.raises(FileNotFoundError, match=r"no /.*in DIFF_RESTORER_NANO: correct or unset"):
+        run("DiffRestorerNanoLoader")
 
 
 def test_nano_must_be_self_contained(pack: ModuleType, tmp_path: Path) -> None:

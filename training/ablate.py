@@ -59,8 +59,9 @@ PARTS = ("no_ps", "no_pd_control", "no_pd_decoder", "stock_decoder", "no_diffusi
 """Variants that decide whether a part of the method helps."""
 CODE = (
     *sorted((ROOT / "diff_restorer").rglob("*.py")),
-    *(ROOT / "training" / f"{name}.py" for name in ("data", "diffusion", "models", "networks")),
-    *(ROOT / "training" / f"evaluation/{name}.py" for name in ("reading", "variants")),
+    *(ROOT / f"training/{name}.py" for name in ("data", "diffusion", "models", "networks")),
+    ROOT / "training/pretrained.py",
+    *(ROOT / f"training/evaluation/{name}.py" for name in ("metrics", "reading", "variants")),
 )
 """What scores depend on."""
 Scores = dict[str, dict[str, dict[str, float]]]

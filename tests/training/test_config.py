@@ -56,7 +56,7 @@ def test_options_win_over_the_table_and_the_table_over_common(preset: Path) -> N
 
 
 def test_a_file_that_cannot_be_read_is_one_line_and_an_error_of_ours_is_not(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
 ) -> None:
     (tmp_path / "latents.safetensors").write_bytes(b"no tensors")
     with pytest.raises(SystemExit, match=r"error: .*eader"):

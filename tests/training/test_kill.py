@@ -47,7 +47,7 @@ def test_a_signal_to_the_whole_process_group_still_saves_the_state(tmp_path: Pat
     )
     rows = tmp_path / "metrics.csv"
     while not (rows.is_file() and rows.read_text().count("\n") > 2):
-        assert child.poll() is None, child.stderr
+        assert child.poll() is None, child.communicate()
         time.sleep(0.02)
     os.killpg(child.pid, signal.SIGTERM)
     _, said = child.communicate(timeout=120)

@@ -19,9 +19,9 @@ from diff_restorer import (
     LocalPooled,
     VaeTrunk,
     aware_decode,
+    encode_with_features,
     encoder_features,
 )
-from diff_restorer.decoder import encode_with_features
 from diff_restorer.tiled_vae import plan_decode, plan_encode, plan_features
 from diff_restorer.tiles import Cut, Map, Plan, Stage, Window
 from training.networks import Sizes, build_vae

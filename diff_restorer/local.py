@@ -1,0 +1,71 @@
+"""P_D that differs from place to place of a photo, and the modulation by it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True, eq=False)
+class LocalPooled:
+    """Pooled P_D of each place: that of tiles, blended with weights that sum to 1.
+
+    Tiles and weights instead of the blend itself, which would have `context_width` numbers for each
+    place of a large photo.
+    """
+
+    tiles: Tensor
+    """(B, context_width, R, K): a grid of R x K tiles."""
+    rows: Tensor
+    """(R, h): how much the tiles of a row count at each height; h in latent pixels."""
+    columns: Tensor
+    """(K, w), likewise."""
+
+    def blend(self, values: Tensor) -> Tensor:
+        """(B, C, R, K), a value for each tile, to (B, C, h, w)."""
+        rows, columns = self.rows.to(values), self.columns.to(values)
+        return torch.einsum("bcrk,rh,kw->bchw", values, rows, columns)
+
+    @property
+    def weights(self) -> tuple[Tensor, Tensor]:
+        """Rows (1, R, h, w) and columns (1, K, h, w), in no more memory than they have."""
+        height, width = self.rows.shape[1], self.columns.shape[1]
+        rows = self.rows[None, :, :, None].expand(-1, -1, -1, width)
+        return rows, self.columns[None, :, None].expand(-1, -1, height, -1)
+
+    def to(self, like: Tensor) -> LocalPooled:
+        """On the device and in the dtype of another tensor."""
+        return replace(self, tiles=self.tiles.to(like))
+
+    def __getitem__(self, photos: slice) -> LocalPooled:
+        """Of some of the photos."""
+        return replace(self, tiles=self.tiles[photos])
+
+    def within(self, rows: Tensor, columns: Tensor) -> LocalPooled:
+        """The same in a part of the photo, from that part of both `weights`."""
+        return replace(self, rows=rows[0, :, :, 0], columns=columns[0, :, 0])
+
+
+Condition = Tensor | LocalPooled
+"""What modulates a decoder, (B, C), or of each place of the photos."""
+
+
+def film(layer: Callable[[Tensor], Tensor], condition: Condition, like: Tensor) -> Tensor:
+    """Gamma and beta of FiLM, (1 + gamma) h + beta, from a linear layer on the condition.
+
+    Args:
+        layer: (..., C) to (..., 2 * width).
+        condition: (B, C), or of each place.
+        like: Features (B, width, h, w) that are modulated.
+
+    Returns:
+        (B, 2 * width, 1, 1), or (B, 2 * width, h, w) where it differs from place to place.
+    """
+    if not isinstance(condition, LocalPooled):
+        return layer(condition)[:, :, None, None]
+    tiles = layer(condition.tiles.movedim(1, -1)).movedim(-1, 1)
+    return F.interpolate(condition.blend(tiles), like.shape[-2:])

@@ -48,6 +48,11 @@ class DetailConfig:
     context_width: int = 192
     """Width of pooled P_D."""
 
+    @property
+    def channels(self) -> tuple[tuple[int, int], ...]:
+        """(level, channels) pairs of the VAE."""
+        return tuple(zip(DetailPath.levels, self.vae_channels, strict=True))
+
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Tensor]) -> DetailConfig:
         """Read the sizes from tensor shapes.

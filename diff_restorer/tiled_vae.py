@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .decoder import FusionBlocks, LocalPooled
-from .tiles import UNIT, Cut, Function, Map, Plan, Stage
+from .detail import DetailPath
+from .fusion import FusionBlocks
+from .local import Condition, LocalPooled
+from .tiles import UNIT, Cut, Function, Map, Output, Plan, Stage
 from .vae_trunk import Attention, Level, Step, VaeTrunk
 
 _QUERIES = 1024
@@ -46,44 +48,102 @@ def _encoder(trunk: VaeTrunk) -> list[list[Stage]]:
 
 def plan_decode(
     trunk: VaeTrunk,
-    fusion: FusionBlocks | None,
+    extension: FusionBlocks | DetailPath | None,
     latent: Tensor,
     photo: Tensor,
     features: Mapping[int, Map],
-    pooled: Tensor | LocalPooled,
+    condition: Condition,
     fidelity: float,
     cut: Cut,
 ) -> Plan:
     """`aware_decode` in tiles: the last map that the plan yields is the image.
 
+    With a detail path it is the image without `fidelity` times the photo, which the caller has with
+    all its digits.
+
     Args:
         trunk: The VAE whose decoder is used (stock or finetuned).
-        fusion: Fusion blocks; None decodes plainly.
+        extension: What a file adds to the decoder; None decodes plainly.
         latent: Unscaled, (1, latent_channels, H/8, W/8).
         photo: LQ photo, (1, 3, H, W) in [-1, 1]; in any memory.
-        features: The maps of `plan_features` at the fusion blocks' levels.
-        pooled: Pooled P_D of the photo, (1, context_width), or of each place of it.
+        features: The maps of `plan_features` at the extension's levels.
+        condition: From the extension's `condition`, of one photo.
         fidelity: w in [0, 1], as in `aware_decode`.
         cut: The tiles.
     """
-    fused = fusion if fidelity > 0 else None
     local = ()
-    if isinstance(pooled, LocalPooled):
-        local = tuple(Map(each, 1) for each in pooled.weights)
+    if isinstance(condition, LocalPooled):
+        local = tuple(Map(each, 1) for each in condition.weights)
+    pixels = Map(photo, UNIT)
+    if isinstance(extension, DetailPath) and fidelity > 0:
+        levels = _beside(trunk, extension, pixels, features, condition, fidelity, local)
+    else:
+        fusion = None if isinstance(extension, DetailPath) or fidelity == 0 else extension
+        levels = _decoder(trunk)
+        for stages, level in zip(levels, reversed(range(len(levels))), strict=True):
+            if fusion is not None and level in fusion.levels:
+                fuse = _fuse(fusion, level, condition, fidelity)
+                stages.append(Stage(fuse, (features[level], *local)))
+        levels[-1].append(_head(trunk, fusion, pixels, condition, fidelity, local))
+    return Plan(levels, Map(latent, 1), cut)
+
+
+def _decoder(trunk: VaeTrunk) -> list[list[Stage]]:
+    """The decoder's levels, the smallest first, without its head."""
     levels: list[list[Stage]] = []
     first: Step | None = None
-    for index in reversed(range(len(trunk.decoder_levels))):
-        level = trunk.decoder_levels[index]
+    for level in reversed(trunk.decoder_levels):
         stages = _blocks(first, level)
         if first is None:
             stages = [Stage(trunk.decoder_stem), *map(_mid, trunk.decoder_mid), *stages]
-        if fused is not None and index in fused.levels:
-            stages.append(Stage(_fuse(fused, index, pooled, fidelity), (features[index], *local)))
-        if index == 0:
-            stages.append(_head(trunk, fused, photo, pooled, fidelity, local))
         levels.append(stages)
         first = level.resample
-    return Plan(levels, Map(latent, 1), cut)
+    return levels
+
+
+def _beside(
+    trunk: VaeTrunk,
+    detail: DetailPath,
+    photo: Map,
+    features: Mapping[int, Map],
+    condition: Condition,
+    fidelity: float,
+    local: tuple[Map, ...],
+) -> list[list[Stage]]:
+    """The decoder, as far as it is needed, and then the levels of the detail path."""
+
+    def stage(function: Function, *others: Map | Output) -> list[Stage]:
+        count = len(others)
+
+        def run(value: Tensor, *crops: Tensor) -> Tensor:
+            return function(value, *crops[:count], _here(condition, crops[count:]))
+
+        return [Stage(run, (*others, *local))]
+
+    decoder = _decoder(trunk)
+    number = {level: place for place, level in enumerate(reversed(range(len(decoder))))}
+    if fidelity == 1:
+        decoder = decoder[: number[min(detail.decoder_levels)] + 1]
+    else:
+        decoder[-1].append(Stage(trunk.decoder_head))
+    half = len(decoder)
+    d2, d3 = (Output(number[level]) for level in detail.decoder_levels)
+
+    def at_half(_: Tensor, pixels: Tensor, encoded: Tensor, here: Condition) -> Tensor:
+        return detail.at_half(pixels, encoded, here)
+
+    levels = [
+        *decoder,
+        stage(at_half, photo, features[1]),
+        stage(detail.at_quarter, features[2], d2),
+        stage(detail.at_eighth, features[3], d3),
+        stage(detail.back_at_quarter, Output(half + 1)),
+        stage(detail.back_at_half, Output(half)),
+    ]
+    if fidelity < 1:
+        mixed = Stage(lambda found, image: torch.lerp(image, found, fidelity), (Output(half - 1),))
+        levels.append([mixed])
+    return levels
 
 
 def _mid(step: Step | Attention) -> Stage:
@@ -121,11 +181,9 @@ def _blocks(first: Step | None, level: Level) -> list[Stage]:
     return [Stage(started), *map(Stage, level.blocks[1:])]
 
 
-def _fuse(
-    fusion: FusionBlocks, level: int, pooled: Tensor | LocalPooled, fidelity: float
-) -> Function:
+def _fuse(fusion: FusionBlocks, level: int, condition: Condition, fidelity: float) -> Function:
     def fuse(value: Tensor, encoded: Tensor, *weights: Tensor) -> Tensor:
-        return value + fidelity * fusion.fuse(level, encoded, value, _here(pooled, weights))
+        return value + fidelity * fusion.fuse(level, encoded, value, _here(condition, weights))
 
     return fuse
 
@@ -133,8 +191,8 @@ def _fuse(
 def _head(
     trunk: VaeTrunk,
     fusion: FusionBlocks | None,
-    photo: Tensor,
-    pooled: Tensor | LocalPooled,
+    photo: Map,
+    condition: Condition,
     fidelity: float,
     local: tuple[Map, ...],
 ) -> Stage:
@@ -142,12 +200,12 @@ def _head(
         return Stage(trunk.decoder_head)
 
     def head(value: Tensor, pixels: Tensor, *weights: Tensor) -> Tensor:
-        image, here = trunk.decoder_head(value), _here(pooled, weights)
+        image, here = trunk.decoder_head(value), _here(condition, weights)
         return image + fidelity * fusion.fuse_pixels(pixels, image, value, here)
 
-    return Stage(head, (Map(photo, UNIT), *local))
+    return Stage(head, (photo, *local))
 
 
-def _here(pooled: Tensor | LocalPooled, weights: tuple[Tensor, ...]) -> Tensor | LocalPooled:
-    """Pooled P_D in the part of the photo that these weights are cut from."""
-    return pooled if isinstance(pooled, Tensor) else pooled.within(*weights)
+def _here(condition: Condition, weights: tuple[Tensor, ...]) -> Condition:
+    """The condition in the part of the photo that these weights are cut from."""
+    return condition if isinstance(condition, Tensor) else condition.within(*weights)

@@ -185,8 +185,13 @@ class Cut:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the maps: two bytes do, of which fp16 keeps more digits."""
-        return torch.float16 if self.like.dtype == torch.float32 else self.like.dtype
+        """Of the maps: what is computed in; fp32 ones in files are halved to fp16.
+
+        Rounding maps of fp32 to fp16 changes a picture by up to 4 levels of 255 where a network
+        of random weights amplifies it, by 0.005 without.
+        """
+        on_disk = self.folder is not None and self.like.dtype == torch.float32
+        return torch.float16 if on_disk else self.like.dtype
 
     def windows(self, size: tuple[int, int]) -> list[Window]:
         """The tiles of a picture, (height, width) in units; all of nearly the same size."""
@@ -202,11 +207,19 @@ def _spans(side: int, longest: int) -> list[tuple[int, int]]:
 
 
 @dataclass(frozen=True)
+class Output:
+    """The map after a level of the same plan, for a later level."""
+
+    level: int
+    """Counted from 0."""
+
+
+@dataclass(frozen=True)
 class Stage:
     """A part of a network: a function of the map before it, and of others."""
 
     function: Function
-    others: tuple[Map, ...] = ()
+    others: tuple[Map | Output, ...] = ()
     summary: Function | None = None
     """Runs first on the map before; all of its output is the last argument of `function`."""
 
@@ -233,7 +246,8 @@ class Plan:
     """A network of several levels, ready to run on a picture, once.
 
     It lets go of each map as soon as no stage reads it any more; within a level, maps are
-    overwritten. A picture's memory then is that of its largest map and a row of tiles.
+    overwritten. A picture's memory then is that of its largest map and a row of tiles, and of the
+    maps that wait for a later level.
     """
 
     def __init__(self, levels: Sequence[Sequence[Stage]], value: Map, cut: Cut) -> None:
@@ -247,13 +261,19 @@ class Plan:
         """
         self._value, self._cut = value, cut
         self._levels: deque[list[_Planned]] = deque()
-        blank = value.blank(cut.like)
-        for stages in levels:
-            planned = _look(stages, blank)
+        self._outputs: list[Map | None] = []
+        self._last_use: dict[int, int] = {}
+        blank, blanks = value.blank(cut.like), list[Tensor]()
+        for number, stages in enumerate(levels):
+            planned = _look(stages, blank, blanks)
             if len(stages) > 1 and not any(each.norms for each in planned):
-                planned = _look([_joined(stages)], blank)
+                planned = _look([_joined(stages)], blank, blanks)
             blank = planned[-1].output
+            blanks.append(blank)
             self._levels.append(planned)
+            others = (other for stage in stages for other in stage.others)
+            read = (other.level for other in others if isinstance(other, Output))
+            self._last_use |= dict.fromkeys(read, number)
 
     @property
     def visits(self) -> int:
@@ -274,17 +294,33 @@ class Plan:
         return self._value
 
     def _advance(self) -> None:
+        number = len(self._outputs)
         for place, each in enumerate(self._levels.popleft()):
+            others = [self._other(other) for other in each.stage.others]
             # The map that enters a level may be of use to others.
-            self._value = _run(each, self._value, self._cut, overwrite=place > 0)
+            self._value = _run(each, self._value, others, self._cut, overwrite=place > 0)
+        self._outputs.append(self._value if number in self._last_use else None)
+        for level, last in self._last_use.items():
+            if last == number:
+                self._outputs[level] = None
+
+    def _other(self, other: Map | Output) -> Map:
+        found = self._outputs[other.level] if isinstance(other, Output) else other
+        assert found is not None
+        return found
 
 
-def _look(stages: Sequence[Stage], blank: Tensor) -> list[_Planned]:
+def _look(stages: Sequence[Stage], blank: Tensor, outputs: Sequence[Tensor]) -> list[_Planned]:
+    """Try stages on one unit of nothing, given what the levels before them made of it."""
+
+    def of(other: Map | Output, like: Tensor) -> Tensor:
+        return outputs[other.level] if isinstance(other, Output) else other.blank(like)
+
     planned: list[_Planned] = []
     for stage in stages:
-        inputs, summary = [blank, *(other.blank(blank) for other in stage.others)], None
+        inputs, summary = [blank, *(of(other, blank) for other in stage.others)], None
         if stage.summary is not None:
-            (summary,) = _look([Stage(stage.summary)], blank)
+            (summary,) = _look([Stage(stage.summary)], blank, ())
             inputs.append(summary.output)
         with _Counting() as seen:
             blank = stage.function(*inputs)
@@ -302,13 +338,15 @@ def _joined(stages: Sequence[Stage]) -> Stage:
     return Stage(function, tuple(other for stage in stages for other in stage.others))
 
 
-def _run(planned: _Planned, value: Map, cut: Cut, overwrite: bool = False) -> Map:
+def _run(
+    planned: _Planned, value: Map, others: Sequence[Map], cut: Cut, overwrite: bool = False
+) -> Map:
     """The stage on all tiles; its output lies in `value` itself where it may and fits."""
-    inputs, size = (value, *planned.stage.others), value.size
+    inputs, size = (value, *others), value.size
     channels, scale = planned.output.shape[1], planned.output.shape[-1]
     summary: list[Tensor] = []
     if planned.summary is not None:
-        summary.append(_run(planned.summary, value, cut).whole().to(cut.like))
+        summary.append(_run(planned.summary, value, (), cut).whole().to(cut.like))
     windows = cut.windows(size)
     if overwrite and (channels, scale) == (value.channels, value.scale):
         out, behind = value, _last_reader(windows, planned.margin)

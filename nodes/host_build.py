@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from ..diff_restorer import (
+    DetailConfig,
+    DetailPath,
     FusionBlocks,
     FusionConfig,
     PromptProcessor,
@@ -153,16 +155,23 @@ def build_control(
     )
 
 
-def build_fusion(checkpoint: Checkpoint) -> Any:
-    """The decoder's fusion blocks under the host's memory management, on the device of the VAE."""
-    state, part = checkpoint.state("decoder.fusion."), "decoder's fusion blocks"
-    try:
-        config = FusionConfig.from_state_dict(state)
-    except (KeyError, ValueError) as error:
-        raise CheckpointKeysError.of(checkpoint.path, part, [str(error.args[0])], ()) from error
-    model = FusionBlocks(config, comfy.ops.manual_cast, device=torch.device("meta"))
-    fill(model, state, checkpoint.path, part)
-    return _vae_patcher(model)
+def build_extension(checkpoint: Checkpoint) -> Any:
+    """What a file adds to the VAE's decoder, a detail path or fusion blocks, under the host's
+    memory management, on the device of the VAE; None where it adds nothing."""
+    for prefix, part, sizes, network in (
+        ("decoder.detail.", "decoder's detail path", DetailConfig, DetailPath),
+        ("decoder.fusion.", "decoder's fusion blocks", FusionConfig, FusionBlocks),
+    ):
+        if state := checkpoint.state(prefix):
+            try:
+                config: Any = sizes.from_state_dict(state)
+            except (KeyError, ValueError) as error:
+                missing = [str(error.args[0])]
+                raise CheckpointKeysError.of(checkpoint.path, part, missing, ()) from error
+            model = network(config, comfy.ops.manual_cast, device=torch.device("meta"))
+            fill(model, state, checkpoint.path, part)
+            return _vae_patcher(model)
+    return None
 
 
 def build_tuned_decoder(checkpoint: Checkpoint) -> Any:

@@ -15,7 +15,12 @@ from ..diff_restorer import PromptOutput, PromptProcessorConfig
 from ..diff_restorer.checkpoint import Checkpoint, read_checkpoint
 from ..diff_restorer.views import NATIVE, WHOLE, native_views
 from .host import check_interrupt
-from .host_build import build_control, build_fusion, build_prompt_processor, build_tuned_decoder
+from .host_build import (
+    build_control,
+    build_extension,
+    build_prompt_processor,
+    build_tuned_decoder,
+)
 from .images import digest
 from .sockets import Degradation
 
@@ -45,7 +50,7 @@ class DiffRestorer:
         self.latent_format = comfy.latent_formats.SD15(scale_factor=self.info.latent_scale)
         self.prompt_processor = build_prompt_processor(checkpoint)
         self.control = build_control(checkpoint, self.latent_format, control_dtype)
-        self.fusion: Any = build_fusion(checkpoint) if checkpoint.has("decoder.fusion.") else None
+        self.fusion: Any = build_extension(checkpoint)
         self.tuned_decoder: Any = (
             build_tuned_decoder(checkpoint) if checkpoint.has("decoder.vae.") else None
         )

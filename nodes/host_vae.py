@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..diff_restorer import (
+    DetailPath,
     LocalPooled,
     UnsupportedVaeError,
     VaeTrunk,
@@ -187,7 +188,7 @@ def _joined(parts: Sequence[Features]) -> Features:
 def _encode_tiled(
     vae: Any, trunk: VaeTrunk, pixels: Tensor, levels: Collection[int], tile: int
 ) -> tuple[Tensor, Features]:
-    """Tiles that give the same as the whole picture; features of an fp32 VAE come in fp16."""
+    """Tiles that give the same as the whole picture."""
     pixels = vae.process_input(pixels)
     report, home = _Report(len(pixels)), vae.output_device
     latents, parts = [], []
@@ -208,7 +209,7 @@ def _encode_tiled(
 def _cut(vae: Any, trunk: VaeTrunk, pixels: Tensor, tile: int, report: _Report) -> Cut:
     """How one of the pictures is cut; its maps go to the disk where memory is small."""
     like = torch.empty(0, device=vae.device, dtype=vae.vae_dtype)
-    folder = map_folder(2 * 2 * trunk.channels[0] * pixels[0, 0].numel())
+    folder = map_folder(2 * like.dtype.itemsize * trunk.channels[0] * pixels[0, 0].numel())
     return Cut(max(1, tile // SCALE), like, folder, report.tile)
 
 
@@ -273,7 +274,8 @@ class AwareDecoder:
         else:
             pooled = to_batch(pooled, len(latent))
         known = {level: to_batch(value, len(latent)) for level, value in known.items()}
-        given = _Given(trunk, latent, to_batch(photo, len(latent)).movedim(-1, 1), pooled, known)
+        pixels = self.vae.process_input(to_batch(photo, len(latent)).movedim(-1, 1))
+        given = _Given(trunk, latent, pixels, self._condition(pooled, pixels), known)
         count = at_once(needed, self.vae.device, self.vae.patcher)
         if tile == 0 and not count:
             logging.info("Aware VAE Decode: the picture is too large at once, using tiles.")
@@ -306,6 +308,13 @@ class AwareDecoder:
         if self._fuses:
             self._check_fusion(trunk, type(module).__name__)
         return trunk
+
+    def _condition(self, pooled: Tensor | LocalPooled, pixels: Tensor) -> Tensor | LocalPooled:
+        """What modulates the decoder; of whole photos, so that their tiles agree."""
+        if not self._fuses:
+            return pooled
+        on_device = pooled.to(torch.empty(0, device=self.vae.device))
+        return self.restorer.fusion.model.condition(on_device, pixels.to(self.vae.device))
 
     def _check_fusion(self, trunk: VaeTrunk, kind: str) -> None:
         for level, channels in self.restorer.fusion.model.config.channels:
@@ -344,18 +353,17 @@ class AwareDecoder:
     def _pixels(self, given: _Given) -> Tensor:
         """One evaluation on the device; (B, 3, 8h, 8w) around [-1, 1]."""
         check_interrupt()
-        vae, dtype, device = self.vae, self.vae.vae_dtype, self.vae.device
+        dtype, device = self.vae.vae_dtype, self.vae.device
         features, fusion = {}, None
         if self._fuses:
-            fusion = self.restorer.fusion.model
-            pixels = vae.process_input(given.photo).to(dtype).to(device)
+            fusion, photo = self.restorer.fusion.model, given.photo.to(device)
             if given.known:
                 features = {level: value.to(device) for level, value in given.known.items()}
-                features[PIXELS] = pixels
             else:
-                features = encoder_features(given.trunk, pixels, fusion.levels)
-        raw = given.latent.to(dtype).to(device)
-        return aware_decode(given.trunk, fusion, raw, features, given.pooled.to(raw), self.fidelity)
+                features = encoder_features(given.trunk, photo.to(dtype), fusion.levels)
+            features[PIXELS] = photo
+        raw, condition = given.latent.to(dtype).to(device), given.condition
+        return aware_decode(given.trunk, fusion, raw, features, condition.to(raw), self.fidelity)
 
     def _whole(self, given: _Given, count: int) -> Tensor:
         """Whole pictures, `count` at once."""
@@ -375,29 +383,29 @@ class AwareDecoder:
         report, done = _Report(len(given.latent)), []
         for index in range(len(given.latent)):
             one = given.rows(slice(index, index + 1))
-            pixels = vae.process_input(one.photo)
-            cut = _cut(vae, trunk, pixels, tile, report)
-            pooled = one.pooled.to(cut.like)
-            features = self._feature_maps(one, pixels, cut, report, index)
+            cut = _cut(vae, trunk, one.photo, tile, report)
+            condition = one.condition.to(cut.like)
+            features = self._feature_maps(one, cut, report, index)
             plan = plan_decode(
-                trunk, fusion, one.latent, pixels, features, pooled, self.fidelity, cut
+                trunk, fusion, one.latent, one.photo, features, condition, self.fidelity, cut
             )
             del features  # the plan lets go of them when it has used them
             report.start(plan, index, 0.3, 1.0)
-            done.append(plan.result().whole().float())
+            image = plan.result().whole().float()
+            if isinstance(fusion, DetailPath):
+                image = image + self.fidelity * one.photo.to(image)
+            done.append(image)
         report.finish()
         return vae.process_output(torch.cat(done))
 
-    def _feature_maps(
-        self, one: _Given, pixels: Tensor, cut: Cut, report: _Report, index: int
-    ) -> dict[int, Map]:
+    def _feature_maps(self, one: _Given, cut: Cut, report: _Report, index: int) -> dict[int, Map]:
         """The encoder features of picture `index` at the fusion blocks' levels."""
         if one.known or not self._fuses:
             return {level: Map(value, SCALE >> level) for level, value in one.known.items()}
         levels = self.restorer.fusion.model.levels
         if not levels:
             return {}
-        plan = plan_features(one.trunk, pixels, levels, cut)
+        plan = plan_features(one.trunk, one.photo, levels, cut)
         report.start(plan, index, 0.0, 0.3)
         return {level: found for level, found in enumerate(plan.run()) if level in levels}
 
@@ -411,8 +419,8 @@ class AwareDecoder:
         side, margin = tile // SCALE, overlap // SCALE
         batch, _, height, width = given.latent.shape
         parts = [given.latent, F.pixel_unshuffle(given.photo, SCALE)]
-        if isinstance(given.pooled, LocalPooled):
-            parts += [each.expand(batch, -1, -1, -1) for each in given.pooled.weights]
+        if isinstance(given.condition, LocalPooled):
+            parts += [each.expand(batch, -1, -1, -1) for each in given.condition.weights]
         sizes = [part.shape[1] for part in parts]
         steps = comfy.utils.get_tiled_scale_steps(width, height, side, side, margin)
         progress = comfy.utils.ProgressBar(batch * steps)
@@ -423,11 +431,11 @@ class AwareDecoder:
 
             def decode(part: Tensor, one: _Given = one) -> Tensor:
                 latent, photo, *weights = part.split(sizes, dim=1)
-                pooled = one.pooled
-                if isinstance(pooled, LocalPooled):
-                    pooled = pooled.within(*weights)
+                condition = one.condition
+                if isinstance(condition, LocalPooled):
+                    condition = condition.within(*weights)
                 photo = F.pixel_shuffle(photo, SCALE)
-                return self._pixels(_Given(one.trunk, latent, photo, pooled, {})).float()
+                return self._pixels(_Given(one.trunk, latent, photo, condition, {})).float()
 
             done.append(
                 comfy.utils.tiled_scale(
@@ -453,16 +461,17 @@ class _Given:
     latent: Tensor
     """Unscaled, (B, C, h, w)."""
     photo: Tensor
-    """(B, 3, 8h, 8w) in [0, 1]."""
-    pooled: Tensor | LocalPooled
+    """As the VAE takes it, (B, 3, 8h, 8w) in [-1, 1]."""
+    condition: Tensor | LocalPooled
+    """What modulates the decoder, from P_D and, for a detail path, the photos' tone."""
     known: Features
     """The photo's encoder features where they came with the latent, else empty."""
 
     def rows(self, photos: slice) -> _Given:
         """Some of the photos."""
         known = {level: value[photos] for level, value in self.known.items()}
-        latent, photo, pooled = self.latent[photos], self.photo[photos], self.pooled[photos]
-        return _Given(self.trunk, latent, photo, pooled, known)
+        latent, photo, condition = self.latent[photos], self.photo[photos], self.condition[photos]
+        return _Given(self.trunk, latent, photo, condition, known)
 
 
 class _Report:

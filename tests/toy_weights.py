@@ -15,7 +15,14 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from diff_restorer import FusionBlocks, FusionConfig, PromptProcessor, PromptProcessorConfig
+from diff_restorer import (
+    DetailConfig,
+    DetailPath,
+    FusionBlocks,
+    FusionConfig,
+    PromptProcessor,
+    PromptProcessorConfig,
+)
 from diff_restorer.checkpoint import CheckpointInfo, write_checkpoint
 
 Shapes = Iterator[tuple[str, tuple[int, ...]]]
@@ -246,6 +253,7 @@ def restorer_tensors(
     types: tuple[str, ...] = TYPES,
     fusion_levels: tuple[int, ...] = (0, 1, 2),
     tuned_decoder: bool = False,
+    detail: bool = False,
     dtype: torch.dtype = torch.float32,
 ) -> dict[str, Tensor]:
     """What a Diff-Restorer file holds for models of the given sizes."""
@@ -254,7 +262,14 @@ def restorer_tensors(
     processor = PromptProcessor(config, device=torch.device("meta"))
     tensors = random_state(_shapes(processor), "prompt_processor.", 1, dtype)
     tensors |= random_state(control_shapes(unet), "control.", 2, dtype)
-    if fusion_levels:
+    if detail:
+        sizes = tuple(vae.channels * each for each in vae.mult[1:])
+        path = DetailPath(
+            DetailConfig((16, 24, 32), (1, 2, 1, 1, 1), sizes, unet.context),
+            device=torch.device("meta"),
+        )
+        tensors |= random_state(_shapes(path), "decoder.detail.", 3, dtype)
+    elif fusion_levels:
         channels = tuple((level, vae.channels * vae.mult[level]) for level in fusion_levels)
         blocks = FusionBlocks(
             FusionConfig(channels, 8, 2, unet.context, pixels=(vae.channels * vae.mult[0], 8)),
@@ -356,9 +371,9 @@ def write_wrong_kind(path: Path) -> Path:
     return path
 
 
-def write_without(path: Path, key: str) -> Path:
+def write_without(path: Path, key: str, **sizes: Any) -> Path:
     """A toy file that lacks one tensor."""
-    tensors = restorer_tensors()
+    tensors = restorer_tensors(**sizes)
     del tensors[key]
     write_checkpoint(path, tensors, info())
     return path

@@ -143,8 +143,7 @@ def test_exact_tiles_read_carried_features(toy, decode, prepare, photo, calls) -
     )
     assert len(passes) == 1  # of the fixture's own Degradation Control
     error = (found - decode(image)).abs() * 255
-    assert error.mean() < 0.5
-    assert error.max() < 4
+    assert error.max() < 0.02
 
 
 def test_an_untrained_fusion_is_the_stock_decode(toy, decode, prepare, photo) -> None:
@@ -227,7 +226,7 @@ def test_one_tile_is_the_whole_picture(decode, photo, fidelity: float) -> None:
     fast = decode(photo(), fidelity=fidelity, tile_size=128, overlap=32, tiling="fast")
     torch.testing.assert_close(fast, whole, rtol=0, atol=1e-4)
     exact = decode(photo(), fidelity=fidelity, tile_size=128)
-    torch.testing.assert_close(exact, whole, rtol=0, atol=4 / 255)  # its maps are fp16
+    torch.testing.assert_close(exact, whole, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("fidelity", [0.0, 1.0])
@@ -236,8 +235,7 @@ def test_exact_tiles_are_the_whole_picture(decode, photo, fidelity: float, size:
     image = photo(*size, batch=2)
     whole = decode(image, fidelity=fidelity)
     error = (decode(image, fidelity=fidelity, tile_size=64) - whole).abs() * 255
-    assert error.mean() < 0.5
-    assert error.max() < 4
+    assert error.max() < 0.02
 
 
 def test_fast_tiles_see_their_own_part_of_each_photo(decode, prepare, photo) -> None:
@@ -378,7 +376,9 @@ def test_maps_that_are_too_large_for_memory_go_to_the_temporary_folder(
     find = folder_paths.get_temp_directory
     monkeypatch.setattr(folder_paths, "get_temp_directory", lambda: folders.append(1) or find())
     monkeypatch.setattr(comfy.model_management, "get_free_memory", lambda *_, **__: 2**20)
-    assert torch.equal(decode(photo(64, 64), **inputs), expected)
+    error = (decode(photo(64, 64), **inputs) - expected).abs() * 255
+    assert error.mean() < 0.5  # of fp32, files keep 16 bits
+    assert error.max() < 5
     assert folders
 
 

@@ -1,0 +1,133 @@
+"""Aware VAE Decode with a file whose decoder is a detail path."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from tests import toy_weights
+
+pytestmark = pytest.mark.comfy
+
+
+@pytest.fixture(scope="module")
+def restorer(pack, toy_folder) -> Any:
+    """A toy Nano's file with a detail path in place of fusion blocks; all else is the same."""
+    path = toy_weights.write_restorer(toy_folder / "detail.safetensors", detail=True)
+    return pack.nodes.host_models.load_restorer(path)
+
+
+@pytest.fixture
+def decode(toy, run, prepare, restorer) -> Any:
+    def execute(image: torch.Tensor, **inputs: Any) -> torch.Tensor:
+        restoration = prepare(image, diff_restorer=restorer)
+        entries = {
+            "samples": restoration.latent,
+            "vae": toy.vae,
+            "diff_restorer": restorer,
+            "degradation": restoration.degradation,
+            "image": image,
+        }
+        return run("DiffRestorerAwareVAEDecode", **(entries | inputs))[0]
+
+    return execute
+
+
+def test_fidelity_goes_from_the_stock_decode_to_the_detail_path(
+    toy, decode, prepare, photo
+) -> None:
+    import nodes
+
+    image = photo(64, 72, batch=2)
+    stock = nodes.VAEDecode().decode(toy.vae, prepare(image).latent)[0]  # type: ignore
+    assert torch.equal(decode(image, fidelity=0.0), stock)
+    full = decode(image)
+    assert not torch.allclose(full, stock, atol=1e-2)
+    inner = (full > 0) & (full < 1) & (stock > 0) & (stock < 1)  # elsewhere one was clamped
+    mixed = decode(image, fidelity=0.4)
+    torch.testing.assert_close(mixed[inner], torch.lerp(stock, full, 0.4)[inner])
+
+
+def test_an_untrained_detail_path_gives_the_photo_with_all_its_digits(
+    decode, restorer, photo
+) -> None:
+    out, image = restorer.fusion.model.out, photo(61, 75)
+    kept = {key: tensor.clone() for key, tensor in out.state_dict().items()}
+    try:
+        for parameter in out.parameters():
+            parameter.zero_()
+        found = [decode(image, tile_size=tile) for tile in (0, 64)]
+    finally:
+        out.load_state_dict(kept)
+    for each in found:
+        torch.testing.assert_close(each, image, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("fidelity", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("size", [(150, 200), (9, 300)])
+def test_exact_tiles_are_the_whole_picture(decode, photo, fidelity: float, size: Any) -> None:
+    image = photo(*size, batch=2)
+    error = decode(image, fidelity=fidelity, tile_size=64) - decode(image, fidelity=fidelity)
+    assert (255 * error).abs().max() < 0.02
+
+
+def test_all_tiles_know_the_tone_of_the_whole_photo(decode, prepare, restorer, photo) -> None:
+    """Fast tiles, too: a tile of a dark part is decoded as part of a photo that is not dark."""
+    image = torch.cat([0.2 * photo(64, 64), photo(64, 64, seed=1)], dim=2)
+    restoration = prepare(image, diff_restorer=restorer)
+    tiled = decode(image, tile_size=64, overlap=0, tiling="fast")[:, :, :64]
+    dark = image[:, :, :64].contiguous()
+    latent = {"samples": restoration.latent["samples"][..., :8].contiguous()}
+    alone = decode(dark, samples=latent, degradation=restoration.degradation)
+    before = (tiled - alone).abs().mean()
+    assert before > 1e-3
+    told = restorer.fusion.model.condition(
+        restoration.degradation.pooled, image.movedim(-1, 1) * 2 - 1
+    )
+    model = restorer.fusion.model
+    known = model.condition
+    model.condition = lambda *_: told
+    try:
+        alone = decode(dark, samples=latent, degradation=restoration.degradation)
+    finally:
+        model.condition = known
+    assert (tiled - alone).abs().mean() < before / 20
+
+
+def test_it_goes_by_the_degradation_of_each_place(
+    toy, decode, prepare, restorer, photo, run
+) -> None:
+    image = torch.cat([photo(64, 96), 1 - photo(64, 96, seed=3)], dim=2)
+    local = run(
+        "DiffRestorerTiledDiffusion", model=toy.model, diff_restorer=restorer,
+        clip_vision=toy.clip_vision, image=image, tile_size=64, overlap=16,
+    )[2]  # fmt: skip
+    by_place = decode(image, degradation=local)
+    assert (by_place - decode(image)).abs().mean() > 1e-4
+    exact = decode(image, degradation=local, tile_size=64)
+    assert (255 * (exact - by_place)).abs().max() < 0.02
+
+
+def test_features_travel_with_the_latent(toy, decode, prepare, restorer, photo, calls) -> None:
+    image = photo(64, 64)
+    latent = prepare(image, diff_restorer=restorer).latent
+    passes = calls(toy.vae.first_stage_model.encoder.conv_in, "forward")
+    found = decode(image, samples=latent)
+    assert len(passes) == 1  # of the fixture's own Degradation Control
+    assert torch.equal(found, decode(image, samples={"samples": latent["samples"]}))
+    assert len(passes) == 3
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        ("decoder.detail.merge.1.weight", r"detail path does not fit \(missing: merge\.1\.weight"),
+        ("decoder.detail.out.bias", r"detail path does not fit \(missing: out\.bias"),
+    ],
+)
+def test_a_damaged_file_is_named(pack, toy_folder, key: str, message: str) -> None:
+    damaged = toy_weights.write_without(toy_folder / "damaged.safetensors", key, detail=True)
+    with pytest.raises(ValueError, match=message):
+        pack.nodes.host_models.load_restorer(damaged)

@@ -1,6 +1,7 @@
 """Degradations: pure functions of (image, severity, generator), shared by training and nodes."""
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from .sensor import add_gaussian_noise, low_light, noise
 from .weather import haze, rain, snow
 
 Degradation = Callable[[Tensor, Tensor, torch.Generator], Tensor]
+"""Of images (B, 3, H, W) on any device, severities (B,) on the CPU and a generator of the CPU."""
 
 
 def clean(image: Tensor, severity: Tensor, generator: torch.Generator) -> Tensor:
@@ -46,7 +48,7 @@ _PHYSICAL_ORDER = (
 
 def sample_severity(generator: torch.Generator) -> float:
     """Draws a severity, uniform in [0, 1)."""
-    return torch.rand((), generator=generator, device=generator.device).item()
+    return torch.rand((), generator=generator).item()
 
 
 def degrade(
@@ -54,11 +56,15 @@ def degrade(
 ) -> Tensor:
     """Degrades a batch of photos with one kind.
 
+    Everything happens on the images' device, which the host never waits for. Another device gives
+    the same picture but for noise as large as the picture, which is drawn where it is needed.
+
     Args:
         kind: one of `ALL_KINDS`.
         image: (B, 3, H, W), float32 in [0, 1], on any device.
-        severity: one number or (B,), in [0, 1]; the middle half resembles the published test sets.
-        generator: source of every random number; the same state gives the same result.
+        severity: one number or (B,) on the CPU, in [0, 1]; 0 is all but invisible, the middle half
+            resembles the published test sets. Elsewhere it is fetched, which waits.
+        generator: of the CPU, source of every random number; the same state gives the same result.
 
     Returns:
         (B, 3, H, W), float32 in [0, 1].
@@ -71,14 +77,20 @@ def degrade(
     if image.ndim != 4 or image.shape[1] != 3 or image.dtype != torch.float32:
         found = f"{tuple(image.shape)} {image.dtype}"
         raise ValueError(f"image: expected (B, 3, H, W) float32 in [0, 1], found {found}")
-    level = torch.as_tensor(severity, dtype=torch.float32, device=image.device)
+    level = torch.as_tensor(severity, dtype=torch.float32).cpu()
     if level.ndim > 1 or (level.ndim == 1 and len(level) != len(image)):
         raise ValueError(
             f"severity: expected one number or {len(image)} numbers, found {tuple(level.shape)}"
         )
     if not ((level >= 0) & (level <= 1)).all():
         raise ValueError(f"severity: expected numbers in [0, 1], found {severity}")
-    with torch.no_grad(), torch.autocast(image.device.type, enabled=False):
+    kind_of_device = image.device.type
+    exact = (
+        torch.autocast(kind_of_device, enabled=False)
+        if torch.amp.is_autocast_available(kind_of_device)
+        else nullcontext()
+    )
+    with torch.no_grad(), exact:
         return _FUNCTIONS[kind](image, level.expand(len(image)), generator)
 
 

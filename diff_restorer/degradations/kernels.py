@@ -1,4 +1,4 @@
-"""Blur kernels, one per sample: (B, K, K), each summing to one."""
+"""Blur kernels, one per sample: (B, K, K), each summing to one; made on the host."""
 
 import math
 
@@ -66,7 +66,7 @@ def sinc_kernels(cutoff: Tensor, size: int) -> Tensor:
 
 def motion_kernels(draw: Draw, length: Tensor) -> Tensor:
     """The path of a shaking camera: a bent line with uneven speed; length (B,) in pixels."""
-    steps = torch.linspace(-0.5, 0.5, _PATH_POINTS, device=draw.device)[None]
+    steps = torch.linspace(-0.5, 0.5, _PATH_POINTS)[None]
     bend = draw.uniform(-2.0, 2.0)[:, None] * draw.chance(0.6)[:, None]
     angle = draw.uniform(0, math.pi)[:, None] + bend * steps
     speed = 1 + 0.6 * torch.sin(2 * math.pi * (steps + draw.rand(draw.batch, 1)))

@@ -7,14 +7,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .codec import jpeg_codec
-from .draw import Draw, per_sample
+from .compression import compress_jpeg
+from .draw import Draw
 from .filters import convolve
 from .kernels import gaussian_kernels, sinc_kernels
+from .resampling import rescale
 
 _KERNEL = 21
 _SINC_SHARE = 0.1
-_FILTERS = ("area", "bilinear", "bicubic")
 
 
 @dataclass(frozen=True)
@@ -38,52 +38,48 @@ def second_order(image: Tensor, severity: Tensor, generator: torch.Generator) ->
     """Blur, resize, noise and JPEG, twice, with ringing at the end; back at the size of the photo.
 
     Source: Wang et al., "Real-ESRGAN" (2021), with the ranges of its `train_realesrnet_x4plus.yml`
-    at severity 1; lower severities draw from the milder part of each range. Every sample has its
-    own size on the way, so samples are made one by one.
+    at severity 1; lower severities draw from the milder part of each range. Different: the samples
+    of a call share one size on the way, that of the least reduced, and the order of the last steps.
     """
-    samples = [
-        _one(image[index : index + 1], float(level), generator)
-        for index, level in enumerate(severity)
-    ]
-    return torch.cat(samples)
-
-
-def _one(image: Tensor, severity: float, generator: torch.Generator) -> Tensor:
-    size = (image.shape[-2], image.shape[-1])
-    degraded = _round(image, size, _FIRST, severity, generator)
-    degraded = _jpeg(degraded, _FIRST, severity, generator)
-    degraded = _round(degraded, size, _SECOND, severity, generator)
-    draw = Draw(degraded, generator)
+    draw = Draw(image, generator)
+    size = (draw.height, draw.width)
+    degraded = _jpeg(_round(image, size, _FIRST, severity, draw), _FIRST, severity, draw)
+    degraded = _round(degraded, size, _SECOND, severity, draw)
     ringing = draw.chance(0.8 * severity)
     kernel = sinc_kernels(draw.uniform(math.pi / 3, math.pi), _KERNEL)
-    if draw.chance(0.5):
-        degraded = _jpeg(degraded, _SECOND, severity, generator)
-        degraded = _resize(degraded, size, draw)
-        return convolve(degraded, kernel).clamp(0, 1) if ringing else degraded
-    degraded = _resize(degraded, size, draw)
-    degraded = convolve(degraded, kernel).clamp(0, 1) if ringing else degraded
-    return _jpeg(degraded, _SECOND, severity, generator)
+    resized_last = bool(draw.rand() < 0.5)
+    if resized_last:
+        degraded = _jpeg(degraded, _SECOND, severity, draw)
+    degraded = F.interpolate(degraded, size, mode="bicubic").clamp(0, 1)
+    degraded = _convolve(degraded, kernel, ringing, draw).clamp(0, 1)
+    return degraded if resized_last else _jpeg(degraded, _SECOND, severity, draw)
 
 
 def _round(
-    image: Tensor,
-    size: tuple[int, int],
-    ranges: _Round,
-    severity: float,
-    generator: torch.Generator,
+    image: Tensor, size: tuple[int, int], ranges: _Round, severity: Tensor, draw: Draw
 ) -> Tensor:
     """Blur, resize (relative to the photo's `size`) and noise."""
-    draw = Draw(image, generator)
-    if draw.chance(ranges.blur_probability):
-        image = convolve(image, _kernel(draw, ranges, severity))
-    smallest, largest = (limit**severity for limit in ranges.scale)
-    enlarge = bool(draw.chance(0.25))
-    factor = float(draw.uniform(1, largest) if enlarge else draw.uniform(smallest, 1))
-    image = _resize(image, (round(size[0] * factor), round(size[1] * factor)), draw)
-    return _noise(image, ranges, severity, generator)
+    blurred = draw.chance(ranges.blur_probability)
+    image = _convolve(image, _kernel(draw, ranges, severity), blurred, draw)
+    place = draw.rand()
+    enlarge = bool(draw.rand() < 0.25)
+    end = torch.tensor(ranges.scale[int(enlarge)]) ** severity
+    factor = 1 + place * (end - 1)
+    shared = [max(1, round(side * float(factor.max()))) for side in size]
+    image = _resize(image, factor * size[0] / image.shape[-2], (shared[0], shared[1]), draw)
+    return _noise(image, ranges, severity, draw)
 
 
-def _kernel(draw: Draw, ranges: _Round, severity: float) -> Tensor:
+def _convolve(image: Tensor, kernel: Tensor, chosen: Tensor, draw: Draw) -> Tensor:
+    """Convolves the chosen samples, (B,) booleans on the host, each with its kernel."""
+    place = chosen.nonzero()[:, 0]
+    if not len(place):
+        return image
+    index = draw.send(place)
+    return image.index_copy(0, index, convolve(image[index], draw.send(kernel[place])))
+
+
+def _kernel(draw: Draw, ranges: _Round, severity: Tensor) -> Tensor:
     """A Gaussian, generalised or plateau kernel, round or long, or now and then a sinc filter."""
     low, high = ranges.sigma
     high = low + severity * (high - low)
@@ -92,32 +88,32 @@ def _kernel(draw: Draw, ranges: _Round, severity: float) -> Tensor:
     sigma_y = torch.where(round_kernel, sigma_x, sigma_y)
     shape = torch.where(draw.chance(0.7), 1.0, draw.uniform(0.5, 2.0))
     angle = draw.uniform(0, math.pi)
-    cutoff = draw.uniform(math.pi * (1 - 2 / 3 * severity), math.pi)
-    if draw.chance(_SINC_SHARE):
-        return sinc_kernels(cutoff, _KERNEL)
-    return gaussian_kernels(sigma_x, sigma_y, angle, shape, _KERNEL)
+    sinc = sinc_kernels(draw.uniform(math.pi * (1 - 2 / 3 * severity), math.pi), _KERNEL)
+    gauss = gaussian_kernels(sigma_x, sigma_y, angle, shape, _KERNEL)
+    return torch.where(draw.chance(_SINC_SHARE)[:, None, None], sinc, gauss)
 
 
-def _resize(image: Tensor, size: tuple[int, int], draw: Draw) -> Tensor:
-    mode = _FILTERS[int(draw.choice(1, 1, 1))]
-    size = (max(1, size[0]), max(1, size[1]))
-    return F.interpolate(image, size=size, mode=mode).clamp(0, 1)
+def _resize(image: Tensor, factor: Tensor, size: tuple[int, int], draw: Draw) -> Tensor:
+    """By area (here: bilinear with antialias), bilinear or bicubic, the last two with aliasing."""
+    mode = draw.choice(1, 1, 1)
+    return rescale(image, factor, size, draw, mode == 2, mode == 0).clamp(0, 1)
 
 
-def _noise(image: Tensor, ranges: _Round, severity: float, generator: torch.Generator) -> Tensor:
-    draw = Draw(image, generator)
-    grey, photons = bool(draw.chance(0.4)), bool(draw.chance(0.5))
-    low, high = ranges.poisson if photons else ranges.noise
-    strength = draw.uniform(low, low + severity * (high - low))
-    if photons:
-        # Variance `strength^2 * brightness / 255`, as a Poisson number of photons has.
-        sigma = per_sample(strength) * (image.mean(1, keepdim=True) if grey else image).sqrt() / 16
-    else:
-        sigma = per_sample(strength) / 255
-    white = draw.randn(1, 1 if grey else 3, draw.height, draw.width)
-    return (image + sigma * white).clamp(0, 1)
+def _noise(image: Tensor, ranges: _Round, severity: Tensor, draw: Draw) -> Tensor:
+    grey, photons = draw.per_sample(draw.chance(0.4)), draw.per_sample(draw.chance(0.5))
+
+    def strength(low: float, high: float) -> Tensor:
+        return draw.per_sample(draw.uniform(low, low + severity * (high - low)))
+
+    # Variance `strength^2 * brightness / 255`, as a Poisson number of photons has.
+    brightness = torch.where(grey, image.mean(1, keepdim=True), image)
+    poisson = strength(*ranges.poisson) * brightness.sqrt() / 16
+    sigma = torch.where(photons, poisson, strength(*ranges.noise) / 255)
+    white = draw.noise(*image.shape)
+    return (image + sigma * torch.where(grey, white[:, :1], white)).clamp(0, 1)
 
 
-def _jpeg(image: Tensor, ranges: _Round, severity: float, generator: torch.Generator) -> Tensor:
+def _jpeg(image: Tensor, ranges: _Round, severity: Tensor, draw: Draw) -> Tensor:
     low, high = ranges.quality
-    return jpeg_codec(image, Draw(image, generator).uniform(high + severity * (low - high), high))
+    quality = draw.uniform(high + severity * (low - high), high)
+    return compress_jpeg(image, quality, torch.ones(draw.batch).bool())

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .draw import Draw, geometric, lerp, per_sample
+from .draw import Draw, geometric, lerp
 from .filters import add_pixels, gaussian_blur, guided_filter, splat
 
 _FLAKE_REACH = 3.0
@@ -24,9 +24,9 @@ def _plausible_depth(image: Tensor, draw: Draw) -> Tensor:
     colourless = 1 - (small.amax(1, keepdim=True) - small.amin(1, keepdim=True))
     height = torch.linspace(1, 0, size[0], device=image.device).view(1, 1, -1, 1)
     depth = (
-        per_sample(draw.uniform(0.5, 1.0)) * height
-        + per_sample(draw.uniform(0.0, 0.4)) * luminance * colourless
-        + per_sample(draw.uniform(0.05, 0.25)) * draw.field(2, *size)
+        draw.per_sample(draw.uniform(0.5, 1.0)) * height
+        + draw.per_sample(draw.uniform(0.0, 0.4)) * luminance * colourless
+        + draw.per_sample(draw.uniform(0.05, 0.25)) * draw.field(2, *size)
     )
     depth = guided_filter(luminance, depth, max(1, min(size) // 12), 1e-3)
     low, high = depth.amin((2, 3), keepdim=True), depth.amax((2, 3), keepdim=True)
@@ -42,11 +42,13 @@ def haze(image: Tensor, severity: Tensor, generator: torch.Generator) -> Tensor:
     """
     draw = Draw(image, generator)
     depth = _plausible_depth(image, draw)
-    beta = per_sample(lerp(0.2, 2.0, severity))
+    beta = draw.per_sample(lerp(0.2, 2.0, severity, faint=0.01))
     transmission = torch.exp(-beta * (0.15 + depth))
     # Haze is grey, a little blue, or yellow with dust.
-    tint = torch.tensor([1.0, 0.3, -1.3], device=image.device).view(1, 3, 1, 1)
-    airlight = per_sample(draw.uniform(0.7, 0.98)) + per_sample(draw.uniform(-0.02, 0.05)) * tint
+    tint = draw.send(torch.tensor([1.0, 0.3, -1.3])).view(1, 3, 1, 1)
+    airlight = (
+        draw.per_sample(draw.uniform(0.7, 0.98)) + draw.per_sample(draw.uniform(-0.02, 0.05)) * tint
+    )
     return (image * transmission + airlight * (1 - transmission)).clamp(0, 1)
 
 
@@ -55,14 +57,14 @@ def _streaks(draw: Draw, count: int, length: Tensor, angle: Tensor, strength: Te
     shape = (draw.batch, count)
     points = 24
     along = torch.linspace(-0.5, 0.5, points, device=draw.device)
-    own_length = length[:, None] * (0.5 + draw.rand(*shape))
-    own_angle = angle[:, None] + 0.04 * draw.randn(*shape)
+    own_length = draw.send(length[:, None] * (0.5 + draw.rand(*shape)))
+    own_angle = draw.send(angle[:, None] + 0.04 * draw.randn(*shape))
     margin = 0.05 * draw.height
-    x = draw.rand(*shape) * (draw.width + 2 * margin) - margin
-    y = draw.rand(*shape) * (draw.height + 2 * margin) - margin
+    x = draw.send(draw.rand(*shape)) * (draw.width + 2 * margin) - margin
+    y = draw.send(draw.rand(*shape)) * (draw.height + 2 * margin) - margin
     reach = own_length[..., None] * along
     taper = 1 - (2 * along).abs() ** 3
-    brightness = strength[:, None] * (0.3 + 0.7 * draw.rand(*shape))
+    brightness = draw.send(strength[:, None] * (0.3 + 0.7 * draw.rand(*shape)))
     weight = brightness[..., None] * taper * (own_length[..., None] / points)
     x = x[..., None] + reach * own_angle.sin()[..., None]
     y = y[..., None] + reach * own_angle.cos()[..., None]
@@ -76,15 +78,15 @@ def rain(image: Tensor, severity: Tensor, generator: torch.Generator) -> Tensor:
     area = draw.height * draw.width / scale**2
     angle = draw.uniform(-0.7, 0.7)
     near_angle = angle + 0.1 * draw.randn(draw.batch)
-    strength = geometric(0.2, 1.8, severity)
+    strength = geometric(0.2, 1.8, severity, faint=0.015)
     far_length, near_length = draw.uniform(10, 24) * scale, draw.uniform(28, 64) * scale
     far = _streaks(draw, max(1, int(area / 80)), far_length, angle, strength)
     near = _streaks(draw, max(1, int(area / 500)), near_length, near_angle, 1.8 * strength)
     # Times scale: a wide streak is as bright in its middle as a narrow one.
     layer = (gaussian_blur(far, 0.6 * scale) + gaussian_blur(near, 1.1 * scale)) * scale
     layer = layer.clamp(0, 0.9)
-    veil = per_sample(lerp(0.0, 0.2, severity) * draw.uniform(0.3, 1.0))
-    air = per_sample(draw.uniform(0.7, 0.95))
+    veil = draw.per_sample(lerp(0.0, 0.2, severity) * draw.uniform(0.3, 1.0))
+    air = draw.per_sample(draw.uniform(0.7, 0.95))
     image = image + veil * (0.8 * air - image)
     return (image + layer * (air - image * 0.6)).clamp(0, 1)
 
@@ -100,7 +102,7 @@ def _flakes(draw: Draw, count: int, radius: Tensor, fall: Tensor, density: Tenso
     angle = fall[:, None] + 0.5 * draw.randn(*shape)
     opacity = (draw.rand(*shape) < density[:, None]) * (0.4 + 0.6 * draw.rand(*shape))
     x, y, own, longer, angle, opacity = (
-        value[..., None, None] for value in (x, y, own, longer, angle, opacity)
+        draw.send(value)[..., None, None] for value in (x, y, own, longer, angle, opacity)
     )
     column, row = x.long() + axis.view(1, 1, 1, -1), y.long() + axis.view(1, 1, -1, 1)
     dx, dy = column - x, row - y
@@ -118,14 +120,14 @@ def snow(image: Tensor, severity: Tensor, generator: torch.Generator) -> Tensor:
     draw = Draw(image, generator)
     scale = math.sqrt(min(draw.height, draw.width) / 320)
     area = draw.height * draw.width / scale**2
-    density = lerp(0.12, 1.0, severity)
+    density = lerp(0.12, 1.0, severity, faint=0.01)
     fall = draw.uniform(-0.9, 0.9)
     layer = torch.zeros(draw.batch, 1, draw.height, draw.width, device=image.device)
     for radius, spacing in ((1.2, 130), (2.8, 500), (7.0, 3500)):
         own = draw.uniform(0.75, 1.35) * radius * scale
         layer = layer + _flakes(draw, max(1, int(area / spacing)), own, fall, density)
-    layer = (layer * per_sample(lerp(0.75, 1.0, severity))).clamp(0, 1)
-    veil = per_sample(lerp(0.0, 0.15, severity) * draw.uniform(0.2, 1.0))
-    white = per_sample(draw.uniform(0.88, 1.0))
+    layer = (layer * draw.per_sample(lerp(0.75, 1.0, severity, faint=0.1))).clamp(0, 1)
+    veil = draw.per_sample(lerp(0.0, 0.15, severity) * draw.uniform(0.2, 1.0))
+    white = draw.per_sample(draw.uniform(0.88, 1.0))
     image = image + veil * (0.85 - image)
     return torch.lerp(image, white.expand_as(image), layer).clamp(0, 1)

@@ -1,10 +1,13 @@
 """Degradations: pure functions of (image, severity, generator) that get worse with severity."""
 
+from typing import Any
+
 import pytest
 import torch
 from skimage import data, filters
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from diff_restorer.degradations import (
     ALL_KINDS,
@@ -12,7 +15,6 @@ from diff_restorer.degradations import (
     add_gaussian_noise,
     degrade,
     degrade_chain,
-    jpeg_codec,
     sample_severity,
 )
 from diff_restorer.degradations.filters import convolve, gaussian_blur
@@ -87,6 +89,17 @@ def test_severity_lowers_psnr_on_average(kind: str, photo: Tensor) -> None:
 
 
 @pytest.mark.parametrize("kind", DEGRADING)
+def test_severity_zero_is_all_but_invisible_whatever_the_neighbours_are(
+    kind: str, photo: Tensor
+) -> None:
+    severity = torch.tensor([0.0, 1.0, 0.0, 0.6] * 4)
+    degraded = degrade(kind, photo.expand(16, -1, -1, -1), severity, seeded())
+    mild = [psnr(one, photo[0]) for one in degraded[::2]]
+    assert min(mild) > (26 if kind == "low_res" else 31)
+    assert sum(mild) / len(mild) > (30 if kind == "low_res" else 33)
+
+
+@pytest.mark.parametrize("kind", DEGRADING)
 def test_samples_of_a_batch_have_their_own_severity_and_their_own_picture(
     kind: str, photo: Tensor
 ) -> None:
@@ -96,9 +109,8 @@ def test_samples_of_a_batch_have_their_own_severity_and_their_own_picture(
     # The middle sample must not notice what its neighbours show.
     changed = others.clone()
     changed[0], changed[2] = changed[0].flip(-2), changed[2].flip(-2)
-    if kind != "noise":  # Poisson numbers take a varying part of the generator's stream
-        again = degrade(kind, changed, severity, seeded())
-        torch.testing.assert_close(again[1], degraded[1], rtol=0, atol=1e-5)
+    again = degrade(kind, changed, severity, seeded())
+    torch.testing.assert_close(again[1], degraded[1], rtol=0, atol=1e-5)
     repeated = photo.expand(12, -1, -1, -1)
     mild = degrade(kind, repeated, torch.tensor([0.95, 0.05] * 6), seeded())
     errors = (mild - repeated).square().mean((1, 2, 3))
@@ -112,7 +124,7 @@ def test_clean_is_the_identity(photo: Tensor) -> None:
 @pytest.mark.parametrize(
     ("kind", "low", "high"),
     [
-        ("noise", 14, 25),
+        ("noise", 14, 31),  # a third of it is camera noise, which is milder
         ("jpeg", 24, 31),
         ("low_light", 8, 12.5),
         ("haze", 10, 17),
@@ -152,13 +164,6 @@ def test_developed_camera_noise_is_mild_and_blotchy() -> None:
 def test_the_worst_low_light_is_as_dark_as_that_of_lol(photo: Tensor) -> None:
     levels = [degrade("low_light", photo, 1.0, seeded(seed)).mean().item() for seed in range(8)]
     assert sum(levels) / 8 * 255 == pytest.approx(12, abs=4)
-
-
-def test_jpeg_is_the_real_codec_with_its_quality(photo: Tensor) -> None:
-    both = photo.expand(2, -1, -1, -1)
-    decoded = jpeg_codec(both, torch.tensor([90.0, 10.0]))
-    assert psnr(decoded[0], photo[0]) > psnr(decoded[1], photo[0]) + 5
-    assert torch.equal((decoded * 255).round() / 255, decoded)
 
 
 def test_a_chain_ignores_the_order_of_its_kinds(photo: Tensor) -> None:
@@ -212,13 +217,62 @@ def test_a_chain_needs_a_severity_for_each_kind(photo: Tensor) -> None:
         degrade_chain(("rain", "jpeg"), photo, torch.full((1, 3), 0.5), seeded())
 
 
+class CopiesThatWait(TorchDispatchMode):
+    """Raises where a tensor goes to another device in a way that the host waits for."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.ops.aten._to_copy.default:
+            device = kwargs.get("device")
+            moved = device is not None and torch.device(device) != args[0].device
+            if moved and not kwargs.get("non_blocking"):
+                raise RuntimeError(f"a copy from {args[0].device} to {device} that waits")
+        return func(*args, **kwargs)
+
+
+@pytest.mark.parametrize("kind", ALL_KINDS)
+def test_nothing_waits_for_the_device(kind: str) -> None:
+    """On "meta" pixels have no values: what reads one, or needs one for a size, fails.
+
+    So does what mixes host and device tensors.
+    """
+    image = torch.empty(8, 3, 40, 56, device="meta")
+    with CopiesThatWait():
+        for seed in range(4):
+            degraded = degrade(kind, image, torch.linspace(0, 1, 8), seeded(seed))
+            assert degraded.shape == image.shape
+            assert degraded.device.type == "meta"
+
+
+def test_what_waits_is_found() -> None:
+    pixels = torch.empty(2, 3, device="meta")
+    with pytest.raises(RuntimeError):
+        pixels.max().item()
+    with pytest.raises(RuntimeError):
+        bool(pixels[0, 0] > 0)
+    with pytest.raises(NotImplementedError):
+        pixels[pixels > 0]
+    with CopiesThatWait(), pytest.raises(RuntimeError, match="that waits"):
+        torch.rand(2).to("meta")
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", ALL_KINDS)
-def test_a_gpu_gives_the_same_picture(kind: str, photo: Tensor) -> None:
-    expected = degrade(kind, photo, 0.6, seeded())
-    found = degrade(kind, photo.cuda(), 0.6, seeded()).cpu()
+def test_a_gpu_gives_the_same_picture_but_for_noise(kind: str, photo: Tensor) -> None:
+    images = photo.expand(8, -1, -1, -1)
+    expected = degrade(kind, images, 0.6, seeded())
+    on_device = images.cuda()
+    degrade(kind, on_device, 0.6, seeded())  # what is made once may wait
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = degrade(kind, on_device, 0.6, seeded())
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    error = (found.cpu() - expected).abs().mean()
     # 8-bit roundings inside may fall to the other side.
-    assert (found - expected).abs().mean() < 1e-3
+    assert error < (0.2 if kind in ("noise", "low_light", "second_order") else 1e-3)
 
 
 def test_convolve_gives_each_sample_its_own_kernel_and_mirrors_the_edges(photo: Tensor) -> None:

@@ -1,0 +1,55 @@
+"""JPEG in torch against the real codec; resampling by matrices against torch's own."""
+
+import pytest
+import torch
+from skimage import data
+from torch import Tensor
+from torch.nn import functional as F
+
+from diff_restorer.degradations import jpeg_codec
+from diff_restorer.degradations.compression import compress_jpeg
+
+
+@pytest.fixture(scope="module")
+def photos() -> Tensor:
+    """A cup, a cat and an astronaut, (3, 3, 240, 320) in steps of 1/255."""
+    images = []
+    for load in (data.coffee, data.chelsea, data.astronaut):
+        image = torch.from_numpy(load()).permute(2, 0, 1)[None].float() / 255
+        images.append(F.interpolate(image, size=(240, 320), mode="bicubic", antialias=True))
+    return (torch.cat(images).clamp(0, 1) * 255).round() / 255
+
+
+def psnr(a: Tensor, b: Tensor) -> Tensor:
+    return -10 * (a - b).square().mean((1, 2, 3)).log10()
+
+
+@pytest.mark.parametrize("size", [(240, 320), (233, 317)])
+@pytest.mark.parametrize("halve_chroma", [True, False])
+@pytest.mark.parametrize("quality", [5, 10, 20, 30, 45, 60, 70, 80, 90, 95])
+def test_jpeg_is_as_far_from_the_photo_as_pillows(
+    quality: int, halve_chroma: bool, size: tuple[int, int], photos: Tensor
+) -> None:
+    image = photos[..., : size[0], : size[1]]
+    qualities = torch.full((len(image),), float(quality))
+    halved = torch.full((len(image),), halve_chroma)
+    expected = jpeg_codec(image, qualities, 2 * halved.int())
+    found = compress_jpeg(image, qualities, halved)
+    assert (psnr(found, image) - psnr(expected, image)).abs().max() < 0.02
+    assert psnr(found, expected).min() > 45
+    assert torch.equal((found * 255).round() / 255, found)
+
+
+def test_jpeg_treats_each_photo_as_if_it_were_alone(photos: Tensor) -> None:
+    quality, halved = torch.tensor([90.0, 10.0, 40.0]), torch.tensor([True, False, True])
+    found = compress_jpeg(photos, quality, halved)
+    for index in range(3):
+        one = slice(index, index + 1)
+        alone = compress_jpeg(photos[one], quality[one], halved[one])
+        assert (alone - found[one]).abs().mean() < 1e-4  # sums in another order
+
+
+def test_the_real_codec_has_its_quality(photos: Tensor) -> None:
+    both = photos[:1].expand(2, -1, -1, -1)
+    error = psnr(jpeg_codec(both, torch.tensor([90.0, 10.0])), both)
+    assert error[0] > error[1] + 5

@@ -85,7 +85,7 @@ class Course(ABC):
 
     @abstractmethod
     def advance(self, ends: bool, place: float) -> None:
-        """A step is done: whether it `ends` the run, and the place that the main process reached."""
+        """A step is done, maybe the run (`ends`); `place` is what the main process reached."""
 
     @abstractmethod
     def seconds_left(self) -> float:

@@ -21,7 +21,7 @@ from training.progress import read_table
 
 from .toys import Points, config, stage
 
-SLACK = 0.5
+SLACK = 1.5
 """Seconds that this machine may lose to other work."""
 
 
@@ -64,8 +64,8 @@ def told(out: Path) -> dict[str, Any]:
 
 
 def test_validation_export_and_checkpoint_are_inside_the_box(tmp_path: Path) -> None:
-    taken = timed(lambda: boxed(slow(0.05, validation=0.7), tmp_path, 4))
-    assert 3 < taken < 4 + SLACK
+    taken = timed(lambda: boxed(slow(0.05, validation=2), tmp_path, 7))
+    assert 5 < taken < 7 + SLACK
     rows = read_table(tmp_path / "metrics.csv")
     validations = [row["step"] for row in read_table(tmp_path / "validation.csv")]
     assert validations == ["0", rows[-1]["step"]]

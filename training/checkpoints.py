@@ -29,9 +29,15 @@ _MANIFEST, _WRITING = "state.json", "writing"
 # Settings that a run may change when it goes on; any other that differs is named in a warning.
 _FREE = frozenset(
     {
-        *("out", "steps", "epochs", "workers", "threads", "compile", "tensorboard", "log_every"),
-        *("checkpoint_every", "checkpoint_minutes", "validate_every", "validation_steps"),
-        *("validation_samples", "memory_mb", "gradient_checkpointing"),
+        *("out", "steps", "epochs", "minutes", "workers", "threads", "compile", "tensorboard"),
+        *("log_every", "checkpoint_every", "checkpoint_minutes", "validate_every"),
+        *(
+            "validate_minutes",
+            "validation_steps",
+            "validation_samples",
+            "memory_mb",
+            "gradient_checkpointing",
+        ),
     }
 )
 

@@ -42,6 +42,8 @@ PRESETS = Path(__file__).parent / "configs"
 CORE = Path(diff_restorer.__file__).parent
 # `[common]` may hold these though a program lacks them.
 _SHARED = frozenset({"loop", "data", "model"})
+LENGTHS = ("steps", "epochs", "minutes")
+"""Options of a training's length, of which it has one; where one is given, a preset's others go."""
 
 
 def parse(
@@ -62,7 +64,9 @@ def parse(
     known, rest = front.parse_known_args(sys.argv[1:] if args is None else list(args))
     default: Any = tyro.MISSING
     if known.config:
-        values = _table(kind, known.config)
+        lengths = [n for n in LENGTHS if any(a.split("=")[0] == f"--loop.{n}" for a in rest)]
+        given = {"loop": dict.fromkeys(lengths, 0)} if lengths else {}
+        values = _merged(_table(kind, known.config), given)
         default = _build(kind, values, f"{known.config}: [{table_name(kind)}]", complete=False)
     text = (
         f"{description or kind.__doc__ or ''}\n\n--config {'|'.join(_preset_names())}|FILE.toml "
@@ -182,7 +186,8 @@ def _is_program(name: str) -> bool:
 
 
 def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    merged = dict(below)
+    taken = not above.keys().isdisjoint(LENGTHS)
+    merged = {name: value for name, value in below.items() if not (taken and name in LENGTHS)}
     for name, value in above.items():
         both = isinstance(value, Mapping) and isinstance(merged.get(name), Mapping)
         merged[name] = _merged(merged[name], value) if both else value

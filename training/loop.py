@@ -5,12 +5,11 @@ from __future__ import annotations
 import logging
 import math
 import signal
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
@@ -25,6 +24,7 @@ from . import config as record
 from .average import Average
 from .checkpoints import Checkpoints, state_bytes, write_failure
 from .common import Precision, mixed_precision
+from .course import GAP_SECONDS, Course, Rhythm, StepCourse, TimeCourse, require_one_length
 from .data import StepSampler, seeded
 from .errors import NonFiniteError
 from .interruption import Interruption, leave_group
@@ -44,9 +44,13 @@ class LoopConfig:
     out: Path
     """Run folder: metrics.csv, curves.png, sheets/, step_XXXXXXX/, export.safetensors."""
     steps: int = 0
-    """Optimizer steps; 0 counts `epochs` instead."""
+    """Optimizer steps. Give one of steps, epochs and minutes."""
     epochs: float = 0.0
-    """Passes over the photos, where `steps` is 0."""
+    """Passes over the photos."""
+    minutes: float = 0.0
+    """A time box, from the first validation to the last file, on whatever machine: warm-up and
+    decay go by time, and a run that goes on has the time that was left. Reading the photos comes
+    before it."""
     batch_size: int = 8
     """Samples per process and batch."""
     accumulate: int = 1
@@ -54,7 +58,7 @@ class LoopConfig:
     lr: float = 1e-4
     """Peak learning rate of AdamW."""
     warmup: int = 100
-    """Steps of linear warm-up."""
+    """Steps of linear warm-up; a time box has its own."""
     decay: bool = True
     """Cosine decay to zero after warm-up; else constant."""
     weight_decay: float = 1e-2
@@ -81,6 +85,9 @@ class LoopConfig:
     """Minutes after which a checkpoint is due, too; 0 leaves it to the steps."""
     validate_every: int = 500
     """Steps between validations."""
+    validate_minutes: float = 0.0
+    """Minutes after which a validation is due, too; 0 leaves it to the steps. A time box validates
+    and saves at most once a minute."""
     tensorboard: bool = False
     """Write TensorBoard's event files as well (pip install tensorboard)."""
 
@@ -121,30 +128,19 @@ class _LossModule(nn.Module):
         return self._loss(batch, generator)
 
 
-def learning_rate(step: int, config: LoopConfig) -> float:
-    """Warm-up, then constant or cosine to zero at `config.steps`; as a share of the peak."""
-    if step < config.warmup:
-        return (step + 1) / config.warmup
-    if not config.decay:
-        return 1.0
-    done = (step - config.warmup) / max(1, config.steps - config.warmup)
-    return 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
-
-
 def count_steps(config: LoopConfig, photos: int, processes: int) -> LoopConfig:
-    """`config` with `steps` filled in.
+    """`config` with `steps` filled in, unless it has a time box.
 
     Args:
         photos: Length of the data set.
         processes: How many share one step.
 
     Raises:
-        ValueError: Neither steps nor epochs are given.
+        ValueError: Not exactly one of steps, epochs and minutes is given.
     """
-    if config.steps > 0:
-        return config
+    require_one_length(config.steps, config.epochs, config.minutes)
     if config.epochs <= 0:
-        raise ValueError("--loop.steps and --loop.epochs are both 0; give one of them")
+        return config
     batch = config.batch_size * config.accumulate * processes
     return replace(config, steps=math.ceil(config.epochs * photos / batch))
 
@@ -173,6 +169,7 @@ def run(stage: Stage, dataset: Dataset[Batch], config: LoopConfig, program: Any 
         NonFiniteError: Names the loss term, input or parameter that is not finite.
         DiskError: Too little disk for the checkpoints, or writing failed.
         ResumeError: There are checkpoints, and none can be read.
+        ValueError: The time box is too short for one step.
         SystemExit: The run was interrupted (Ctrl-C, SIGTERM); its state is saved.
     """
     if config.threads:
@@ -180,9 +177,21 @@ def run(stage: Stage, dataset: Dataset[Batch], config: LoopConfig, program: Any 
     logging.getLogger("accelerate").setLevel(logging.WARNING)  # a line per file and checkpoint
     set_seed(config.seed)
     accelerator = _start_accelerate(config)
-    photos = 0 if config.steps else len(cast(Any, dataset))
+    photos = len(cast(Any, dataset)) if config.epochs else 0
     config = count_steps(config, photos, accelerator.num_processes)
     return _Run(accelerator, stage, config, program or config).train(dataset)
+
+
+class _Signs(NamedTuple):
+    """What is to happen after a step: by one process, or by any."""
+
+    stop: bool
+    """Save and end, as the user asked."""
+    save: bool
+    look: bool
+    """Validate."""
+    ends: bool
+    """No step fits after it."""
 
 
 class _Run:
@@ -211,43 +220,55 @@ class _Run:
         """All steps that are still to be done."""
         config, accelerator = self.config, self.accelerator
         start, extra = self.checkpoints.resume()
+        self.course = course = _course(config, start, extra)
         self.progress = Progress(
             config.out,
             main=accelerator.is_main_process,
-            start=start,
-            steps=config.steps,
+            course=course,
             samples_per_step=config.batch_size * config.accumulate * accelerator.num_processes,
             device=accelerator.device,
             tensorboard=config.tensorboard,
             means=extra.get("means"),
         )
-        if start >= config.steps and not self.exported.exists():
-            self._validate(start, again=True)
+        if course.finished and not self.exported.exists():
+            self._validate(again=True)
+        elif isinstance(course, TimeCourse) and not course.opened:
+            self._validate(again=start > 0)
+            self._save()
         batches = self._batches(dataset, start)
-        saved = time.monotonic()
+        gap = GAP_SECONDS if config.minutes else 0.0
+        looks = Rhythm(config.validate_every, config.validate_minutes, gap)
+        saves = Rhythm(config.checkpoint_every, config.checkpoint_minutes, gap)
         with Interruption() as interruption:
-            for done in range(start + 1, config.steps + 1):
-                old = 0 < 60 * config.checkpoint_minutes < time.monotonic() - saved
-                stop, old = self._step(done - 1, batches, bool(interruption.signal), old)
-                last = done == config.steps
+            while not course.finished:
+                done = course.step + 1
+                stop = bool(interruption.signal)
+                signs = _Signs(stop, saves.due(done), looks.due(done), course.ends())
+                signs, last = self._step(batches, signs), course.finished
                 if done % config.log_every == 0 or last:
-                    self.progress.log(done, self.optimizer.param_groups[0]["lr"])
+                    self.progress.log(self.optimizer.param_groups[0]["lr"])
                 # Before the checkpoint: a run that goes on from it has this row already.
-                if done % config.validate_every == 0 or last:
-                    self._validate(done)
-                if done % config.checkpoint_every == 0 or last or old or stop:
-                    with self.progress.paused():
-                        self.checkpoints.save(done, {"means": self.progress.means.state})
-                    saved = time.monotonic()
-                if stop and not last:
+                if signs.look or last:
+                    self._validate()
+                    looks.done()
+                if signs.save or signs.stop or last:
+                    self._save()
+                    saves.done()
+                if signs.stop and not last:
                     log.warning(
-                        "interrupted at step %d of %d, which is saved in %s: the same command goes "
-                        "on from there",
-                        *(done, config.steps, config.out),
+                        "interrupted at %s, which is saved in %s: the same command goes on from "
+                        "there",
+                        *(course, config.out),
                     )
                     raise SystemExit(128 + (interruption.signal or signal.SIGTERM))
         self.progress.close()
         return self.exported
+
+    def _save(self) -> None:
+        """A checkpoint."""
+        extra = {"means": self.progress.means.state, "course": self.course.state}
+        with self.progress.paused(), self.course.closing("checkpoint"):
+            self.checkpoints.save(self.course.step, extra)
 
     def _batches(self, dataset: Dataset[Batch], start: int) -> Iterator[Batch]:
         """Endless batches on the device, from the first of step `start` on."""
@@ -271,13 +292,11 @@ class _Run:
         for batch in loader:
             yield {k: v.to(accelerator.device, non_blocking=True) for k, v in batch.items()}
 
-    def _step(
-        self, step: int, batches: Iterator[Batch], stop: bool, old: bool
-    ) -> tuple[bool, bool]:
-        """One optimizer step; returns whether any process wants to stop, or a checkpoint."""
-        config, accelerator = self.config, self.accelerator
+    def _step(self, batches: Iterator[Batch], signs: _Signs) -> _Signs:
+        """One optimizer step; returns what any process wants to happen after it."""
+        config, accelerator, step = self.config, self.accelerator, self.course.step
         for group in self.optimizer.param_groups:
-            group["lr"] = config.lr * learning_rate(step, config)
+            group["lr"] = config.lr * self.course.rate()
         if self.stage.begin_step is not None:
             self.stage.begin_step(step)
         parts: list[dict[str, Tensor]] = []
@@ -301,7 +320,7 @@ class _Run:
         accelerator.unscale_gradients()
         gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
-        values, counts, norm, stop, old = self._share(parts, norm, stop, old)
+        values, counts, norm, signs, place = self._share(parts, norm, signs)
         batch_count = config.accumulate * accelerator.num_processes
         scaled = accelerator.scaler is not None  # fp16 overflows now and then, and skips the step
         if counts["loss"] < batch_count or not (math.isfinite(norm) or scaled):
@@ -319,37 +338,41 @@ class _Run:
             self.progress.means.add(name, values[name], counts[name])
         if math.isfinite(norm):
             self.progress.means.add("grad_norm", norm, 1)
+        self.course.advance(signs.ends, place)
         self.progress.advance()
-        return stop, old
+        return signs
 
     def _share(
-        self, parts: list[dict[str, Tensor]], norm: Tensor, stop: bool, old: bool
-    ) -> tuple[dict[str, float], dict[str, float], float, bool, bool]:
+        self, parts: list[dict[str, Tensor]], norm: Tensor, signs: _Signs
+    ) -> tuple[dict[str, float], dict[str, float], float, _Signs, float]:
         """Sums and counts of the finite values of each term over all batches and processes, the
-        norm, and whether any process raises a flag; all in one transfer, as each one waits."""
+        norm, what any process wants, and the place that the main one has reached; all in one
+        transfer, as each one waits."""
         names = list(parts[0])
         if isinstance(norm, DTensor):
             norm = norm.full_tensor()
         terms = torch.stack([torch.stack([part[n].float() for n in names]) for part in parts])
         known = terms.isfinite()
-        flags = torch.tensor([stop, old], device=terms.device)
+        place = self.course.reached() if self.accelerator.is_main_process else 0.0
+        told = torch.tensor([*signs, place], device=terms.device)
         row = torch.cat(
-            [torch.where(known, terms, 0).sum(dim=0), known.sum(dim=0), norm[None], flags]
+            [torch.where(known, terms, 0).sum(dim=0), known.sum(dim=0), norm[None], told]
         )
         row = cast(Tensor, self.accelerator.reduce(row, "sum")).tolist()
-        sums, counts = row[: len(names)], row[len(names) : -3]
+        sums, counts = row[: len(names)], row[len(names) : 2 * len(names)]
+        norm_sum, *wanted, place = row[2 * len(names) :]
         return (
             dict(zip(names, sums, strict=True)),
             dict(zip(names, counts, strict=True)),
-            row[-3] / self.accelerator.num_processes,
-            row[-2] > 0,
-            row[-1] > 0,
+            norm_sum / self.accelerator.num_processes,
+            _Signs(*(value > 0 for value in wanted)),
+            place,
         )
 
-    def _validate(self, step: int, *, again: bool = False) -> None:
+    def _validate(self, *, again: bool = False) -> None:
         """Validate and export with averaged weights, on the main process."""
-        out, exported = self.config.out, self.exported
-        with self.progress.paused(), self.average.applied():
+        out, exported, step = self.config.out, self.exported, self.course.step
+        with self.progress.paused(), self.course.closing("validation"), self.average.applied():
             if self.accelerator.is_main_process:
                 with self.accelerator.autocast():
                     scores = self.stage.validate(step, out / "sheets")
@@ -364,7 +387,13 @@ class _Run:
                 if not again:
                     self.progress.validated(step, scores)
                     draw_curves([out], out / "curves.png")
-        self.accelerator.wait_for_everyone()
+            self.accelerator.wait_for_everyone()
+
+
+def _course(config: LoopConfig, step: int, extra: dict[str, Any]) -> Course:
+    if config.minutes:
+        return TimeCourse(config.minutes, config.decay, step, extra.get("course", {}))
+    return StepCourse(config.steps, config.warmup, config.decay, step)
 
 
 def _start_accelerate(config: LoopConfig) -> Accelerator:

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 log = logging.getLogger(__name__)
 
+SHARD_SUFFIXES = frozenset({".tar", ".pack"})
 PHOTO_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"})
 UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
 """What reading a bad file raises."""
@@ -72,7 +73,7 @@ def list_shards(source: Path) -> list[Path]:
     """The tar shards that `source` is, or that lie in that folder."""
     if source.is_dir():
         return sorted(source.rglob("*.tar"))
-    return [source] if source.suffix.lower() == ".tar" and source.is_file() else []
+    return [source] if source.suffix.lower() in SHARD_SUFFIXES and source.is_file() else []
 
 
 def list_members(shard: Path) -> list[ShardMember]:
@@ -82,17 +83,25 @@ def list_members(shard: Path) -> list[ShardMember]:
     run resumes exactly, which a stream of shards could not promise, and needs no package.
 
     Raises:
-        ValueError: The file is no uncompressed tar.
+        ValueError: The file is no uncompressed tar, or cut off.
     """
+    with shard.open("rb") as stream:
+        whole = shard.stat().st_size % tarfile.BLOCKSIZE == 0
+        stream.seek(-min(shard.stat().st_size, 2 * tarfile.BLOCKSIZE), io.SEEK_END)
+        whole = whole and not any(stream.read())
     try:
         with tarfile.open(shard, "r:") as tar:
+            if not whole:
+                raise tarfile.ReadError("its end is missing")
             return [
                 ShardMember(shard, info.name, info.offset_data, info.size)
                 for info in tar
                 if info.isfile()
             ]
     except tarfile.TarError as error:
-        raise ValueError(f"{shard} is no uncompressed tar ({error}); unpack or remake it") from None
+        raise ValueError(
+            f"{shard} is no whole, uncompressed tar ({error}); copy or make it again"
+        ) from None
 
 
 def is_photo(name: str) -> bool:
@@ -120,7 +129,7 @@ def list_photos(source: Path) -> Sequence[PhotoFile]:
     if source.is_dir():
         found = [p for p in source.rglob("*") if is_photo(p.name) and p.is_file()]
         accepted = f"a folder with photos ({', '.join(sorted(PHOTO_SUFFIXES))}) or tar shards"
-    elif source.suffix.lower() == ".tar":
+    elif source.suffix.lower() in SHARD_SUFFIXES:
         found = []
         accepted = "a tar shard with photos (<key>.jpg, not the pairs <key>.lq.* and <key>.gt.*)"
     elif source.suffix.lower() == ".csv":

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from .course import Course
+
 try:
     import resource
 except ImportError:  # Windows
@@ -92,27 +94,27 @@ class Progress:
         out: Path,
         *,
         main: bool,
-        start: int,
-        steps: int,
+        course: Course,
         samples_per_step: int,
         device: torch.device,
         tensorboard: bool = False,
         means: Mapping[str, Any] | None = None,
     ) -> None:
-        """Opens the tables at step `start`.
+        """Opens the tables where `course` stands.
 
         Raises:
             ValueError: `tensorboard` is asked for and not installed.
         """
-        self.means, self.steps, self.device, self.main = Means(means), steps, device, main
-        self._start, self._samples = start, samples_per_step
-        self._began = self._since = time.perf_counter()
+        self.means, self.course, self.device, self.main = Means(means), course, device, main
+        self._samples, start = samples_per_step, course.step
+        self._since = time.perf_counter()
         self._waited, self._window = 0.0, 0
         self._said = 0.0
         self._board: Any = None
         self._bar = tqdm(
-            total=steps, initial=start, unit="step", mininterval=5, smoothing=0.05,
-            disable=not (main and sys.stderr.isatty()),
+            total=course.length, initial=course.place, unit=course.unit, mininterval=5,
+            disable=not (main and sys.stderr.isatty()), smoothing=0.05,
+            bar_format="{l_bar}{bar}| {n:.0f}/{total:.0f} {unit} [{elapsed}<{remaining}{postfix}]",
         )  # fmt: skip
         if main:
             self._metrics = Table(out / "metrics.csv", last_step=start)
@@ -137,32 +139,33 @@ class Progress:
     def advance(self) -> None:
         """One step is done."""
         self._window += 1
-        self._bar.update()
+        self._bar.update(self.course.place - self._bar.n)
 
-    def log(self, step: int, lr: float) -> None:
-        """Write the row of `step`."""
-        now = time.perf_counter()
+    def log(self, lr: float) -> None:
+        """Write the row of the step that is done."""
+        step, now = self.course.step, time.perf_counter()
         elapsed = max(now - self._since, 1e-9)
         row = self.means.take() | {
             "lr": lr,
             "samples_per_s": self._window * self._samples / elapsed,
             "wait_share": self._waited / elapsed,
             "peak_gb": peak_memory(self.device) / 1e9,
-            "eta_s": (now - self._began) / max(1, step - self._start) * (self.steps - step),
+            "eta_s": self.course.seconds_left(),
         }
         self._since, self._waited, self._window = now, 0.0, 0
         if not self.main:
             return
         self._metrics.append({"step": step} | _rounded(row))
         self._to_board(step, row)
-        left = timedelta(seconds=round(row["eta_s"]))
         facts = (
             f"loss {row['loss']:.4g}, {row['samples_per_s']:.3g} samples/s, "
             f"{row['wait_share']:.0%} waiting for data, peak {row['peak_gb']:.1f} GB"
         )
         self._bar.set_postfix_str(facts, refresh=False)
-        if self._bar.disable and (now - self._said > LINE_EVERY_SECONDS or step == self.steps):
-            log.info("step %d of %d: %s, %s to go", step, self.steps, facts, left)
+        due = now - self._said > LINE_EVERY_SECONDS or self.course.finished
+        if self._bar.disable and due:
+            left = timedelta(seconds=round(row["eta_s"]))
+            log.info("%s: %s, %s to go", self.course, facts, left)
             self._said = now
 
     def validated(self, step: int, scores: Mapping[str, float]) -> None:

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from training import common, sample_decoder_data, train_control, train_decoder
 from training.common import DataConfig
 from training.config import PRESETS, exit_after, load, parse, settings, table_name, write
-from training.loop import LoopConfig, count_steps, learning_rate
+from training.loop import LoopConfig, count_steps
 from training.nano import autoencoder, vision
 
 PROGRAMS = (train_control, train_decoder, sample_decoder_data, autoencoder, vision)
@@ -154,10 +154,28 @@ def test_auto_precision_is_what_the_device_computes_in(monkeypatch) -> None:
 def test_epochs_count_passes_over_the_photos_whoever_shares_them() -> None:
     config = LoopConfig(Path("a"), epochs=2.5, batch_size=4, accumulate=3, warmup=0)
     assert count_steps(config, photos=100, processes=2).steps == 11  # 250 / 24
-    assert count_steps(LoopConfig(Path("a"), steps=7, epochs=9), 100, 1).steps == 7
-    with pytest.raises(ValueError, match=r"--loop\.steps and --loop\.epochs are both 0"):
-        count_steps(LoopConfig(Path("a")), 100, 1)
-    assert learning_rate(11, count_steps(config, 100, 2)) == pytest.approx(0)
+    assert count_steps(LoopConfig(Path("a"), steps=7), 100, 1).steps == 7
+    assert count_steps(LoopConfig(Path("a"), minutes=7), 100, 1).steps == 0
+    for lengths, found in {
+        (): "found none",
+        ("steps", "minutes"): r"found --loop\.minutes 2 and --loop\.steps 2; give one of them",
+    }.items():
+        with pytest.raises(ValueError, match=rf"--loop\.steps, .*: {found}"):
+            count_steps(LoopConfig(Path("a"), **dict.fromkeys(lengths, 2)), 100, 1)
+
+
+def test_a_length_that_is_given_takes_the_place_of_the_preset_s() -> None:
+    args = ["--config", "nano", "--data.photos", "p", "--loop.out", "a"]
+    for given, expected in {
+        (): (5000, 0, 0),
+        ("--loop.minutes", "3"): (0, 0, 3),
+        ("--loop.epochs=2",): (0, 2, 0),
+    }.items():
+        loop = parse(train_control.Config, args=[*args, *given]).loop
+        assert (loop.steps, loop.epochs, loop.minutes) == expected
+    overrides = {"data": {"photos": "p"}, "loop": {"out": "a", "minutes": 3}}
+    loop = load(train_control.Config, "nano", overrides).loop
+    assert (loop.steps, loop.minutes) == (0, 3)
 
 
 def test_what_is_written_down_reads_back(preset: Path, tmp_path: Path) -> None:

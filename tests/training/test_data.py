@@ -114,7 +114,7 @@ def test_shards_hold_photos_at_random_access(folder: Path, tmp_path: Path) -> No
 
 def test_a_faulty_shard_is_named(tmp_path: Path) -> None:
     (tmp_path / "bad.tar").write_bytes(b"no tar at all" * 100)
-    with pytest.raises(ValueError, match=r"bad\.tar is no uncompressed tar"):
+    with pytest.raises(ValueError, match=r"bad\.tar is no whole, uncompressed tar"):
         CleanPhotos(tmp_path / "bad.tar")
     with tarfile.open(tmp_path / "empty.tar", "w"):
         pass

@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from diff_restorer.checkpoint import CheckpointInfo, CheckpointKeysError, write_checkpoint
 from training.average import Average
 from training.checkpoints import compare_file
+from training.course import learning_rate
 from training.errors import DiskError, NonFiniteError, ResumeError
-from training.loop import LoopConfig, Stage, learning_rate, run
+from training.loop import Stage, run
 from training.plots import draw_curves, read_curves
 from training.progress import Means, Table, read_table
 
@@ -392,10 +393,10 @@ def test_a_table_drops_later_and_torn_rows_and_takes_new_columns(tmp_path: Path)
 
 
 def test_learning_rate_warms_up_and_decays_to_zero() -> None:
-    settings = LoopConfig(out=Path(), steps=100, warmup=10)
-    rates = [learning_rate(step, settings) for step in range(101)]
+    rates = [learning_rate(step, 100, 10, decay=True) for step in range(101)]
     assert rates[0] == 0.1
     assert rates[9] == rates[10] == 1.0
     assert rates[55] == pytest.approx(0.5)
     assert rates[100] == pytest.approx(0.0)
-    assert learning_rate(90, LoopConfig(out=Path(), decay=False)) == pytest.approx(0.91)
+    assert learning_rate(90, 100, 100, decay=False) == pytest.approx(0.91)
+    assert learning_rate(0, 5, 0.15, decay=True) == 1.0  # less than the first second of a box

@@ -185,10 +185,10 @@ class Cut:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the maps: what is computed in; fp32 ones in files are halved to fp16.
+        """Of the maps: what is computed in, but fp32 is kept in files as fp16.
 
-        Rounding maps of fp32 to fp16 changes a picture by up to 4 levels of 255 where a network
-        of random weights amplifies it, by 0.005 without.
+        Measured on one photo with Nano 7, largest difference to the whole picture in levels of 255:
+        3e-5 in fp32, 0.25 in bf16; with fp16 maps of an fp32 network up to 4 at random weights.
         """
         on_disk = self.folder is not None and self.like.dtype == torch.float32
         return torch.float16 if on_disk else self.like.dtype

@@ -6,7 +6,7 @@ uint8; what is computed per pixel (`finish`) runs on the device where the batch 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from copy import copy
 from dataclasses import asdict, dataclass
 from itertools import count
@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from diff_restorer.degradations import KINDS, PHYSICAL_ORDER, degrade, sample_severity
+from diff_restorer.detail import tone_quantiles
 
 from .interruption import leave_group
 from .pairs import PairedPhotos
@@ -29,7 +30,7 @@ Batch = dict[str, Tensor]
 
 UNKNOWN_SEVERITY = -1.0
 """In `severities`, of the kind of a pair."""
-PICTURES = frozenset({"gt", "lq", "clip_view", "native_view", "tone"})
+PICTURES = frozenset({"gt", "lq", "clip_view", "native_view", "tone", "quantiles"})
 """What a batch may hold beside its labels; a program names those that it reads."""
 
 
@@ -88,7 +89,8 @@ class Item(NamedTuple):
     pair_lq: Tensor
     """Their degraded halves, (Q, 3, S, S) uint8."""
     groups: Sequence[tuple[str, Tensor, Tensor]]
-    """Each kind, the parts that get it (G,) and its severities there (G,), in physical order."""
+    """Each kind, the parts that get it (G,) and its severities there (G,), in physical order. The
+    severities stay on the host, where the parameters of degradations are drawn."""
     labels: Batch
     """What the batch says of parts and crops; see `RestorationBatches.finish`."""
     corners: Tensor
@@ -298,35 +300,39 @@ class RestorationBatches(Dataset[Item]):
             `native_view`: likewise, a window of it that is not resized where it is large enough;
             `tone`: (P, 6) float32, how much brighter the clean part is than the degraded one in R,
             G and B, and how much higher its standard deviation is;
+            `quantiles`: (P, 48) float32, `tone_quantiles` of the whole degraded part;
 
             and always: `part`: (B,) int64, the part of each crop; `kinds`: (P, N) float32, 1 for
             each kind in the part (`clean` where there is none); `severities`: (P, N) in [0, 1], 0
             for kinds that are not there and for `clean`, `UNKNOWN_SEVERITY` for a pair's kind;
             `label`: (P,) int64, the kind of the highest severity.
         """
-        item = to_device(item, device)
         generator = torch.Generator().manual_seed(item.seed)
-        clean = item.clean.float() / 255
+        clean = to_device(item.clean, device).float() / 255
         degraded = clean.clone()
         for kind, rows, severity in item.groups:
-            degraded[rows] = degrade(kind, degraded[rows], severity, generator)
+            places = to_device(rows, device)
+            degraded[places] = degrade(kind, degraded[places], severity, generator)
         degraded = to_8_bit(degraded)
         if len(item.pair_rows):
-            degraded[item.pair_rows] = item.pair_lq.float() / 255
-        batch = dict(item.labels)
-        for key, photo in (("gt", clean), ("lq", degraded)):
-            if key in self.reads:
-                batch[key] = windows(photo, self.crop, batch["part"], item.corners)
-        if "clip_view" in self.reads:
-            batch["clip_view"] = clip_view(degraded, self.clip_size)
-        if "native_view" in self.reads:
-            every = torch.arange(len(degraded), device=device)
-            side = min(self.clip_size, self.part)
-            near = windows(degraded, side, every, item.view_corners)
-            batch["native_view"] = clip_view(near, self.clip_size)
-        if "tone" in self.reads:
-            batch["tone"] = _tone(clean) - _tone(degraded)
-        return batch
+            ready = to_device(item.pair_lq, device).float() / 255
+            degraded[to_device(item.pair_rows, device)] = ready
+        labels = {key: to_device(value, device) for key, value in item.labels.items()}
+        return labels | self._cut(clean, degraded, labels["part"], item)
+
+    def _cut(self, clean: Tensor, degraded: Tensor, part: Tensor, item: Item) -> Batch:
+        """What `reads` names of both parts, (P, 3, S, S)."""
+        corners, near = (to_device(c, part.device) for c in (item.corners, item.view_corners))
+        side, every = min(self.clip_size, self.part), torch.arange(len(clean), device=part.device)
+        make: dict[str, Callable[[], Tensor]] = {
+            "gt": lambda: windows(clean, self.crop, part, corners),
+            "lq": lambda: windows(degraded, self.crop, part, corners),
+            "clip_view": lambda: clip_view(degraded, self.clip_size),
+            "native_view": lambda: clip_view(windows(degraded, side, every, near), self.clip_size),
+            "tone": lambda: _tone(clean) - _tone(degraded),
+            "quantiles": lambda: tone_quantiles(degraded),
+        }
+        return {key: make[key]() for key in sorted(self.reads)}
 
     def _draw(self, index: int, kind: str | None, generator: torch.Generator) -> Drawn:
         """Part `index` of the endless row of parts, of any kind where none is given."""
@@ -411,17 +417,9 @@ def windows(photo: Tensor, side: int, rows: Tensor, corners: Tensor) -> Tensor:
     return every[rows, :, corners[0], corners[1]]
 
 
-def to_device(value: Any, device: torch.device) -> Any:
-    """Tensors in nested tuples, lists and dicts, moved without waiting."""
-    if isinstance(value, Tensor):
-        return value.to(device, non_blocking=True)
-    if isinstance(value, dict):
-        return {key: to_device(inner, device) for key, inner in value.items()}
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(to_device(inner, device) for inner in value))
-    if isinstance(value, (tuple, list)):
-        return [to_device(inner, device) for inner in value]
-    return value
+def to_device(value: Tensor, device: torch.device) -> Tensor:
+    """Moved without waiting, where its memory is pinned."""
+    return value.to(device, non_blocking=True)
 
 
 def _tone(image: Tensor) -> Tensor:

@@ -285,7 +285,7 @@ def main(config: Config) -> Path:
     if "decoder.vae." not in found:
         models.start_decoder()
     prepare(models, config)
-    reads = {"gt", "lq", models.degradation_key}
+    reads = {"gt", "lq", "quantiles", models.degradation_key}
     train, fixed = open_data(config.data, models.sizes, config.loop.seed, models.types, reads)
     validation = to_home(fixed)
     train = train.sized(config.loop.batch_size)

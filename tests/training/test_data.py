@@ -29,7 +29,6 @@ from training.data import (
     RestorationBatches,
     clip_view,
     load,
-    to_device,
 )
 from training.models import Sizes
 from training.parts import cut_clean
@@ -60,9 +59,13 @@ def drawn(batches: Batches, number: int) -> dict[str, Tensor]:
 
 
 def occurs(crop: Tensor, photo: Tensor) -> bool:
-    side = crop.shape[-1]
-    windows = photo.unfold(1, side, 1).unfold(2, side, 1)  # (3, rows, columns, side, side)
-    return bool((windows == crop[:, None, None]).all(-1).all(-1).all(0).any())
+    """Whether a noisy crop is a window of the photo; its corners alone would be found once."""
+    side, reach = 6, crop.shape[-1] - 6
+    places = photo.unfold(1, side, 1).unfold(2, side, 1)  # (3, rows, columns, side, side)
+    first, last = crop[:, :side, :side], crop[:, -side:, -side:]
+    found = (places[:, :-reach, :-reach] == first[:, None, None]).all(-1).all(-1).all(0)
+    ends = (places[:, reach:, reach:] == last[:, None, None]).all(-1).all(-1).all(0)
+    return bool((found & ends).any())
 
 
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
@@ -463,9 +466,6 @@ def test_an_item_travels_as_bytes_and_is_finished_elsewhere(folder: Path) -> Non
     (item,) = loader
     assert item.clean.dtype == item.pair_lq.dtype == torch.uint8
     assert same(batches.finish(item, torch.device("cpu")), drawn(batches, 5))
-    nested = to_device({"a": [torch.ones(2), ("haze", torch.zeros(3))]}, torch.device("meta"))
-    assert nested["a"][0].device.type == nested["a"][1][1].device.type == "meta"
-    assert nested["a"][1][0] == "haze"
 
 
 def test_processes_share_what_one_that_accumulates_sees() -> None:

@@ -41,7 +41,7 @@ class Points(Dataset[dict[str, Tensor]]):
         return {"x": x, "y": x.sum(dim=1, keepdim=True)}
 
     def finish(self, item: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-        return to_device(item, device)
+        return {name: to_device(value, device) for name, value in item.items()}
 
 
 def config(out: Path, **changes: Any) -> LoopConfig:

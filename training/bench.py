@@ -1,11 +1,12 @@
-"""Stage 1 against diffusers' ControlNet training step: `python -m training.bench --help`.
+"""Stage 1 against diffusers' ControlNet training step, and the data path alone:
+`python -m training.bench --help`.
 
-Both train a control module of the same UNet on the same batch and resolution, in the precision that
-training takes on this device (bf16 where it computes in it, else fp32); weights are random.
-Diffusers' step is that of its examples/controlnet/train_controlnet.py: one VAE encode, 77 text
-tokens, a hint image of the same size, a frozen UNet. Ours reads the degraded photo by CLIP, encodes
-both photos, trains the prompt processor through the whole UNet and classifies. Each variant is a
-process of its own, so that peak memory is its own, too.
+Both steps train a control module of the same UNet on the same batch and resolution, in the
+precision that training takes on this device (bf16 where it computes in it, else fp32); weights are
+random. Diffusers' step is that of its examples/controlnet/train_controlnet.py: one VAE encode, 77
+text tokens, a hint image of the same size, a frozen UNet. Ours reads the degraded photo by CLIP,
+encodes both photos, trains the prompt processor through the whole UNet and classifies. Each variant
+is a process of its own, so that peak memory is its own, too.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
+from itertools import count
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,14 +29,13 @@ import torch
 import tyro
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import default_collate
 
 from diff_restorer.checkpoint import EPSILON
 from diff_restorer.prompt_processor import DEFAULT_TYPES
 from diff_restorer.views import WHOLE
 
-from .common import DataConfig, ModelConfig, half, home
-from .data import RestorationSamples
+from .common import DataConfig, ModelConfig, half, home, open_data
+from .data import RestorationBatches
 from .diffusion import TIMESTEPS, scheduler
 from .loop import LoopConfig
 from .models import SD15_LATENT_SCALE, Models
@@ -88,6 +89,9 @@ class Config:
     """Measured steps after one to warm up; 0 is 10, or 2 at SD 1.5's size on a CPU."""
     table_batches: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
     """Batch sizes of the GPU's table; each takes four processes, two of which compile."""
+    data: Path | None = None
+    """Clean photos: measure the data path of Nano's stage 2 alone on them, on one core or on the
+    GPU, and nothing else."""
     variant: str = ""
     """A `Variant` as JSON: measure it in this process and print JSON (used by the program)."""
 
@@ -97,6 +101,10 @@ def main(config: Config) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     if config.variant:
         sys.stdout.write(json.dumps(measure(Variant(**json.loads(config.variant)))) + "\n")
+        return
+    if config.data is not None:
+        results = [measure_data(config.data, crops) for crops in (1, 4)]
+        config.out.write_text(json.dumps(results, indent=1))
         return
     gpu = torch.cuda.is_available()
     results: list[dict[str, Any]] = []
@@ -187,7 +195,6 @@ def measure(variant: Variant) -> dict[str, Any]:
         mark = time.process_time()
         batch = next(batches)
         degrading.append(time.process_time() - mark)
-        batch = {key: value.to(device) for key, value in batch.items()}
         _synchronize()
         mark, worked = time.perf_counter(), time.process_time()
         with torch.autocast(device.type, precision, enabled=precision != torch.float32):
@@ -218,6 +225,27 @@ def measure(variant: Variant) -> dict[str, Any]:
     return asdict(variant) | found
 
 
+def measure_data(photos: Path, crops_per_part: int, batches: int = 40) -> dict[str, Any]:
+    """Crops per second, and per second of processor time, that stage 2 is given: 16 of 128 px and
+    the P_D view of each part in a batch, all kinds, photos decoded before."""
+    torch.set_num_threads(1)
+    config = DataConfig(photos, crops_per_part=crops_per_part, validation_samples=1)
+    train, _ = open_data(config, Sizes(), seed=0, reads={"gt", "lq", "native_view", "quantiles"})
+    train = train.sized(16)
+    train.finish(train[0], home())
+    _synchronize()
+    mark, worked = time.perf_counter(), time.process_time()
+    for number in range(1, batches + 1):
+        train.finish(train[number], home())
+    _synchronize()
+    passed, work = time.perf_counter() - mark, time.process_time() - worked
+    found = {"crops_per_part": crops_per_part, "crops_per_s": 16 * batches / passed,
+             "crops_per_cpu_s": 16 * batches / work}  # fmt: skip
+    log.info("data path, %d crops per part: %.1f crops/s, %.1f per second of processor",
+             *found.values())  # fmt: skip
+    return found
+
+
 def _batches(variant: Variant, sizes: Sizes) -> Iterator[dict[str, Tensor]]:
     """Batches that the data processes would make beside the step: random photos, degraded."""
     generator = torch.Generator().manual_seed(0)
@@ -225,16 +253,17 @@ def _batches(variant: Variant, sizes: Sizes) -> Iterator[dict[str, Tensor]]:
     coarse = torch.rand(4, 3, 24, 24, generator=generator)
     smooth = F.interpolate(coarse, size=(side, side), mode="bicubic").clamp(0, 1)
     photos = [(photo * 255).byte() for photo in smooth]
-    samples = RestorationSamples(
+    batches = RestorationBatches(
         photos,
+        batch_size=variant.batch_size,
         crop=variant.resolution,
         clip_size=sizes.vision_image,
         seed=0,
         kinds=DEFAULT_TYPES,
+        reads={"gt", "lq", "clip_view"},
     )
-    size = variant.batch_size
-    for start in range(0, 10**9, size):
-        yield default_collate([samples[index] for index in range(start, start + size)])
+    for number in count():
+        yield batches.finish(batches[number], home())
 
 
 Step = Callable[[dict[str, Tensor]], Tensor]

@@ -5,14 +5,13 @@ from __future__ import annotations
 import logging
 import os
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.utils.data import default_collate
 
 from diff_restorer.checkpoint import EPSILON, CheckpointInfo, read_checkpoint
 from diff_restorer.degradations import ALL_KINDS, KINDS
@@ -20,12 +19,14 @@ from diff_restorer.native import has_native_bf16
 from diff_restorer.prompt_processor import DEFAULT_TYPES
 from diff_restorer.views import WHOLE
 
-from .data import Mixing, RestorationSamples
+from .data import PICTURES, Mixing, RestorationBatches
 from .models import CLIP_MEAN, CLIP_STD, NANO, SD15, Models, check_base
 from .networks import Sizes, sizes_of
 from .pairs import PairedPhotos
 from .photos import CleanPhotos, PhotoStore
 from .pretrained import Sd15Config, open_base
+
+log = logging.getLogger(__name__)
 
 Precision = Literal["auto", "no", "bf16", "fp16"]
 """Mixed precision; `auto` is bf16 where the device computes in it, else `no`. fp16 needs a GPU."""
@@ -33,7 +34,7 @@ Precision = Literal["auto", "no", "bf16", "fp16"]
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where photos come from and how samples are cut.
+    """Where photos come from, and how they are degraded and cut.
 
     Clean photos are degraded on the fly; pairs bring their own degradation. All kinds are drawn
     equally often, whatever the source, but for those to `oversample`.
@@ -47,10 +48,7 @@ class DataConfig:
     RealSR, DA-CLIP's type/LQ|GT) or as tar shards: PATH, or KIND=PATH or LAYOUT=PATH where the
     folder does not say it."""
     pair_share: float = 0.5
-    """Share of pairs among the samples of a kind that has pairs; with 1 it has no others."""
-    darker: float = 0.0
-    """Share of clean photos that are first exposed for up to 2 stops less, so that a dark photo is
-    not always taken for low light; not those that low light or haze is put on."""
+    """Share of pairs among the photos of a kind that has pairs; with 1 it has no others."""
     softer: float = 0.0
     """Share of clean photos that first lose up to 2.5 times in resolution, so that the soft pixels
     of a camera are not taken for blur; not those that blur is put on."""
@@ -59,8 +57,12 @@ class DataConfig:
     once more. Meant for a run that goes on from a finished file to mend its weakest kinds."""
     mixing: Mixing = field(default_factory=Mixing)
     """Several degradations at once (clean photos only)."""
+    part: int = 320
+    """Side of the parts of photos that are degraded, pixels; `crop` where that is more."""
     crop: int = 128
     """Side of the training crop in pixels, a multiple of 8 * 2^(UNet levels - 1)."""
+    crops_per_part: int = 1
+    """Crops that share a degraded part and its P_D: degrading costs more than cutting."""
     held_out: int = 40
     """Every n-th photo, and every n-th clean photo of each kind of pairs, is for validation."""
     validation_samples: int = 18
@@ -80,8 +82,8 @@ class ModelConfig:
     sd15: Sd15Config = field(default_factory=Sd15Config)
     """Stable Diffusion 1.5 and its vision tower, frozen."""
     types: tuple[str, ...] = ()
-    """Names of the degradation types; none: those of `init`, else Nano has the eight and `clean`,
-    SD 1.5 the eight."""
+    """Names of the degradation types where no file of `init` has a classifier, whose names stay;
+    none: Nano has the eight and `clean`, SD 1.5 the eight."""
     gradient_checkpointing: bool = False
     """Less memory for a third more time: stage 1 computes activations twice."""
 
@@ -126,12 +128,14 @@ def _sizes(config: ModelConfig, sizes: Sizes) -> Sizes:
 
 
 def _types(config: ModelConfig, default: tuple[str, ...]) -> tuple[str, ...]:
-    """The configured types, else those of the last file with a classifier, else `default`."""
+    """Those of the last file with a classifier, else the configured types, else `default`."""
     if unknown := set(config.types) - set(ALL_KINDS):
         raise ValueError(f"--model.types: unknown {sorted(unknown)}; known are {ALL_KINDS}")
     opened = [read_checkpoint(path, required=()) for path in config.init]
     written = [file.info.types for file in opened if file.has("prompt_processor.")]
-    return config.types or (written[-1] if written else default)
+    if written and config.types and config.types != written[-1]:
+        log.info("--model.types: %s has its own, which stay: %s", config.init[-1], written[-1])
+    return written[-1] if written else config.types or default
 
 
 def home() -> torch.device:
@@ -160,11 +164,23 @@ def to_home(batch: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def open_data(
-    config: DataConfig, sizes: Sizes, seed: int, kinds: Sequence[str] = KINDS
-) -> tuple[RestorationSamples, dict[str, Tensor]]:
-    """Training samples and one fixed validation batch from photos that training never sees.
+    config: DataConfig,
+    sizes: Sizes,
+    seed: int,
+    kinds: Sequence[str] = KINDS,
+    reads: Set[str] = PICTURES,
+) -> tuple[RestorationBatches, dict[str, Tensor]]:
+    """Training batches and one fixed validation batch from photos that training never sees.
 
-    Validation has one degradation per sample, whatever the mixing, so that its scores compare.
+    Validation has one kind per photo, all in turn, and one crop of each, whatever the training has,
+    so that its scores compare.
+
+    Args:
+        config: Photos, and how they are degraded and cut.
+        sizes: Of the networks that read them.
+        seed: Of all draws.
+        kinds: Types of degradations.
+        reads: What the program reads in training; the rest is not made. Validation has it all.
 
     Raises:
         ValueError: There is neither a photo nor a pair, nothing is left for one of both parts, or
@@ -191,29 +207,24 @@ def open_data(
             f"validation, which takes every one in {config.held_out}; give more photos"
         )
     train, validation = (
-        RestorationSamples(
+        RestorationBatches(
             parts[place],
+            part=config.part,
             crop=config.crop,
+            crops_per_part=config.crops_per_part,
             clip_size=sizes.vision_image,
             seed=seed + place,
+            reads=reads if place == 0 else PICTURES,
             kinds=kinds,
             mixing=config.mixing if place == 0 else None,
             pairs=pairs[place],
             pair_share=config.pair_share,
-            darker=config.darker if place == 0 else 0.0,
             softer=config.softer if place == 0 else 0.0,
             oversample=config.oversample if place == 0 else (),
         )
         for place in (0, 1)
     )
-    chosen: list[dict[str, Tensor]] = []
-    index = 0
-    while len(chosen) < config.validation_samples:  # kinds are random per index: take them in turn
-        sample = validation[index]
-        if int(sample["label"]) == len(chosen) % len(kinds):
-            chosen.append(sample)
-        index += 1
-    return train, default_collate(chosen)
+    return train, validation.fixed(config.validation_samples)
 
 
 def _check(config: DataConfig, sizes: Sizes) -> None:
@@ -222,6 +233,8 @@ def _check(config: DataConfig, sizes: Sizes) -> None:
         raise ValueError(
             f"--data.crop: {config.crop} pixels do not fit this UNet; give a multiple of {multiple}"
         )
+    if config.crops_per_part < 1:
+        raise ValueError(f"--data.crops-per-part: found {config.crops_per_part}; give at least 1")
     if config.held_out < 2:
         raise ValueError(
             f"--data.held-out: found {config.held_out}; give at least 2, of which one trains"
@@ -233,10 +246,15 @@ def _check(config: DataConfig, sizes: Sizes) -> None:
 
 
 def in_batches(batch: dict[str, Tensor], size: int) -> Iterator[dict[str, Tensor]]:
-    """Its samples, `size` at a time: what trains in memory must also be validated in it."""
-    count = len(next(iter(batch.values())))
-    for start in range(0, count, size):
-        yield {key: value[start : start + size] for key, value in batch.items()}
+    """Validation samples, `size` at a time: what trains in memory must also be validated in it.
+
+    Args:
+        batch: Of one crop per part.
+        size: Most samples at once.
+    """
+    for start in range(0, len(batch["part"]), size):
+        some = {key: value[start : start + size] for key, value in batch.items()}
+        yield some | {"part": some["part"] - start}
 
 
 def checkpoint_info(models: Models, config: dict[str, Any]) -> CheckpointInfo:

@@ -1,27 +1,37 @@
-"""Photos in, degraded training samples out; every sample is a function of (seed, index)."""
+"""Photos in, degraded batches out: batch number n is a function of (seed, n) alone.
+
+What is drawn and cut on the host (`RestorationBatches.__getitem__`, in data processes) travels as
+uint8; what is computed per pixel (`finish`) runs on the device where the batch is needed.
+"""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from copy import copy
 from dataclasses import asdict, dataclass
 from itertools import count
-from typing import Any
+from typing import Any, NamedTuple, Protocol, Self, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 
-from diff_restorer.degradations import KINDS, degrade_chain, sample_severity
+from diff_restorer.degradations import KINDS, PHYSICAL_ORDER, degrade, sample_severity
+from diff_restorer.detail import tone_quantiles
 
+from .interruption import leave_group
 from .pairs import PairedPhotos
+from .parts import cut_clean, cut_pair
 from .photos import fingerprint
 
+Batch = dict[str, Tensor]
+
 UNKNOWN_SEVERITY = -1.0
-"""`severity` of samples from pairs."""
+"""In `severities`, of the kind of a pair."""
+PICTURES = frozenset({"gt", "lq", "clip_view", "native_view", "tone", "quantiles"})
+"""What a batch may hold beside its labels; a program names those that it reads."""
 
 
 def clip_view(image: Tensor, size: int) -> Tensor:
@@ -48,25 +58,112 @@ def to_8_bit(image: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Mixing:
-    """How often several degradations meet in one sample; by default never, as in the paper.
-
-    Degradations in a mix are milder, each by the square root of their number, so that the whole is
-    about as bad as one alone.
-    """
+    """How often several degradations meet in one photo; by default never, as in the paper."""
 
     chain: float = 0.0
-    """Share of samples with one or two more kinds, in their physical order."""
+    """Share of degraded photos with one or two more kinds, each at any severity."""
     low_res: float = 0.0
-    """Share of samples that also lose resolution, which no label tells."""
+    """Share of degraded photos that also lose resolution, which no label tells."""
     second_order: float = 0.0
-    """Share of samples that also pass Real-ESRGAN's second-order chain, which no label tells."""
+    """Share of them that also pass Real-ESRGAN's second-order chain, which no label tells."""
 
 
-class RestorationSamples(Dataset[dict[str, Tensor]]):
-    """Endless aligned training samples: a part of a photo, degraded, and a crop of it.
+class Drawn(NamedTuple):
+    """A part of a photo and what is decided of it."""
 
-    Sample `index` is a function of (seed, index) alone, for any index from 0; without pairs, each
-    run of `len(photos)` indices visits every photo once.
+    clean: Tensor
+    """(3, S, S) uint8."""
+    lq: Tensor | None
+    """The degraded half of a pair, (3, S, S) uint8."""
+    levels: dict[str, float]
+    """Severity of each kind."""
+
+
+class Item(NamedTuple):
+    """A batch before it is degraded, as it travels: P parts of side S, B crops."""
+
+    clean: Tensor
+    """(P, 3, S, S) uint8."""
+    pair_rows: Tensor
+    """Parts that come degraded, (Q,) int64."""
+    pair_lq: Tensor
+    """Their degraded halves, (Q, 3, S, S) uint8."""
+    groups: Sequence[tuple[str, Tensor, Tensor]]
+    """Each kind, the parts that get it (G,) and its severities there (G,), in physical order. The
+    severities stay on the host, where the parameters of degradations are drawn."""
+    labels: Batch
+    """What the batch says of parts and crops; see `RestorationBatches.finish`."""
+    corners: Tensor
+    """Top and left of each crop in its part, (2, B) int64."""
+    view_corners: Tensor
+    """Likewise of the window of each part that P_D is read from, (2, P)."""
+    seed: int
+    """Of all that is drawn while degrading."""
+
+
+class Batches(Protocol):
+    """What the loop trains on."""
+
+    def __len__(self) -> int:
+        """Samples of one epoch."""
+        ...
+
+    def __getitem__(self, number: int) -> Any:
+        """The item of any batch number from 0, a function of that number alone."""
+        ...
+
+    def sized(self, batch_size: int) -> Self:
+        """The same with another number of samples in each batch."""
+        ...
+
+    def finish(self, item: Any, device: torch.device) -> Batch:
+        """The batch of an item, on that device."""
+        ...
+
+
+class Finished(Dataset[Batch]):
+    """Batches that are finished where they are drawn: in the data processes of a CPU."""
+
+    def __init__(self, batches: Batches) -> None:
+        self.batches = batches
+
+    def __getitem__(self, number: int) -> Batch:
+        return self.batches.finish(self.batches[number], torch.device("cpu"))
+
+
+def load(
+    batches: Batches, numbers: Iterable[int], device: torch.device, workers: int = 0
+) -> Iterator[Batch]:
+    """The batches of these numbers on a device, in order.
+
+    On a CPU data processes do all the work; beside a GPU they draw and cut, and the rest happens on
+    the device.
+
+    Args:
+        batches: What draws and finishes them.
+        numbers: Of the batches; may be endless.
+        device: Where they are needed.
+        workers: Data processes; 0 is this process alone.
+    """
+    here = device.type == "cpu"
+    loader: DataLoader[Any] = DataLoader(
+        Finished(batches) if here else cast(Dataset[Any], batches),
+        sampler=numbers,
+        batch_size=None,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        prefetch_factor=4 if workers else None,
+        pin_memory=not here,
+        worker_init_fn=leave_group,
+    )
+    for item in loader:
+        yield item if here else batches.finish(item, device)
+
+
+class RestorationBatches(Dataset[Item]):
+    """Endless batches of aligned crops from parts of photos, each part degraded once.
+
+    Without pairs, each run of `len(photos)` parts visits every photo once.
     """
 
     def __init__(
@@ -76,95 +173,73 @@ class RestorationSamples(Dataset[dict[str, Tensor]]):
         crop: int,
         clip_size: int,
         seed: int,
+        batch_size: int = 1,
+        part: int = 320,
+        crops_per_part: int = 1,
+        reads: Set[str] = PICTURES,
         kinds: Sequence[str] = KINDS,
         mixing: Mixing | None = None,
         pairs: PairedPhotos | None = None,
         pair_share: float = 0.5,
-        darker: float = 0.0,
         softer: float = 0.0,
         oversample: Sequence[str] = (),
     ) -> None:
-        """Makes samples of photos and pairs.
+        """Makes batches of photos and pairs.
 
         Args:
             photos: Clean photos, (3, H, W) uint8 each; at least one.
             crop: Side of `gt` and `lq`, pixels.
-            clip_size: Side of `clip_view`, pixels.
-            seed: Another seed gives other samples.
+            clip_size: Side of `clip_view` and `native_view`, pixels.
+            seed: Another seed gives other batches.
+            batch_size: Crops in a batch.
+            part: Side of the parts of photos that are degraded, pixels; at least `crop` is taken.
+            crops_per_part: Crops cut from each, at most.
+            reads: Which of `PICTURES` are made.
             kinds: Degradations, drawn uniformly unless `oversample` is given; `label` is the place
                 in this list.
             mixing: How often clean photos get several degradations at once.
             pairs: Degraded and clean photos.
-            pair_share: Share of the samples of a kind that are pairs, where there are pairs of it;
+            pair_share: Share of the parts of a kind that are pairs, where there are pairs of it;
                 the others are degraded on the fly.
-            darker: Share of clean photos that are first exposed for up to 2 stops less, so that a
-                dark photo is not always one to brighten; not those for `low_light` and `haze`.
-            softer: Share of clean photos that first lose up to 2.5 times in resolution, as the
-                pixels of a camera are softer than those of reduced photos; not those for `blur` and
-                `low_res`.
+            softer: Share of clean photos whose pixels are softened, see `cut_clean`; not those for
+                `blur` and `low_res`.
             oversample: Kinds to draw more often; each mention adds a kind's own share once more.
 
         Raises:
-            ValueError: There is no photo, or `oversample` names what `kinds` lacks.
+            ValueError: There is no photo, or `oversample` or `reads` name what there is not.
         """
         if not photos:
             raise ValueError("photos: a sample needs a clean photo, found none")
         if unknown := set(oversample) - set(kinds):
             raise ValueError(f"oversample: unknown {sorted(unknown)}; known are {tuple(kinds)}")
+        if unknown := reads - PICTURES:
+            raise ValueError(f"reads: unknown {sorted(unknown)}; known are {sorted(PICTURES)}")
         self.photos, self.crop, self.clip_size = photos, crop, clip_size
         self.seed, self.kinds, self.oversample = seed, tuple(kinds), tuple(oversample)
+        self.batch_size, self.crops_per_part, self.reads = batch_size, crops_per_part, reads
+        self.part = max(part, crop)
         self.mixing = mixing or Mixing()
         self.pairs = pairs.by_kind() if pairs else {}
-        self.pair_share, self.darker, self.softer = pair_share, darker, softer
+        self.pair_share, self.softer = pair_share, softer
 
     def __len__(self) -> int:
         """Samples of one epoch: as many as there are photos or pairs, whichever are more."""
         return max(len(self.photos), sum(map(len, self.pairs.values())))
 
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        """Returns one sample.
+    def sized(self, batch_size: int) -> Self:
+        """The same photos and settings in batches of another size."""
+        other = copy(self)
+        other.batch_size = batch_size
+        return other
 
-        Returns:
-            `gt`, `lq`: (3, crop, crop) float32 in [0, 1], aligned, in steps of 1/255;
-            `clip_view`: (3, clip_size, clip_size), the whole degraded part squashed;
-            `native_view`: likewise, a window of it that is not resized where it is large enough;
-            `kinds`: (N,) float32, 1 for each kind in the sample (`clean` where there is none);
-            `label`: int64, the kind of the highest severity;
-            `severity`: float32 in [0, 1], the highest, of `clean` 0; `UNKNOWN_SEVERITY` for pairs;
-            `tone`: (6,) float32, how much brighter the clean part is than the degraded one in R, G
-            and B, and how much higher its standard deviation is.
-        """
-        generator = seeded(self.seed, 1, index)
-        kind = None
-        if self.pairs:  # the kind comes first, as it decides on the source
-            kind = self._draw_kind(generator)
-            paired = self.pairs.get(kind)
-            if paired and torch.rand((), generator=generator) < self.pair_share:
-                lq, gt = paired[int(torch.randint(len(paired), (), generator=generator))]
-                part, degraded = self._pair_part(torch.cat((gt, lq)), generator).split(3, dim=1)
-                return self._sample(part, degraded, {kind: UNKNOWN_SEVERITY}, generator)
-        epoch, place = divmod(index, len(self.photos))
-        order = torch.randperm(len(self.photos), generator=seeded(self.seed, 0, epoch))
-        part = self._part(self.photos[int(order[place])], generator)
-        levels = self._draw_levels(kind or self._draw_kind(generator), generator)
-        for change, share, not_for in (
-            (_darker, self.darker, {"low_light", "haze"}),
-            (_softer, self.softer, {"blur", "low_res"}),
-        ):
-            if share > 0 and not levels.keys() & not_for and _chance(share, generator):
-                part = change(part, generator)
-        severities = torch.tensor([list(levels.values())])
-        degraded = to_8_bit(degrade_chain(tuple(levels), part, severities, generator))
-        return self._sample(part, degraded, levels, generator)
-
-    def with_seed(self, seed: int) -> RestorationSamples:
-        """The samples that another seed gives of the same photos."""
+    def with_seed(self, seed: int) -> Self:
+        """The batches that another seed gives of the same photos."""
         other = copy(self)
         other.seed = seed
         return other
 
     def origin(self) -> dict[str, Any]:
-        """What its samples are a function of, as JSON values; of the photos names and sizes."""
+        """What its batches are a function of, as JSON values; of the photos names and sizes."""
         return {
             "seed": self.seed,
             "photos": len(self.photos),
@@ -179,138 +254,182 @@ class RestorationSamples(Dataset[dict[str, Tensor]]):
             "pair_share": self.pair_share,
             "kinds": list(self.kinds),
             "mixing": asdict(self.mixing),
+            "batch_size": self.batch_size,
+            "part": self.part,
+            "crops_per_part": self.crops_per_part,
             "crop": self.crop,
             "clip_size": self.clip_size,
-            "darker": self.darker,
             "softer": self.softer,
             "oversample": list(self.oversample),
         }
+
+    def __getitem__(self, number: int) -> Item:
+        """Draws batch `number` and cuts its parts from the photos."""
+        generator = seeded(self.seed, 1, number)
+        parts = -(-self.batch_size // self.crops_per_part)
+        drawn = [self._draw(number * parts + row, None, generator) for row in range(parts)]
+        return self._item(drawn, self.batch_size, generator)
+
+    def fixed(self, size: int, at_once: int = 16) -> Batch:
+        """A batch of one crop per part, the kinds in turn, whatever the share of each.
+
+        Args:
+            size: Crops.
+            at_once: How many are degraded together, which bounds the memory.
+        """
+        chunks: list[Batch] = []
+        for first in range(0, size, at_once):
+            generator = seeded(self.seed, 4, first)
+            places = range(first, min(size, first + at_once))
+            wanted = [self.kinds[place % len(self.kinds)] for place in places]
+            drawn = [self._draw(*both, generator) for both in zip(places, wanted, strict=True)]
+            item = self._item(drawn, len(drawn), generator)
+            chunks.append(self.finish(item, torch.device("cpu")))
+        whole = {key: torch.cat([chunk[key] for chunk in chunks]) for key in chunks[0]}
+        return whole | {"part": torch.arange(size)}
+
+    @torch.no_grad()
+    def finish(self, item: Item, device: torch.device) -> Batch:
+        """Degrades and cuts on `device`, without waiting for it.
+
+        Returns:
+            What `reads` names of these, aligned and in steps of 1/255:
+
+            `gt`, `lq`: (B, 3, crop, crop) float32 in [0, 1];
+            `clip_view`: (P, 3, clip_size, clip_size), the whole degraded part squashed;
+            `native_view`: likewise, a window of it that is not resized where it is large enough;
+            `tone`: (P, 6) float32, how much brighter the clean part is than the degraded one in R,
+            G and B, and how much higher its standard deviation is;
+            `quantiles`: (P, 48) float32, `tone_quantiles` of the whole degraded part;
+
+            and always: `part`: (B,) int64, the part of each crop; `kinds`: (P, N) float32, 1 for
+            each kind in the part (`clean` where there is none); `severities`: (P, N) in [0, 1], 0
+            for kinds that are not there and for `clean`, `UNKNOWN_SEVERITY` for a pair's kind;
+            `label`: (P,) int64, the kind of the highest severity.
+        """
+        generator = torch.Generator().manual_seed(item.seed)
+        clean = to_device(item.clean, device).float() / 255
+        degraded = clean.clone()
+        for kind, rows, severity in item.groups:
+            places = to_device(rows, device)
+            degraded[places] = degrade(kind, degraded[places], severity, generator)
+        degraded = to_8_bit(degraded)
+        if len(item.pair_rows):
+            ready = to_device(item.pair_lq, device).float() / 255
+            degraded[to_device(item.pair_rows, device)] = ready
+        labels = {key: to_device(value, device) for key, value in item.labels.items()}
+        return labels | self._cut(clean, degraded, labels["part"], item)
+
+    def _cut(self, clean: Tensor, degraded: Tensor, part: Tensor, item: Item) -> Batch:
+        """What `reads` names of both parts, (P, 3, S, S)."""
+        corners, near = (to_device(c, part.device) for c in (item.corners, item.view_corners))
+        side, every = min(self.clip_size, self.part), torch.arange(len(clean), device=part.device)
+        make: dict[str, Callable[[], Tensor]] = {
+            "gt": lambda: windows(clean, self.crop, part, corners),
+            "lq": lambda: windows(degraded, self.crop, part, corners),
+            "clip_view": lambda: clip_view(degraded, self.clip_size),
+            "native_view": lambda: clip_view(windows(degraded, side, every, near), self.clip_size),
+            "tone": lambda: _tone(clean) - _tone(degraded),
+            "quantiles": lambda: tone_quantiles(degraded),
+        }
+        return {key: make[key]() for key in sorted(self.reads)}
+
+    def _draw(self, index: int, kind: str | None, generator: torch.Generator) -> Drawn:
+        """Part `index` of the endless row of parts, of any kind where none is given."""
+        kind = kind or self._draw_kind(generator)
+        paired = self.pairs.get(kind)
+        if paired and _chance(self.pair_share, generator):
+            lq, gt = paired[int(torch.randint(len(paired), (), generator=generator))]
+            lq, gt = cut_pair(lq, gt, self.part, generator)
+            return Drawn(gt, lq, {kind: UNKNOWN_SEVERITY})
+        epoch, place = divmod(index, len(self.photos))
+        order = torch.randperm(len(self.photos), generator=seeded(self.seed, 0, epoch))
+        levels = self._draw_levels(kind, generator)
+        softer = not levels.keys() & {"blur", "low_res"} and _chance(self.softer, generator)
+        photo = self.photos[int(order[place])]
+        return Drawn(cut_clean(photo, self.part, generator, softer), None, levels)
 
     def _draw_kind(self, generator: torch.Generator) -> str:
         drawn = self.kinds + self.oversample
         return drawn[int(torch.randint(len(drawn), (), generator=generator))]
 
     def _draw_levels(self, kind: str, generator: torch.Generator) -> dict[str, float]:
-        """The kinds of a sample, `kind` and what is mixed in, with their severities."""
+        """The kinds of a part, `kind` and what is mixed in, with their severities."""
+        if kind == "clean":
+            return {"clean": 0.0}
         kinds = [kind]
-
-        def happens(share: float) -> bool:
-            return kind != "clean" and share > 0 and _chance(share, generator)
-
-        if happens(self.mixing.chain):
+        if _chance(self.mixing.chain, generator):
             others = [other for other in self.kinds if other not in (kind, "clean")]
             more = 1 + int(torch.randint(2, (), generator=generator))
             order = torch.randperm(len(others), generator=generator)[:more]
             kinds += [others[place] for place in order.tolist()]
         for extra in ("low_res", "second_order"):
-            if happens(getattr(self.mixing, extra)) and extra not in kinds:
+            if _chance(getattr(self.mixing, extra), generator) and extra not in kinds:
                 kinds.append(extra)
-        scale = math.sqrt(len(kinds))
-        levels = {kind: sample_severity(generator) / scale for kind in kinds}
-        return levels if kind != "clean" else {"clean": 0.0}
+        return {kind: sample_severity(generator) for kind in kinds}
 
-    def _sample(
-        self, part: Tensor, degraded: Tensor, levels: dict[str, float], generator: torch.Generator
-    ) -> dict[str, Tensor]:
-        """Crops both parts, (1, 3, H, W), and names their kinds."""
-        top, left = (
-            int(torch.randint(side - self.crop + 1, (), generator=generator))
-            for side in part.shape[-2:]
+    def _item(self, drawn: Sequence[Drawn], batch_size: int, generator: torch.Generator) -> Item:
+        """Puts parts together: what is done to each, and where its crops are."""
+        pairs = [row for row, part in enumerate(drawn) if part.lq is not None]
+        groups: list[tuple[str, Tensor, Tensor]] = []
+        for kind in PHYSICAL_ORDER:
+            level = {r: p.levels[kind] for r, p in enumerate(drawn) if kind in p.levels}
+            rows = [row for row in level if row not in pairs]
+            if rows and kind != "clean":
+                severity = torch.tensor([level[row] for row in rows])
+                groups.append((kind, torch.tensor(rows), severity))
+        places = self.part - self.crop + 1, max(1, self.part - self.clip_size + 1)
+        return Item(
+            clean=torch.stack([part.clean for part in drawn]),
+            pair_rows=torch.tensor(pairs, dtype=torch.int64),
+            pair_lq=torch.stack([drawn[row].lq for row in pairs] or [drawn[0].clean])[: len(pairs)],
+            groups=groups,
+            labels=self._labels(drawn, batch_size),
+            corners=torch.randint(places[0], (2, batch_size), generator=generator),
+            view_corners=torch.randint(places[1], (2, len(drawn)), generator=generator),
+            seed=int(torch.randint(2**31, (), generator=generator)),
         )
-        window = (0, slice(None), slice(top, top + self.crop), slice(left, left + self.crop))
-        top, left = (
-            int(torch.randint(max(1, side - self.clip_size + 1), (), generator=generator))
-            for side in part.shape[-2:]
-        )
-        near = degraded[..., top : top + self.clip_size, left : left + self.clip_size]
-        named = {kind: level for kind, level in levels.items() if kind in self.kinds}
-        strongest = max(named, key=lambda kind: named[kind])
+
+    def _labels(self, drawn: Sequence[Drawn], batch_size: int) -> Batch:
+        named = [[part.levels.get(kind) for kind in self.kinds] for part in drawn]
+        rank = torch.tensor([[-2.0 if level is None else level for level in row] for row in named])
         return {
-            "gt": part[window].clone(),
-            "lq": degraded[window].clone(),
-            "clip_view": clip_view(degraded, self.clip_size)[0],
-            "native_view": clip_view(near, self.clip_size)[0],
-            "kinds": torch.tensor([float(kind in named) for kind in self.kinds]),
-            "label": torch.tensor(self.kinds.index(strongest)),
-            "severity": torch.tensor(named[strongest]),
-            "tone": _tone(part) - _tone(degraded),
+            "part": torch.arange(batch_size) * len(drawn) // batch_size,
+            "kinds": torch.tensor([[float(level is not None) for level in row] for row in named]),
+            "severities": torch.tensor([[level or 0.0 for level in row] for row in named]),
+            "label": rank.argmax(dim=1),
         }
 
-    def _pair_part(self, both: Tensor, generator: torch.Generator) -> Tensor:
-        """A random part of a pair, (6, H, W) uint8, mirrored or not; (1, 6, H, W) in [0, 1].
 
-        It is not reduced, which would hide noise and JPEG blocks, but has at most as many pixels as
-        the parts of clean photos; a photo smaller than the crop is enlarged just enough.
-        """
-        longest = max(512, 2 * self.crop)
-        shares = torch.rand(2, generator=generator) * 0.4 + 0.6
-        sides = [
-            min(side, max(self.crop, min(longest, round(side * float(share)))))
-            for side, share in zip(both.shape[1:], shares, strict=True)
-        ]
-        part = _window(both, sides, generator)
-        if _chance(0.5, generator):
-            part = part.flip(-1)
-        factor = self.crop / min(sides)
-        return part if factor <= 1 else self._resized(part, factor)
+def windows(photo: Tensor, side: int, rows: Tensor, corners: Tensor) -> Tensor:
+    """Cuts squares at places that the device knows.
 
-    def _part(self, photo: Tensor, generator: torch.Generator) -> Tensor:
-        """A random part of the photo, mirrored or not, mildly reduced; (1, 3, H, W) in [0, 1].
+    Args:
+        photo: (P, 3, H, W).
+        side: Of the squares, pixels.
+        rows: Photo of each, (B,).
+        corners: Top and left of each, (2, B).
 
-        Both sides are at least `crop`: a small photo is enlarged just enough. The long side is at
-        most 512 or two crops where that allows it, to bound the cost of a sample.
-        """
-        whole = _chance(0.2, generator)
-        share = torch.rand(2, generator=generator) * 0.4 + 0.6
-        sides = [
-            side if whole else round(side * float(part))
-            for side, part in zip(photo.shape[1:], share, strict=True)
-        ]
-        part = _window(photo, sides, generator)
-        if _chance(0.5, generator):
-            part = part.flip(-1)
-        reduce = torch.rand(2, generator=generator)
-        factor = 1 - 0.4 * float(reduce[1]) if reduce[0] < 0.5 else 1.0
-        factor = min(factor, max(512, 2 * self.crop) / max(sides))
-        factor = max(factor, self.crop / min(sides))
-        return part if factor == 1.0 else self._resized(part, factor)
+    Returns:
+        (B, 3, side, side).
+    """
+    every = photo.unfold(2, side, 1).unfold(3, side, 1)
+    return every[rows, :, corners[0], corners[1]]
 
-    def _resized(self, part: Tensor, factor: float) -> Tensor:
-        size = [max(self.crop, round(side * factor)) for side in part.shape[-2:]]
-        return to_8_bit(F.interpolate(part, size=size, mode="bicubic", antialias=True))
+
+def to_device(value: Tensor, device: torch.device) -> Tensor:
+    """Moved without waiting, where its memory is pinned."""
+    return value.to(device, non_blocking=True)
 
 
 def _tone(image: Tensor) -> Tensor:
-    """Mean and standard deviation of each channel of (1, 3, H, W), (6,)."""
-    pixels = image[0].flatten(1)
-    return torch.cat([pixels.mean(dim=1), pixels.std(dim=1)])
-
-
-def _darker(part: Tensor, generator: torch.Generator) -> Tensor:
-    """As exposed for up to 2 stops less, through a gamma of 2.2, in steps of 1/255."""
-    stops = 2 * float(torch.rand((), generator=generator))
-    return to_8_bit(part * 2 ** (-stops / 2.2))
-
-
-def _softer(part: Tensor, generator: torch.Generator) -> Tensor:
-    """Reduced by 1 to 2.5 and enlarged again, in steps of 1/255."""
-    factor = 1 + 1.5 * float(torch.rand((), generator=generator))
-    small = [round(side / factor) for side in part.shape[-2:]]
-    small_part = F.interpolate(part, size=small, mode="bicubic", antialias=True)
-    return to_8_bit(F.interpolate(small_part, size=part.shape[-2:], mode="bicubic"))
+    """Mean and standard deviation of each channel, (P, 6)."""
+    spread, mean = torch.std_mean(image.flatten(2), dim=2)
+    return torch.cat([mean, spread], dim=1)
 
 
 def _chance(share: float, generator: torch.Generator) -> bool:
-    return bool(torch.rand((), generator=generator) < share)
-
-
-def _window(photo: Tensor, sides: Sequence[int], generator: torch.Generator) -> Tensor:
-    """A part of these sides at a random place of (C, H, W) uint8; (1, C, h, w) in [0, 1]."""
-    top, left = (
-        int(torch.randint(full - side + 1, (), generator=generator))
-        for full, side in zip(photo.shape[1:], sides, strict=True)
-    )
-    return photo[None, :, top : top + sides[0], left : left + sides[1]].float() / 255
+    return share > 0 and bool(torch.rand((), generator=generator) < share)
 
 
 def seeded(*numbers: int) -> torch.Generator:
@@ -320,33 +439,19 @@ def seeded(*numbers: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(state[0]))
 
 
-class StepSampler(Sampler[list[int]]):
-    """Endless batches of indices; the batch of a step depends on (seed, step, rank) alone.
+class BatchNumbers(Sampler[int]):
+    """Endless numbers of the batches of one process: every `world_size`-th from its rank on.
 
-    Starting at step N therefore continues exactly where a run stopped, and W ranks with a batch of
-    B see what one rank with a batch of W * B sees.
+    Starting at batch N of each process therefore continues exactly where a run stopped, and W
+    processes see what one sees that takes W batches for each of theirs.
     """
 
-    def __init__(
-        self,
-        seed: int,
-        *,
-        start_step: int = 0,
-        batch_size: int,
-        rank: int = 0,
-        world_size: int = 1,
-    ) -> None:
-        if batch_size < 1 or not 0 <= rank < world_size:
+    def __init__(self, start: int = 0, rank: int = 0, world_size: int = 1) -> None:
+        if not 0 <= rank < world_size:
             raise ValueError(
-                f"batch_size must be positive and rank below world_size; found batch_size "
-                f"{batch_size}, rank {rank}, world_size {world_size}"
+                f"rank must be below world_size; found rank {rank}, world_size {world_size}"
             )
-        self.start_step, self.batch_size = start_step, batch_size
-        self.rank, self.world_size = rank, world_size
-        # Every seed walks through its own stretch of the endless row of samples.
-        self.offset = int(torch.randint(2**40, (), generator=seeded(seed)))
+        self.start, self.rank, self.world_size = start, rank, world_size
 
-    def __iter__(self) -> Iterator[list[int]]:
-        for step in count(self.start_step):
-            first = self.offset + (step * self.world_size + self.rank) * self.batch_size
-            yield list(range(first, first + self.batch_size))
+    def __iter__(self) -> Iterator[int]:
+        return count(self.start * self.world_size + self.rank, self.world_size)

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import default_collate
 from tqdm import tqdm
 
 from diff_restorer.checkpoint import read_checkpoint, write_checkpoint
 
 from .checkpoints import compare_file, require_space
-from .common import DataConfig, ModelConfig, open_data, open_models, to_home
+from .common import DataConfig, ModelConfig, home, open_data, open_models, to_home
 from .config import run_program
 from .models import Models
 
@@ -34,16 +33,17 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     """`--model.init` is the file to finish."""
     samples: int = 256
-    """Training samples that the prototypes are averaged over."""
+    """Training photos, in batches of 16, of which those of one kind alone make the prototypes."""
     scores: Path | None = None
     """JSON of evaluation results for the file's metadata."""
 
 
 @torch.no_grad()
-def pooled_p_d(models: Models, batches: list[dict[str, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Pooled P_D (N, C) and labels (N,) of all samples."""
-    pooled = [models.read(to_home(batch)).pooled.cpu() for batch in batches]
-    return torch.cat(pooled), torch.cat([batch["label"] for batch in batches])
+def pooled_p_d(models: Models, batches: Iterable[dict[str, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Pooled P_D (P, C) and kinds (P, N) of all photos of batches on the models' device."""
+    read = [(models.read_pooled(batch).cpu(), batch["kinds"].cpu()) for batch in batches]
+    pooled, kinds = zip(*read, strict=True)
+    return torch.cat(pooled), torch.cat(kinds)
 
 
 def main(config: Config) -> Path:
@@ -62,16 +62,18 @@ def main(config: Config) -> Path:
             f"({', '.join(sorted(models.ablations))}), which the nodes do not run; evaluate it "
             "with training's own programs"
         )
-    train, validation = open_data(config.data, models.sizes, 1234, models.types)
-    batches = [
-        default_collate([train[i] for i in range(start, start + 16)])
-        for start in tqdm(range(0, config.samples, 16), unit="batch")
-    ]
-    pooled, labels = pooled_p_d(models, batches)
+    data = replace(config.data, crops_per_part=1)
+    reads = {models.degradation_key}
+    train, validation = open_data(data, models.sizes, 1234, models.types, reads)
+    train = train.sized(16)
+    numbers = tqdm(range(-(-config.samples // 16)), unit="batch")
+    pooled, kinds = pooled_p_d(models, (train.finish(train[n], home()) for n in numbers))
+    alone = kinds.sum(dim=1, keepdim=True) == 1  # a mix says little of each of its kinds
     for index, kind in enumerate(models.types):
-        if not (labels == index).any():
+        rows = (kinds * alone)[:, index] > 0
+        if not rows.any():
             raise ValueError(f"--samples: {config.samples} are too few, none of type {kind!r}")
-        models.prompt.prototypes[index] = pooled[labels == index].mean(dim=0)
+        models.prompt.prototypes[index] = pooled[rows].mean(dim=0)
 
     source = read_checkpoint(config.model.init[-1])
     prefixes = sorted({_part(key) for key in source.keys})
@@ -87,6 +89,7 @@ def main(config: Config) -> Path:
     write_checkpoint(config.out, tensors, info)
     compare_file(config.out, tensors)
 
+    validation = to_home(validation)
     written = pooled_p_d(models, [validation])[0]
     del models  # SD 1.5 twice would be much
     again, _ = open_models(replace(config.model, init=(config.out,)))

@@ -18,23 +18,21 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
-from torch.utils.data import DataLoader, Dataset
 
 from . import config as record
 from .average import Average
 from .checkpoints import Checkpoints, state_bytes, write_failure
 from .common import Precision, mixed_precision
 from .course import GAP_SECONDS, Course, Rhythm, StepCourse, TimeCourse, require_one_length
-from .data import StepSampler, seeded
+from .data import Batch, Batches, BatchNumbers, load, seeded
 from .errors import NonFiniteError
-from .interruption import Interruption, leave_group
+from .interruption import Interruption
 from .nonfinite import describe
 from .plots import draw_curves
 from .progress import Progress
 
 log = logging.getLogger(__name__)
 FunctionT = TypeVar("FunctionT", bound=Callable[..., Any])
-Batch = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -150,7 +148,7 @@ def maybe_compile(function: FunctionT, config: LoopConfig) -> FunctionT:
     return cast(FunctionT, torch.compile(function)) if config.compile else function
 
 
-def run(stage: Stage, dataset: Dataset[Batch], config: LoopConfig, program: Any = None) -> Path:
+def run(stage: Stage, data: Batches, config: LoopConfig, program: Any = None) -> Path:
     """Train `stage`; resume from the newest checkpoint in `config.out` if there is one.
 
     Under `accelerate launch`, processes share each step: W processes see and compute what one
@@ -158,7 +156,7 @@ def run(stage: Stage, dataset: Dataset[Batch], config: LoopConfig, program: Any 
 
     Args:
         stage: What to train.
-        dataset: Sample `index` for any index; has a length where epochs are counted.
+        data: Batches of any number.
         config: Settings of the loop.
         program: The program's whole config dataclass, for config.toml and the exported file.
 
@@ -177,9 +175,8 @@ def run(stage: Stage, dataset: Dataset[Batch], config: LoopConfig, program: Any 
     logging.getLogger("accelerate").setLevel(logging.WARNING)  # a line per file and checkpoint
     set_seed(config.seed)
     accelerator = _start_accelerate(config)
-    photos = len(cast(Any, dataset)) if config.epochs else 0
-    config = count_steps(config, photos, accelerator.num_processes)
-    return _Run(accelerator, stage, config, program or config).train(dataset)
+    config = count_steps(config, len(data), accelerator.num_processes)
+    return _Run(accelerator, stage, config, program or config).train(data)
 
 
 class _Signs(NamedTuple):
@@ -216,7 +213,7 @@ class _Run:
         self.average = Average(accelerator.unwrap_model(self.module), config.ema)
         accelerator.register_for_checkpointing(self.average)
 
-    def train(self, dataset: Dataset[Batch]) -> Path:
+    def train(self, data: Batches) -> Path:
         """All steps that are still to be done."""
         config, accelerator = self.config, self.accelerator
         start, extra = self.checkpoints.resume()
@@ -235,7 +232,7 @@ class _Run:
         elif isinstance(course, TimeCourse) and not course.opened:
             self._validate(again=start > 0)
             self._save()
-        batches = self._batches(dataset, start)
+        batches = self._batches(data, start)
         gap = GAP_SECONDS if config.minutes else 0.0
         looks = Rhythm(config.validate_every, config.validate_minutes, gap)
         saves = Rhythm(config.checkpoint_every, config.checkpoint_minutes, gap)
@@ -270,27 +267,13 @@ class _Run:
         with self.progress.paused(), self.course.closing("checkpoint"):
             self.checkpoints.save(self.course.step, extra)
 
-    def _batches(self, dataset: Dataset[Batch], start: int) -> Iterator[Batch]:
+    def _batches(self, data: Batches, start: int) -> Iterator[Batch]:
         """Endless batches on the device, from the first of step `start` on."""
         config, accelerator = self.config, self.accelerator
-        sampler = StepSampler(
-            config.seed,
-            start_step=start * config.accumulate,
-            batch_size=config.batch_size,
-            rank=accelerator.process_index,
-            world_size=accelerator.num_processes,
+        numbers = BatchNumbers(
+            start * config.accumulate, accelerator.process_index, accelerator.num_processes
         )
-        loader = DataLoader(
-            dataset,
-            batch_sampler=sampler,
-            num_workers=config.workers,
-            persistent_workers=config.workers > 0,
-            prefetch_factor=4 if config.workers else None,
-            pin_memory=accelerator.device.type == "cuda",
-            worker_init_fn=leave_group,
-        )
-        for batch in loader:
-            yield {k: v.to(accelerator.device, non_blocking=True) for k, v in batch.items()}
+        return load(data.sized(config.batch_size), numbers, accelerator.device, config.workers)
 
     def _step(self, batches: Iterator[Batch], signs: _Signs) -> _Signs:
         """One optimizer step; returns what any process wants to happen after it."""

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 log = logging.getLogger(__name__)
+
+Classification = Literal["ce", "bce"]
+"""Cross-entropy of one kind per photo, or binary cross-entropy of each kind for mixed ones."""
 
 VGG_FILE = "vgg16-397923af.pth"
 """torchvision's name of LPIPS's backbone in the torch hub cache."""
@@ -35,21 +39,50 @@ def band_means(
     }
 
 
-def kind_loss(logits: Tensor, label: Tensor, severity: Tensor, mild: float) -> Tensor:
-    """Cross-entropy of the kinds, (), in which samples count by how visible their kind is.
+def kind_loss(
+    logits: Tensor, batch: Mapping[str, Tensor], classification: Classification, mild: float = 0.0
+) -> Tensor:
+    """Classification loss, (), in which photos count by how visible their kinds are.
 
     Args:
-        logits: (B, N).
-        label: (B,), the kinds.
-        severity: (B,); 0 for clean photos, which count in full, and negative where it is unknown.
-        mild: Below this severity a sample counts in proportion: nobody can tell it from a clean
-            photo, and it would teach to name clean photos anything. 0 counts all alike.
+        logits: (P, N).
+        batch: `label` (P,), `kinds` (P, N) and `severities` (P, N), see `RestorationBatches`.
+        classification: One kind per photo, the strongest, or each kind by itself.
+        mild: Below this severity a kind counts in proportion: nobody can tell it from none, and it
+            would teach to name clean photos anything. 0 counts all alike. What is not there
+            (`clean` but for clean photos, too) counts as much as the photo's most visible kind.
     """
-    each = F.cross_entropy(logits, label, reduction="none")
-    if mild == 0:
-        return each.mean()
-    weight = torch.where(severity > 0, severity / mild, 1.0).clamp(max=1)
+    present, severities = batch["kinds"] > 0, batch["severities"]
+    visible = severities / mild if mild else torch.ones_like(severities)
+    # Clean photos have no severity and pairs an unknown one: both count in full.
+    visible = torch.where(severities > 0, visible, 1.0).clamp(max=1) * present
+    strongest = visible.amax(dim=1, keepdim=True)
+    if classification == "bce":
+        each = F.binary_cross_entropy_with_logits(logits, batch["kinds"], reduction="none")
+        weight = torch.where(present, visible, strongest)
+    else:
+        each = F.cross_entropy(logits, batch["label"], reduction="none")[:, None]
+        weight = strongest
     return (weight * each).sum() / weight.sum()
+
+
+def kind_scores(logits: Tensor, kinds: Tensor, classification: Classification) -> dict[str, Tensor]:
+    """How often a classifier is right.
+
+    Args:
+        logits: (P, N).
+        kinds: (P, N), 1 for each kind in the photo.
+        classification: As in `kind_loss`.
+
+    Returns:
+        `accuracy`: share of photos whose first-named kind is in them; with `bce` also `exact`,
+        share of photos of which every kind is told right.
+    """
+    first = logits.argmax(dim=1, keepdim=True)
+    scores = {"accuracy": kinds.gather(1, first).mean()}
+    if classification == "bce":
+        scores["exact"] = ((logits > 0) == (kinds > 0)).all(dim=1).float().mean()
+    return scores
 
 
 def psnr_loss(image: Tensor, reference: Tensor) -> Tensor:

@@ -235,6 +235,9 @@ class Models(nn.Module):
 
         Args:
             batch: `clip_view` and, for a native `degradation_view`, `native_view`, in [0, 1].
+
+        Returns:
+            A row per view; of training batches, index it by `part` for a row per crop.
         """
         return self.prompt_of(*self.tokens(batch))
 
@@ -250,10 +253,14 @@ class Models(nn.Module):
             return close, close
         return clip_tokens(self.vision, batch["clip_view"]), close
 
+    @property
+    def degradation_key(self) -> str:
+        """What P_D is read from in a batch."""
+        return "clip_view" if self.degradation_view == WHOLE else "native_view"
+
     def degradation_tokens(self, batch: Mapping[str, Tensor]) -> Tensor:
         """P_CLIP (B, T, width) for P_D."""
-        view = "clip_view" if self.degradation_view == WHOLE else "native_view"
-        return clip_tokens(self.vision, batch[view])
+        return clip_tokens(self.vision, batch[self.degradation_key])
 
     def prompt_of(self, whole: Tensor, close: Tensor) -> PromptOutput:
         """The Prompt Processor on the two results of `tokens`."""

@@ -1,7 +1,7 @@
 """Latents that stage 1 samples, for stage 2: `python -m training.sample_decoder_data --help`.
 
-A file holds sample indices and latents; the photos come from the same data set again, because a
-sample is a function of (seed, index).
+A file holds numbers of batches and their latents; the photos come from the same data set again,
+because a batch is a function of (seed, number).
 """
 
 from __future__ import annotations
@@ -10,22 +10,21 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from diff_restorer.checkpoint import open_safetensors
 
 from .checkpoints import require_space
-from .common import DataConfig, ModelConfig, Precision, half, home, open_data, open_models, to_home
+from .common import DataConfig, ModelConfig, Precision, half, home, open_data, open_models
 from .config import run_program
-from .data import seeded
+from .data import load, seeded
 from .diffusion import sample
 from .evaluation.pictures import file_digest
 from .models import Models, to_pixels
@@ -39,22 +38,22 @@ class Config:
 
     data: DataConfig
     out: Path
-    """safetensors file to write: `indices` (N,), `latents` (N, 4, h, w) scaled, fp16, and what the
-    samples were made of (`origin`) in its metadata. Until it is
-    complete, its batches are in the folder <out>.parts, from which the same command goes on."""
+    """safetensors file to write: `numbers` of M batches (M,), `latents` (M, B, 4, h, w) scaled,
+    fp16, and what the batches were made of (`origin`) in its metadata. Until it is complete, its
+    batches are in the folder <out>.parts, from which the same command goes on."""
     model: ModelConfig = field(default_factory=ModelConfig)
     samples: int = 2000
-    """How many."""
+    """How many, in whole batches."""
     batch_size: int = 16
-    """Samples at once."""
+    """Samples at once: as many as stage 2 will have in a batch."""
     steps: int = 20
     """Sampling steps: as many as the decoder will see, 20 in the workflow for SD 1.5."""
     precision: Precision = "auto"
     """Mixed precision; auto is bf16 where the device computes in it, else no."""
     seed: int = 0
     """Seed of the samples, which the file tells to stage 2, and of the noise."""
-    first_index: int = 10_000_000
-    """Index of the first sample: far from those that training steps use."""
+    first_batch: int = 10_000_000
+    """Number of the first batch: far from those that training steps use."""
     workers: int = 0
     """Data processes."""
 
@@ -80,7 +79,9 @@ def main(config: Config) -> Path:
         log.info("%s is complete", config.out)
         return config.out
     parts.mkdir(parents=True, exist_ok=True)
-    needed = 2 * config.samples * 2 * 4 * (config.data.crop // 8) ** 2 + 2**20
+    numbers = range(config.first_batch, config.first_batch - (-config.samples // config.batch_size))
+    latents = len(numbers) * config.batch_size
+    needed = 2 * latents * 2 * 4 * (config.data.crop // 8) ** 2 + 2**20
     require_space(parts, needed, "latents")
     record = parts / "settings.json"
     if record.exists():
@@ -89,15 +90,11 @@ def main(config: Config) -> Path:
     temporary.write_text(settings)
     os.replace(temporary, record)
 
-    first, end = config.first_index, config.first_index + config.samples
-    batches = {start: range(start, min(start + config.batch_size, end))
-               for start in range(first, end, config.batch_size)}  # fmt: skip
-    missing = [batch for start, batch in batches.items() if not _part(parts, start).exists()]
-    if missing:
-        _sample(config, parts, missing)
-    found = [load_file(_part(parts, start)) for start in batches]
-    joined = {name: torch.cat([part[name] for part in found]) for name in ("indices", "latents")}
-    with open_safetensors(_part(parts, first)) as file:
+    if missing := [number for number in numbers if not _part(parts, number).exists()]:
+        _sample(config, parts, missing, latents)
+    found = [load_file(_part(parts, number))["latents"] for number in numbers]
+    joined = {"numbers": torch.tensor(numbers), "latents": torch.stack(found)}
+    with open_safetensors(_part(parts, numbers[0])) as file:
         origin = file.metadata()["origin"]
     _save(config.out, joined, {"settings": settings, "origin": origin})
     shutil.rmtree(parts)
@@ -105,44 +102,39 @@ def main(config: Config) -> Path:
 
 
 @torch.no_grad()
-def _sample(config: Config, parts: Path, batches: list[range]) -> None:
+def _sample(config: Config, parts: Path, numbers: list[int], total: int) -> None:
     models, _ = open_models(
         config.model, ("base.vae.", "base.clip_vision.", "base.unet.", "control.")
     )
     dtype = half(config.precision)
     models.freeze(dtype)
-    train, _ = open_data(config.data, models.sizes, config.seed, models.types)
+    reads = {"lq", "clip_view", models.degradation_key}
+    train, _ = open_data(config.data, models.sizes, config.seed, models.types, reads)
+    train = train.sized(config.batch_size)
     origin = json.dumps(train.origin())
-    loader = DataLoader(train, batch_sampler=list(map(list, batches)), num_workers=config.workers)
-    done = config.samples - sum(map(len, batches))
-    with tqdm(total=config.samples, initial=done, unit="latent", smoothing=0.05) as bar:
-        for indices, batch in zip(batches, _on_device(loader), strict=True):
-            noise = seeded(config.seed, 2, indices[0])
+    batches = load(train, numbers, home(), config.workers)
+    done = total - len(numbers) * config.batch_size
+    with tqdm(total=total, initial=done, unit="latent", smoothing=0.05) as bar:
+        for number, batch in zip(numbers, batches, strict=True):
+            noise = seeded(config.seed, 2, number)
             with torch.autocast(home().type, dtype, enabled=dtype != torch.float32):
                 latents = _restore(models, batch, config.steps, noise)
-            part = {
-                "indices": torch.tensor(list(indices)),
-                "latents": latents.half().cpu().contiguous(),
-            }
-            _save(_part(parts, indices[0]), part, {"origin": origin})
-            bar.update(len(indices))
+            part = {"latents": latents.half().cpu().contiguous()}
+            _save(_part(parts, number), part, {"origin": origin})
+            bar.update(config.batch_size)
 
 
 def _restore(
     models: Models, batch: Mapping[str, Tensor], steps: int, noise: torch.Generator
 ) -> Tensor:
-    prompt = models.read(batch)
+    prompt, part = models.read(batch), batch["part"]
     hint = models.encode(to_pixels(batch["lq"]))
-    return sample(models, hint, prompt.semantic, prompt.degradation, steps, noise)
-
-
-def _on_device(loader: DataLoader[dict[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
-    return (to_home(batch) for batch in loader)
+    return sample(models, hint, prompt.semantic[part], prompt.degradation[part], steps, noise)
 
 
 def _settings(config: Config) -> str:
     """All that the latents depend on, as JSON; the files of the model by their content."""
-    names = ("data", "model", "samples", "batch_size", "steps", "precision", "seed", "first_index")
+    names = ("data", "model", "samples", "batch_size", "steps", "precision", "seed", "first_batch")
     # What only saves memory or is validated on may change.
     alike = replace(config, data=replace(config.data, memory_mb=0, validation_samples=1))
     values = {name: repr(getattr(alike, name)) for name in names}
@@ -158,8 +150,8 @@ def _require(settings: str, found: str, place: Path) -> None:
         )
 
 
-def _part(parts: Path, start: int) -> Path:
-    return parts / f"{start:012d}.safetensors"
+def _part(parts: Path, number: int) -> Path:
+    return parts / f"{number:012d}.safetensors"
 
 
 def _save(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:

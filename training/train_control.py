@@ -27,7 +27,7 @@ from .common import (
 from .config import run_program
 from .diffusion import TIMESTEPS, first_step_noise, sample, scheduler
 from .loop import LoopConfig, Stage, maybe_compile, run
-from .losses import band_means, kind_loss
+from .losses import Classification, band_means, kind_loss, kind_scores
 from .models import SD15, Models, psnr, to_pixels
 from .sheets import save_sheet
 
@@ -43,10 +43,10 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     ce_weight: float = 0.1
     """Weight of the classification loss; 0 is the ablation without it."""
-    classification: Literal["ce", "bce"] = "ce"
+    classification: Classification = "ce"
     """Cross-entropy of one kind per photo, or binary cross-entropy of each kind for mixed ones."""
     mild: float = 0.0
-    """Severity below which a sample counts less in the cross-entropy; the paper's counts all."""
+    """Severity below which a kind counts less in that loss; in the paper all count alike."""
     semantic_dropout: float = 0.1
     """Share of samples whose P_S is zero, so that CFG stays possible."""
     draws: int = 1
@@ -112,10 +112,11 @@ def make_loss(models: Models, config: Config) -> Loss:
         return value.repeat(config.draws, *[1] * (value.ndim - 1))
 
     def predict(
-        noisy: Tensor, timestep: Tensor, hint: Tensor, whole: Tensor, close: Tensor, keep: Tensor
-    ) -> tuple[Tensor, Tensor]:
+        noisy: Tensor, timestep: Tensor, hint: Tensor, whole: Tensor, close: Tensor, part: Tensor,
+        keep: Tensor,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         prompt = models.prompt_of(whole, close)
-        p_s, p_d = (repeated(p) for p in (prompt.semantic, prompt.degradation))
+        p_s, p_d = (repeated(p[part]) for p in (prompt.semantic, prompt.degradation))
         found = models.denoise(noisy, timestep, hint, p_s * keep, p_d)
         return found.float(), prompt.logits.float()
 
@@ -138,15 +139,13 @@ def make_loss(models: Models, config: Config) -> Loss:
             noise = torch.where(first[:, None, None, None], from_photo, noise)
         dropped = torch.rand(size, 1, 1, **place).to(clean.device) < config.semantic_dropout
         noisy = process.add_noise(clean, noise, timestep)
-        predicted, logits = predict_fast(noisy, timestep, hint, whole, close, (~dropped).float())
+        keep = (~dropped).float()
+        predicted, logits = predict_fast(noisy, timestep, hint, whole, close, batch["part"], keep)
         velocity = models.prediction == V_PREDICTION
         target = process.get_velocity(clean, noise, timestep) if velocity else noise
         per_sample = F.mse_loss(predicted, target, reduction="none").flatten(1).mean(dim=1)
         mse = per_sample.mean()
-        if config.classification == "bce":
-            kinds = F.binary_cross_entropy_with_logits(logits, batch["kinds"])
-        else:
-            kinds = kind_loss(logits, batch["label"], batch["severity"], config.mild)
+        kinds = kind_loss(logits, batch, config.classification, config.mild)
         terms = {"loss": mse + config.ce_weight * kinds, "mse": mse, config.classification: kinds}
         return terms | band_means(per_sample, timestep, TIMESTEPS)
 
@@ -162,20 +161,21 @@ def main(config: Config) -> Path:
     if "control." not in found:
         models.start_control()
     trainable = prepare(models, config)
-    train, fixed = open_data(config.data, models.sizes, config.loop.seed, models.types)
+    reads = {"gt", "lq", "clip_view", models.degradation_key}
+    train, fixed = open_data(config.data, models.sizes, config.loop.seed, models.types, reads)
     validation = to_home(fixed)
 
     @torch.no_grad()
     def validate(step: int, folder: Path) -> dict[str, float]:
         generator = torch.Generator().manual_seed(0)
         images: list[Tensor] = []
-        found_kinds: list[Tensor] = []
+        logits: list[Tensor] = []
         for batch in in_batches(validation, config.loop.batch_size):
             prompt = models.read(batch)
             hint, steps = models.encode(to_pixels(batch["lq"])), config.validation_steps
             latent = sample(models, hint, prompt.semantic, prompt.degradation, steps, generator)
             images.append((models.decode(latent) + 1) / 2)
-            found_kinds.append(prompt.logits.argmax(dim=1))
+            logits.append(prompt.logits)
         image = torch.cat(images)
         labels = [models.types[label] for label in validation["label"]]
         save_sheet(
@@ -184,11 +184,11 @@ def main(config: Config) -> Path:
             labels,
         )
         degraded = torch.tensor([label != "clean" for label in labels])
-        right = torch.cat(found_kinds) == validation["label"]
+        scores = kind_scores(torch.cat(logits), validation["kinds"], config.classification)
         return {
             "psnr_lq": float(psnr(validation["lq"], validation["gt"])[degraded].mean()),
             "psnr": float(psnr(image, validation["gt"])[degraded].mean()),
-            "accuracy": float(right.float().mean()),
+            **{name: float(value) for name, value in scores.items()},
         }
 
     made = sorted(found | {"base.unet.", "control.", "prompt_processor."})

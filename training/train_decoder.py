@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from safetensors.torch import load_file
@@ -29,7 +29,7 @@ from .common import (
     to_home,
 )
 from .config import run_program
-from .data import RestorationSamples
+from .data import Batch, Item, RestorationBatches, seeded, to_device
 from .diffusion import sample
 from .loop import LoopConfig, Stage, maybe_compile, run
 from .losses import (
@@ -66,7 +66,7 @@ class Config:
     latents: Path | None = None
     """File of `sample_decoder_data`; without it all latents are encoded from clean photos."""
     sampled_share: float = 0.5
-    """Share of samples that take their latent from `latents`."""
+    """Share of batches that take their latents from `latents`."""
     latent_noise: float = 0.1
     """Largest standard deviation of the noise on encoded latents (scaled latents have 1)."""
     fusion_first: int = 0
@@ -80,6 +80,8 @@ class Config:
     of local spectra takes its place, and the log says so."""
     gan: GanConfig = field(default_factory=GanConfig)
     """Adversarial term."""
+    doubt: float = 0.0
+    """Share of photos whose P_D is another photo's or zero."""
     without_degradation: bool = False
     """Ablation: pooled P_D is zero."""
     without_diffusion: bool = False
@@ -88,35 +90,50 @@ class Config:
     """Sampling steps of the validation pictures."""
 
 
-class DecoderSamples(Dataset[dict[str, Tensor]]):
-    """Fresh samples without a latent, and cached ones with the latent that stage 1 sampled."""
+class DecoderBatches(Dataset[Any]):
+    """Fresh batches without latents, and batches with the latents that stage 1 sampled."""
 
     def __init__(
-        self, samples: RestorationSamples, latents: Path | None, share: float, shape: torch.Size
+        self, batches: RestorationBatches, latents: Path | None = None, share: float = 0.0
     ) -> None:
-        self.samples, self.shape = samples, shape
-        self.share = share if latents else 0.0
+        """Opens the sampled latents.
+
+        Args:
+            batches: Fresh ones, of the size that the latents were sampled in.
+            latents: File of `sample_decoder_data`.
+            share: Of the batches that take their latents from it.
+
+        Raises:
+            ValueError: As `as_sampled`.
+        """
+        self.batches, self.file, self.share = batches, latents, share if latents else 0.0
         if latents:
-            self.sampled = as_sampled(samples, latents)
-        cached = load_file(latents) if latents else {}
-        self.indices, self.latents = cached.get("indices"), cached.get("latents")
+            self.sampled, cached = as_sampled(batches, latents), load_file(latents)
+            self.numbers, self.latents = cached["numbers"].tolist(), cached["latents"]
 
     def __len__(self) -> int:
-        return len(self.samples)
+        return len(self.batches)
 
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        generator = torch.Generator().manual_seed(index)
-        use_cache = float(torch.rand((), generator=generator)) < self.share
-        if not use_cache or self.indices is None or self.latents is None:
-            empty = {"latent": torch.zeros(self.shape), "sampled": torch.tensor(False)}
-            return self.samples[index] | empty
-        place = int(torch.randint(len(self.indices), (), generator=generator))
-        cached = {"latent": self.latents[place].float(), "sampled": torch.tensor(True)}
-        return self.sampled[int(self.indices[place])] | cached
+    def sized(self, batch_size: int) -> Self:
+        """The same in batches of another size."""
+        return type(self)(self.batches.sized(batch_size), self.file, self.share)
+
+    def __getitem__(self, number: int) -> tuple[Item, Tensor | None]:
+        generator = seeded(self.batches.seed, 3, number)
+        if float(torch.rand((), generator=generator)) >= self.share:
+            return self.batches[number], None
+        place = int(torch.randint(len(self.numbers), (), generator=generator))
+        return self.sampled[self.numbers[place]], self.latents[place]
+
+    def finish(self, item: tuple[Item, Tensor | None], device: torch.device) -> Batch:
+        """The batch on `device`, with the key `latent`, (B, 4, h, w), where it is sampled."""
+        drawn, latent = item
+        batch = self.batches.finish(drawn, device)
+        return batch if latent is None else batch | {"latent": to_device(latent, device).float()}
 
 
-def as_sampled(samples: RestorationSamples, latents: Path) -> RestorationSamples:
-    """The samples that a file's latents were sampled from: those of its seed.
+def as_sampled(batches: RestorationBatches, latents: Path) -> RestorationBatches:
+    """The batches that a file's latents were sampled from: those of its seed.
 
     Raises:
         ValueError: They came from other photos or settings, so that latents and photos would not
@@ -129,14 +146,27 @@ def as_sampled(samples: RestorationSamples, latents: Path) -> RestorationSamples
             f"--latents: {latents} does not tell what its photos were; make it anew with "
             "training.sample_decoder_data"
         )
-    samples = samples.with_seed(told["seed"])
-    for name, found in samples.origin().items():
+    batches = batches.with_seed(told["seed"])
+    for name, found in batches.origin().items():
         if told.get(name) != found:
             raise ValueError(
-                f"--latents: {latents} was sampled with {name} {told.get(name)}, --data gives "
-                f"{found}; give both programs the same --data"
+                f"--latents: {latents} was sampled with {name} {told.get(name)}, this run has "
+                f"{found}; give both programs the same --data and batch size"
             )
-    return samples
+    return batches
+
+
+def doubted(pooled: Tensor, share: float, generator: torch.Generator) -> Tensor:
+    """Pooled P_D (P, C) as it may be wrong: of a share, half is another photo's and half is zero.
+
+    Ours: so that one wrong label does not decide alone what the decoder does to a photo.
+    """
+    if not share:
+        return pooled
+    chance = torch.rand(len(pooled), 1, generator=generator, device=generator.device)
+    chance = chance.to(pooled.device)
+    wrong = torch.where(chance < share / 2, torch.zeros_like(pooled), pooled.roll(1, dims=0))
+    return torch.where(chance < share, wrong, pooled)
 
 
 class DecoderLoss:
@@ -197,12 +227,14 @@ class DecoderLoss:
         config, place = self.config, {"generator": generator, "device": generator.device}
         with torch.no_grad():
             pooled = self.models.read_pooled(batch)
-        latent, fresh = batch["latent"].clone(), ~batch["sampled"]
-        target = batch["lq" if config.without_diffusion else "gt"][fresh]
-        encoded, features = self._read_fast(to_pixels(target), to_pixels(batch["lq"]))
-        most = 0.0 if config.without_diffusion else config.latent_noise
-        level = most * torch.rand(len(encoded), 1, 1, 1, **place).to(encoded.device)
-        latent[fresh] = encoded + level * torch.randn(encoded.shape, **place).to(encoded.device)
+        pooled = doubted(pooled, config.doubt, generator)[batch["part"]]
+        target, latent = batch["lq" if config.without_diffusion else "gt"], batch.get("latent")
+        fresh = target[: len(target) if latent is None else 0]
+        encoded, features = self._read_fast(to_pixels(fresh), to_pixels(batch["lq"]))
+        if latent is None:
+            most = 0.0 if config.without_diffusion else config.latent_noise
+            level = most * torch.rand(len(encoded), 1, 1, 1, **place).to(encoded.device)
+            latent = encoded + level * torch.randn(encoded.shape, **place).to(encoded.device)
         pixels = self._decode_fast(latent, features, pooled).float()
         image = (pixels + 1) / 2
         l1 = F.l1_loss(image, batch["gt"])
@@ -253,11 +285,11 @@ def main(config: Config) -> Path:
     if "decoder.vae." not in found:
         models.start_decoder()
     prepare(models, config)
-    train, fixed = open_data(config.data, models.sizes, config.loop.seed, models.types)
+    reads = {"gt", "lq", "quantiles", models.degradation_key}
+    train, fixed = open_data(config.data, models.sizes, config.loop.seed, models.types, reads)
     validation = to_home(fixed)
-    side = config.data.crop // 8
-    shape = torch.Size((models.sizes.latent_channels, side, side))
-    samples = DecoderSamples(train, config.latents, config.sampled_share, shape)
+    train = train.sized(config.loop.batch_size)
+    batches = DecoderBatches(train, config.latents, config.sampled_share)
     loss = DecoderLoss(models, config)
 
     @torch.no_grad()
@@ -309,7 +341,7 @@ def main(config: Config) -> Path:
         begin_step=loss.begin_step,
         opponents=sides,
     )
-    return run(stage, samples, config.loop, config)
+    return run(stage, batches, config.loop, config)
 
 
 if __name__ == "__main__":

@@ -40,10 +40,11 @@ KINDS: tuple[str, ...] = ALL_KINDS[:9]
 """The default kinds: the paper's eight and `clean`."""
 
 
-_PHYSICAL_ORDER = (
+PHYSICAL_ORDER = (
     "haze", "rain", "snow", "raindrop", "blur", "low_light", "low_res", "noise", "jpeg",
     "second_order", "clean",
 )  # fmt: skip
+"""The order in which a picture meets them."""
 
 
 def sample_severity(generator: torch.Generator) -> float:
@@ -123,7 +124,7 @@ def degrade_chain(
         raise ValueError(
             f"severity: expected a column for each of {len(kinds)} kinds, found {level.shape[1]}"
         )
-    for kind in sorted(kinds, key=_PHYSICAL_ORDER.index):
+    for kind in sorted(kinds, key=PHYSICAL_ORDER.index):
         own = level[:, list(kinds).index(kind)] if level.ndim == 2 else level
         image = degrade(kind, image, own, generator)
     return image
@@ -132,6 +133,7 @@ def degrade_chain(
 __all__ = [
     "ALL_KINDS",
     "KINDS",
+    "PHYSICAL_ORDER",
     "add_gaussian_noise",
     "degrade",
     "degrade_chain",

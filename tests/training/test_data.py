@@ -1,4 +1,4 @@
-"""Photos and samples: what is read, what is left out, and that a sample is (seed, index)."""
+"""Photos and batches: what is read, what is left out, and that a batch is (seed, number)."""
 
 import io
 import json
@@ -20,11 +20,20 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from diff_restorer.degradations import KINDS
-from training.common import DataConfig, open_data
-from training.data import Mixing, RestorationSamples, StepSampler, clip_view
+from training.common import DataConfig, in_batches, open_data
+from training.data import (
+    PICTURES,
+    Batches,
+    BatchNumbers,
+    Mixing,
+    RestorationBatches,
+    clip_view,
+    load,
+)
 from training.models import Sizes
+from training.parts import cut_clean
 from training.photos import CleanPhotos, PhotoStore, photo_size, read_photo
-from training.train_decoder import DecoderSamples
+from training.train_decoder import DecoderBatches
 
 NAMES = ("astronaut", "chelsea", "coffee")
 
@@ -40,9 +49,23 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def make(folder: Path, **changes: object) -> RestorationSamples:
-    settings = {"crop": 64, "clip_size": 48, "seed": 0} | changes
-    return RestorationSamples(CleanPhotos(folder), **settings)  # type: ignore[arg-type]
+def make(folder: Path, **changes: object) -> RestorationBatches:
+    settings = {"part": 80, "crop": 64, "clip_size": 48, "seed": 0} | changes
+    return RestorationBatches(CleanPhotos(folder), **settings)  # type: ignore[arg-type]
+
+
+def drawn(batches: Batches, number: int) -> dict[str, Tensor]:
+    return batches.finish(batches[number], torch.device("cpu"))
+
+
+def occurs(crop: Tensor, photo: Tensor) -> bool:
+    """Whether a noisy crop is a window of the photo; its corners alone would be found once."""
+    side, reach = 6, crop.shape[-1] - 6
+    places = photo.unfold(1, side, 1).unfold(2, side, 1)  # (3, rows, columns, side, side)
+    first, last = crop[:, :side, :side], crop[:, -side:, -side:]
+    found = (places[:, :-reach, :-reach] == first[:, None, None]).all(-1).all(-1).all(0)
+    ends = (places[:, reach:, reach:] == last[:, None, None]).all(-1).all(-1).all(0)
+    return bool((found & ends).any())
 
 
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
@@ -107,8 +130,8 @@ def test_shards_hold_photos_at_random_access(folder: Path, tmp_path: Path) -> No
     names = [str(file).removeprefix(str(tmp_path)) for file in shards.paths]
     assert names == ["/a.tar:some/x.png", "/a.tar:some/y.png", "/b.tar:some/z.png"]
     loose = make(folder)
-    packed = RestorationSamples(shards, crop=64, clip_size=48, seed=0)
-    assert all(same(loose[index], packed[index]) for index in (5, 0, 3))
+    packed = RestorationBatches(shards, part=80, crop=64, clip_size=48, seed=0)
+    assert all(same(drawn(loose, number), drawn(packed, number)) for number in (5, 0, 3))
     assert len(CleanPhotos(tmp_path / "a.tar")) == 2
 
 
@@ -160,192 +183,228 @@ def test_a_turned_photo_is_upright_in_its_header_too(folder: Path, tmp_path: Pat
 
 
 def test_the_tone_tells_what_the_degradation_did_to_brightness(folder: Path) -> None:
-    samples = make(folder, kinds=("clean", "low_light", "haze"))
-    for index in range(30):
-        sample = samples[index]
-        tone, kind = sample["tone"], samples.kinds[sample["label"]]
-        if kind == "clean":
-            assert not tone.any()
-        elif kind == "low_light":
-            assert (tone > 0).all()  # the clean photo is brighter and has more contrast
-        else:
-            assert (tone[3:] > 0).all()
+    tones = {
+        kind: drawn(make(folder, kinds=(kind,), batch_size=10), 0)["tone"]
+        for kind in ("clean", "low_light", "haze")
+    }
+    assert not tones["clean"].any()
+    assert (tones["low_light"] >= 0).all()  # the clean photo is brighter and has more contrast
+    assert (tones["haze"][:, 3:] >= 0).all()
 
 
-def test_a_sample_has_the_promised_shapes_and_ranges(folder: Path) -> None:
-    samples = make(folder)
+def test_a_batch_has_the_promised_shapes_and_ranges(folder: Path) -> None:
+    batches = make(folder, batch_size=6, crops_per_part=4)
+    assert drawn(batches, 0)["part"].tolist() == [0, 0, 0, 1, 1, 1]
     seen = set()
-    for index in range(40):
-        sample = samples[index]
-        assert sample["gt"].shape == sample["lq"].shape == (3, 64, 64)
-        assert sample["clip_view"].shape == (3, 48, 48)
-        assert sample["label"].dtype == torch.int64
-        for key in ("gt", "lq", "clip_view"):
-            levels = sample[key] * 255
-            assert sample[key].dtype == torch.float32
-            assert torch.equal(levels.round().clamp(0, 255) / 255, sample[key])
-        assert 0 <= sample["severity"] < 1
-        assert (sample["severity"] == 0) == (KINDS[sample["label"]] == "clean")
-        assert sample["kinds"].tolist() == [i == sample["label"] for i in range(len(KINDS))]
-        seen.add(int(sample["label"]))
+    for number in range(20):
+        batch = drawn(batches, number)
+        assert batch["gt"].shape == batch["lq"].shape == (6, 3, 64, 64)
+        assert batch["clip_view"].shape == batch["native_view"].shape == (2, 3, 48, 48)
+        assert batch["label"].dtype == batch["part"].dtype == torch.int64
+        for key in ("gt", "lq", "clip_view", "native_view"):
+            levels = batch[key] * 255
+            assert batch[key].dtype == torch.float32
+            assert torch.equal(levels.round().clamp(0, 255) / 255, batch[key])
+        strongest = batch["severities"].gather(1, batch["label"][:, None])[:, 0]
+        assert torch.equal(strongest, batch["severities"].amax(dim=1))
+        assert torch.equal(strongest == 0, batch["label"] == KINDS.index("clean"))
+        assert torch.equal(batch["kinds"], F.one_hot(batch["label"], len(KINDS)).float())
+        seen.update(batch["label"].tolist())
     assert seen == set(range(len(KINDS)))
 
 
-def test_darker_photos_are_darker_on_both_sides_but_not_under_low_light(folder: Path) -> None:
-    for kind in ("clean", "noise", "low_light", "haze"):
-        plain, dark = (make(folder, kinds=(kind,), darker=share) for share in (0.0, 1.0))
-        if kind in ("low_light", "haze"):
-            assert all(same(plain[index], dark[index]) for index in range(3))
-        else:
-            before, after = (sum(s[i]["gt"].mean() for i in range(9)) for s in (plain, dark))
-            assert after < 0.9 * before
-    sample = make(folder, kinds=("clean",), darker=1.0)[0]
-    assert torch.equal(sample["gt"], sample["lq"])
+def test_what_a_program_does_not_read_is_not_made(folder: Path) -> None:
+    labels = {"part", "kinds", "severities", "label"}
+    few = drawn(make(folder, reads={"lq", "native_view"}), 3)
+    assert few.keys() == labels | {"lq", "native_view"}
+    whole = drawn(make(folder), 3)
+    assert whole.keys() == labels | PICTURES
+    assert all(torch.equal(few[key], whole[key]) for key in few)
+    with pytest.raises(ValueError, match=r"reads: unknown \['latent'\]; known are"):
+        make(folder, reads={"latent"})
+
+
+def test_crops_and_views_are_windows_of_their_part(folder: Path) -> None:
+    settings = {"kinds": ("noise",), "part": 128}
+    batches = make(folder, **settings, batch_size=8, crops_per_part=4, clip_size=128)
+    batch = drawn(batches, 1)
+    assert torch.equal(batch["clip_view"], batch["native_view"])  # as large as the part
+    crops = set()
+    for crop, row in zip(batch["lq"], batch["part"], strict=True):
+        assert occurs(crop, batch["clip_view"][row])
+        assert not occurs(crop, batch["clip_view"][1 - row])
+        crops.add(crop.sum().item())
+    assert len(crops) == 8
+    near = drawn(make(folder, **settings, batch_size=2), 1)["native_view"]
+    whole = drawn(make(folder, **settings, batch_size=2, clip_size=128), 1)["clip_view"]
+    assert all(occurs(view, photo) for view, photo in zip(near, whole, strict=True))
 
 
 def test_softer_photos_are_softer_on_both_sides_but_not_under_blur(folder: Path) -> None:
     for kind in ("clean", "noise", "blur"):
-        plain, soft = (make(folder, kinds=(kind,), softer=share) for share in (0.0, 1.0))
+        plain, soft = (
+            drawn(make(folder, kinds=(kind,), softer=share, batch_size=9), 0)
+            for share in (0.0, 1.0)
+        )
         if kind == "blur":
-            assert all(same(plain[index], soft[index]) for index in range(3))
+            assert same(plain, soft)
         else:
-            before, after = (
-                sum(s[i]["gt"].diff(dim=2).abs().mean() for i in range(9)) for s in (plain, soft)
-            )
+            before, after = (batch["gt"].diff(dim=3).abs().mean() for batch in (plain, soft))
             assert after < 0.9 * before
-    sample = make(folder, kinds=("clean",), softer=1.0)[0]
-    assert torch.equal(sample["gt"], sample["lq"])
+    batch = drawn(make(folder, kinds=("clean",), softer=1.0), 0)
+    assert torch.equal(batch["gt"], batch["lq"])
 
 
 def test_oversampled_kinds_are_drawn_more_often(folder: Path) -> None:
-    samples = make(folder, kinds=("clean", "noise"), oversample=("clean", "clean"), crop=16)
-    labels = [int(samples[index]["label"]) for index in range(200)]
-    assert 0.65 < labels.count(0) / len(labels) < 0.85  # three of four
+    batches = make(
+        folder, kinds=("clean", "noise"), oversample=("clean", "clean"), batch_size=200, part=16,
+        crop=16,
+    )  # fmt: skip
+    share = (batches[0].labels["label"] == 0).float().mean()
+    assert 0.65 < share < 0.85  # three of four
     with pytest.raises(ValueError, match=r"oversample: unknown \['fog'\]; known are"):
         make(folder, oversample=("fog",))
 
 
-def test_stage_2_pairs_latents_with_the_samples_they_came_from(
+def test_stage_2_pairs_latents_with_the_batches_they_came_from(
     folder: Path, tmp_path: Path
 ) -> None:
     file = tmp_path / "latents.safetensors"
-    sampled = make(folder, seed=91)
-    latents = torch.arange(2.0)[:, None, None, None].expand(2, 4, 8, 8).contiguous()
-    indices = torch.tensor([10, 11])
-    save_file(
-        {"indices": indices, "latents": latents}, file, {"origin": json.dumps(sampled.origin())}
-    )
-    stage_2 = DecoderSamples(make(folder, seed=3), file, 1.0, latents.shape[1:])
-    for index in range(4):
-        sample = stage_2[index]
-        assert sample["sampled"]
-        origin = sampled[10 + int(sample["latent"][0, 0, 0])]
-        assert all(torch.equal(sample[key], origin[key]) for key in origin)
+    sampled = make(folder, seed=91, batch_size=2)
+    latents = torch.arange(2.0)[:, None, None, None, None].expand(2, 2, 4, 8, 8).contiguous()
+    stored = {"numbers": torch.tensor([10, 11]), "latents": latents.half()}
+    save_file(stored, file, {"origin": json.dumps(sampled.origin())})
+    fresh = make(folder, seed=3, batch_size=2)
+    stage_2 = DecoderBatches(fresh, file, 1.0)
+    places = set()
+    for number in range(8):
+        batch = drawn(stage_2, number)
+        place = int(batch.pop("latent")[0, 0, 0, 0])
+        assert same(batch, drawn(sampled, 10 + place))
+        places.add(place)
+    assert places == {0, 1}
+    some = [drawn(DecoderBatches(fresh, file, 0.5), number) for number in range(40)]
+    found = [number for number, batch in enumerate(some) if "latent" in batch]
+    assert 10 < len(found) < 30
+    assert all(same(some[n], drawn(fresh, n)) for n in range(40) if n not in found)
+    assert found == [n for n in range(40) if DecoderBatches(fresh, file, 0.5)[n][1] is not None]
+    for batches in (DecoderBatches(fresh), DecoderBatches(fresh, None, 0.9)):
+        assert same(drawn(batches, found[0]), drawn(fresh, found[0]))
 
-    for changes, name in (({"crop": 32}, "crop"), ({"softer": 0.5}, "softer")):
-        with pytest.raises(ValueError, match=f"sampled with {name} .* same --data"):
-            DecoderSamples(make(folder, **changes), file, 1.0, latents.shape[1:])
+    for changes in ({"crop": 32}, {"softer": 0.5}, {"batch_size": 4}, {"crops_per_part": 2}):
+        other = make(folder, **({"batch_size": 2} | changes))
+        with pytest.raises(ValueError, match=f"sampled with {next(iter(changes))} .* same --data"):
+            DecoderBatches(other, file, 1.0)
+    with pytest.raises(ValueError, match="sampled with batch_size 2, this run has 4"):
+        stage_2.sized(4)
     renamed = tmp_path / "renamed"
     shutil.copytree(folder, renamed)
     (renamed / "astronaut.png").rename(renamed / "zebra.png")  # as many photos, another order
     with pytest.raises(ValueError, match=r"sampled with files .* same --data"):
-        DecoderSamples(make(renamed), file, 1.0, latents.shape[1:])
-    save_file({"indices": indices, "latents": latents}, file)
+        DecoderBatches(make(renamed, batch_size=2), file, 1.0)
+    save_file(stored, file)
     with pytest.raises(ValueError, match="does not tell what its photos were"):
-        DecoderSamples(make(folder), file, 1.0, latents.shape[1:])
+        DecoderBatches(fresh, file, 1.0)
 
 
-def test_clean_samples_are_aligned(folder: Path) -> None:
-    samples = make(folder, kinds=("clean",))
-    assert all(torch.equal(samples[i]["gt"], samples[i]["lq"]) for i in range(12))
+def test_clean_crops_are_aligned(folder: Path) -> None:
+    batch = drawn(make(folder, kinds=("clean",), batch_size=12), 0)
+    assert torch.equal(batch["gt"], batch["lq"])
 
 
-def test_degraded_samples_are_aligned(folder: Path) -> None:
-    samples = make(folder, kinds=("noise",))
-    for index in range(12):
-        gt, lq = samples[index]["gt"], samples[index]["lq"]
+def test_degraded_crops_are_aligned(folder: Path) -> None:
+    batch = drawn(make(folder, kinds=("noise",), batch_size=12, crops_per_part=3), 0)
+    for gt, lq in zip(batch["gt"], batch["lq"], strict=True):
         here = (gt - lq).square().mean()
+        assert here > 0
         assert all(here < (gt.roll(4, axis) - lq).square().mean() for axis in (1, 2))
-
-
-def test_a_sample_depends_on_seed_and_index_alone(folder: Path) -> None:
-    first, second = make(folder), make(folder)
-    later = first[7]
-    for index in (3, 0, 7):
-        assert same(first[index], second[index])
-    assert same(second[7], later)
-    assert not same(first[7], first[8])
-    assert not same(first[7], make(folder, seed=1)[7])
 
 
 MIXED = Mixing(chain=0.7, low_res=0.3, second_order=0.3)
 
 
+@pytest.mark.parametrize("mixing", [Mixing(), MIXED])
+def test_a_batch_depends_on_seed_and_number_alone(folder: Path, mixing: Mixing) -> None:
+    first, second = (make(folder, mixing=mixing, batch_size=3) for _ in range(2))
+    expected = {number: drawn(first, number) for number in range(8)}
+    assert all(same(drawn(second, number), expected[number]) for number in reversed(range(8)))
+    assert not same(expected[6], expected[7])
+    assert not same(expected[7], drawn(first.with_seed(1), 7))
+
+
 def test_mixes_name_all_their_kinds_and_keep_kinds_uniform(folder: Path) -> None:
-    samples = make(folder, mixing=Mixing(chain=0.5), crop=32, clip_size=8)
-    drawn = [samples[index] for index in range(300)]
-    sizes = Counter(int(sample["kinds"].sum()) for sample in drawn)
+    batches = make(folder, mixing=Mixing(chain=0.5), batch_size=300, part=32, crop=32)
+    labels = batches[0].labels
+    sizes = Counter(labels["kinds"].sum(dim=1).int().tolist())
     assert sizes.keys() == {1, 2, 3}
     assert 90 < sizes[2] + sizes[3] < 180  # half of the 8/9 that are not clean
-    clean = KINDS.index("clean")
-    for sample in drawn:
-        assert sample["kinds"].unique().tolist() == [0, 1]
-        assert sample["kinds"][sample["label"]] == 1
-        if sample["kinds"][clean]:
-            assert sample["kinds"].sum() == 1
-            assert torch.equal(sample["gt"], sample["lq"])
-        assert sample["severity"] <= 1 / sample["kinds"].sum().sqrt()
-    labels = Counter(int(sample["label"]) for sample in drawn)
-    assert labels.keys() == set(range(len(KINDS)))
-    assert max(labels.values()) < 3 * min(labels.values())
+    assert labels["kinds"].unique().tolist() == [0, 1]
+    assert (labels["kinds"].gather(1, labels["label"][:, None]) == 1).all()
+    assert (labels["kinds"][labels["kinds"][:, KINDS.index("clean")] > 0].sum(dim=1) == 1).all()
+    assert torch.equal(labels["severities"].argmax(dim=1)[labels["severities"].any(dim=1)],
+                       labels["label"][labels["severities"].any(dim=1)])  # fmt: skip
+    mixes = labels["severities"][labels["kinds"].sum(dim=1) == 3]
+    assert mixes.max() > 0.9  # at full strength
+    counts = Counter(labels["label"].tolist())
+    assert counts.keys() == set(range(len(KINDS)))
+    assert max(counts.values()) < 3 * min(counts.values())
 
 
-class WatchedSamples(RestorationSamples):
-    """Notes the severities of the last sample."""
+def test_what_is_done_to_a_part_is_what_its_labels_say(folder: Path) -> None:
+    batches = make(folder, mixing=MIXED, batch_size=60, part=32, crop=32)
+    item = batches[0]
+    done = torch.zeros_like(item.labels["severities"])
+    unlabelled: Counter[str] = Counter()
+    for kind, rows, severity in item.groups:
+        if kind in KINDS:
+            done[rows, KINDS.index(kind)] = severity
+        else:
+            unlabelled[kind] += len(rows)
+    assert torch.equal(done, item.labels["severities"])
+    assert unlabelled.keys() == {"low_res", "second_order"}
+    order = [kind for kind, *_ in item.groups]
+    assert order.index("haze") < order.index("blur") < order.index("noise") < order.index("jpeg")
 
-    def _draw_levels(self, kind: str, generator: torch.Generator) -> dict[str, float]:
-        self.levels = super()._draw_levels(kind, generator)
-        return self.levels
 
-
-def test_the_label_of_a_mix_is_its_strongest_kind(folder: Path) -> None:
-    samples = WatchedSamples(CleanPhotos(folder), crop=64, clip_size=8, seed=0, mixing=MIXED)
-    extras: Counter[str] = Counter()
-    for index in range(60):
-        sample = samples[index]
-        named = {kind: level for kind, level in samples.levels.items() if kind in KINDS}
-        assert {KINDS[i] for i in sample["kinds"].nonzero().flatten()} == set(named)
-        assert KINDS[sample["label"]] == max(named, key=lambda kind: named[kind])
-        assert float(sample["severity"]) == pytest.approx(max(named.values()))
-        assert "clean" not in named or len(samples.levels) == 1
-        extras.update(samples.levels.keys() - named.keys())
-    assert extras.keys() == {"low_res", "second_order"}
+def test_a_labelled_low_res_is_a_kind_like_another(folder: Path) -> None:
+    kinds = (*KINDS, "low_res")
+    batches = make(folder, kinds=kinds, mixing=Mixing(low_res=1.0), batch_size=20)
+    found = batches[0].labels["kinds"]
+    clean = found[:, KINDS.index("clean")] > 0
+    assert torch.equal(found[:, -1] > 0, ~clean)
+    assert (found[~clean].sum(dim=1) <= 2).all()
 
 
 def test_unlabelled_damage_changes_the_photo_and_not_the_labels(folder: Path) -> None:
-    plain = make(folder, kinds=("jpeg",))
-    worse = make(folder, kinds=("jpeg",), mixing=Mixing(low_res=1.0))
-    for index in range(4):
-        a, b = plain[index], worse[index]
-        assert torch.equal(a["kinds"], b["kinds"])
-        assert a["label"] == b["label"] == 0
-        assert not torch.equal(a["lq"], b["lq"])
-
-
-def test_mixed_samples_depend_on_seed_and_index_alone(folder: Path) -> None:
-    first, second = make(folder, mixing=MIXED), make(folder, mixing=MIXED)
-    expected = {index: first[index] for index in range(12)}
-    assert all(same(second[index], expected[index]) for index in reversed(range(12)))
+    plain = drawn(make(folder, kinds=("jpeg",), batch_size=4), 0)
+    mixing = Mixing(low_res=1.0)
+    worse = drawn(make(folder, kinds=("jpeg",), mixing=mixing, batch_size=4), 0)
+    assert torch.equal(plain["kinds"], worse["kinds"])
+    assert torch.equal(plain["label"], worse["label"])
+    assert all(not torch.equal(a, b) for a, b in zip(plain["lq"], worse["lq"], strict=True))
 
 
 def test_data_for_a_run_is_held_apart(folder: Path) -> None:
-    sizes, config = Sizes(vision_image=32), DataConfig(folder, crop=32, held_out=3)
-    train, validation = open_data(config, sizes, seed=0)
+    sizes = Sizes(vision_image=32)
+    config = DataConfig(folder, crop=32, part=48, held_out=3, crops_per_part=2)
+    train, validation = open_data(config, sizes, seed=0, reads={"gt"})
     assert len(train) == 2
+    assert "lq" not in drawn(train, 0)
     assert validation["kinds"].argmax(1).tolist() == list(range(9)) * 2
+    assert validation["part"].tolist() == list(range(18))
+    assert validation.keys() >= PICTURES
     mixed, again = open_data(replace(config, mixing=Mixing(chain=1.0)), sizes, seed=0)
     assert same(validation, again)  # always one kind, so that scores compare
-    assert any(mixed[index]["kinds"].sum() > 1 for index in range(5))
+    assert (mixed.sized(20)[0].labels["kinds"].sum(dim=1) > 1).any()
+
+
+def test_validation_batches_keep_their_own_parts(folder: Path) -> None:
+    whole = make(folder, kinds=("clean", "noise")).fixed(5, at_once=2)
+    assert whole["label"].tolist() == [0, 1, 0, 1, 0]
+    pieces = list(in_batches(whole, 2))
+    assert [piece["part"].tolist() for piece in pieces] == [[0, 1], [0, 1], [0]]
+    joined = torch.cat([piece["native_view"][piece["part"]] for piece in pieces])
+    assert torch.equal(joined, whole["native_view"])
 
 
 def test_a_run_without_data_says_so(folder: Path) -> None:
@@ -355,47 +414,67 @@ def test_a_run_without_data_says_so(folder: Path) -> None:
         open_data(DataConfig(folder / "more"), Sizes(), seed=0)
 
 
-def test_every_photo_comes_once_per_epoch() -> None:
+@pytest.mark.parametrize("crops_per_part", [1, 2])
+def test_every_photo_comes_once_per_epoch(crops_per_part: int) -> None:
     photos = [torch.full((3, 80, 80), value, dtype=torch.uint8) for value in range(0, 250, 25)]
-    samples = RestorationSamples(photos, crop=64, clip_size=32, seed=0, kinds=("clean",))
-    orders = [
-        [int(samples[e * 10 + i]["gt"][0, 0, 0] * 255 + 0.5) for i in range(10)] for e in (0, 1)
-    ]
-    assert sorted(orders[0]) == sorted(orders[1]) == list(range(0, 250, 25))
-    assert orders[0] != orders[1]
+    batches = RestorationBatches(
+        photos, crop=16, part=16, clip_size=16, seed=0, batch_size=4 * crops_per_part,
+        crops_per_part=crops_per_part, kinds=("clean",),
+    )  # fmt: skip
+    seen = torch.cat([batches[number].clean[:, 0, 0, 0] for number in range(5)]).tolist()
+    assert sorted(seen[:10]) == sorted(seen[10:]) == list(range(0, 250, 25))
+    assert seen[:10] != seen[10:]
 
 
-def test_a_photo_smaller_than_the_crop_is_enlarged(folder: Path) -> None:
-    sample = make(folder, crop=192, kinds=("clean",))[0]
-    assert sample["gt"].shape == (3, 192, 192)
+def test_a_photo_smaller_than_the_part_is_enlarged(folder: Path) -> None:
+    batch = drawn(make(folder, crop=192, kinds=("clean",)), 0)
+    assert batch["gt"].shape == (1, 3, 192, 192)
     # Mirroring at the border would repeat itself.
-    assert not torch.equal(sample["gt"], sample["gt"].flip(-1))
+    assert not torch.equal(batch["gt"], batch["gt"].flip(-1))
+
+
+def test_parts_are_cut_from_sharp_and_from_full_sizes() -> None:
+    """A grid of single columns tells by its contrast how much a photo was reduced."""
+    photo = torch.zeros(3, 1500, 2048, dtype=torch.uint8)
+    photo[:, :, ::2] = 255
+    generator = torch.Generator().manual_seed(0)
+    parts = [cut_clean(photo, 64, generator).float() for _ in range(60)]
+    contrast = torch.stack([part.std() for part in parts])
+    assert all(part.shape == (3, 64, 64) for part in parts)
+    assert contrast.min() < 10  # reduced by 2 and more
+    assert contrast.max() > 40  # nearly as it was
+    soft = [cut_clean(photo, 64, generator, softer=True) for _ in range(8)]
+    runs = [int((part[0, 0].int().diff().abs() > 100).sum()) for part in soft]
+    assert max(runs) < 60
 
 
 def test_the_number_of_workers_does_not_matter(folder: Path) -> None:
-    samples = make(folder)
+    batches = make(folder, batch_size=3, mixing=MIXED)
 
-    def batches(workers: int) -> list[dict[str, Tensor]]:
-        sampler = StepSampler(3, start_step=2, batch_size=3)
-        loader = DataLoader(samples, batch_sampler=sampler, num_workers=workers)
-        return list(islice(loader, 3))
+    def loaded(workers: int) -> list[dict[str, Tensor]]:
+        return list(islice(load(batches, BatchNumbers(2), torch.device("cpu"), workers), 3))
 
-    for plain, parallel in zip(batches(0), batches(2), strict=True):
+    for plain, parallel, number in zip(loaded(0), loaded(2), (2, 3, 4), strict=True):
         assert same(plain, parallel)
+        assert same(plain, drawn(batches, number))
 
 
-def test_the_sampler_resumes_exactly() -> None:
-    straight = list(islice(StepSampler(5, batch_size=4), 10))
-    assert list(islice(StepSampler(5, start_step=6, batch_size=4), 4)) == straight[6:]
-    assert next(iter(StepSampler(6, batch_size=4))) != straight[0]
+def test_an_item_travels_as_bytes_and_is_finished_elsewhere(folder: Path) -> None:
+    """As beside a GPU: what a data process hands over is an item, and small."""
+    batches = make(folder, batch_size=8, crops_per_part=4, part=128)
+    loader = DataLoader(batches, sampler=[5], batch_size=None, num_workers=1)
+    (item,) = loader
+    assert item.clean.dtype == item.pair_lq.dtype == torch.uint8
+    assert same(batches.finish(item, torch.device("cpu")), drawn(batches, 5))
 
 
-def test_ranks_share_what_one_rank_with_a_larger_batch_sees() -> None:
-    whole = islice(StepSampler(5, batch_size=6), 4)
-    ranks = [islice(StepSampler(5, batch_size=3, rank=r, world_size=2), 4) for r in (0, 1)]
-    assert [a + b for a, b in zip(*ranks, strict=True)] == list(whole)
+def test_processes_share_what_one_that_accumulates_sees() -> None:
+    alone = list(islice(BatchNumbers(3 * 4), 8))  # from step 3 on, 4 batches a step
+    shared = [list(islice(BatchNumbers(3 * 2, rank, 2), 4)) for rank in (0, 1)]
+    assert [number for both in zip(*shared, strict=True) for number in both] == alone
+    assert alone == list(range(12, 20))
     with pytest.raises(ValueError, match="rank 2, world_size 2"):
-        StepSampler(5, batch_size=3, rank=2, world_size=2)
+        BatchNumbers(0, 2, 2)
 
 
 def test_grey_of_16_bits_keeps_its_range_and_32_bits_are_refused(tmp_path: Path) -> None:

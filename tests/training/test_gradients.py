@@ -19,7 +19,7 @@ from training.common import DataConfig, ModelConfig, open_models
 from training.diffusion import TIMESTEPS, scheduler
 from training.loop import LoopConfig
 from training.models import Models, clip_tokens, to_pixels
-from training.train_decoder import GanConfig
+from training.train_decoder import GanConfig, doubted
 
 LOOP = LoopConfig(out=Path("never"), precision="no")
 DATA = DataConfig(Path("never"), crop=32)
@@ -52,15 +52,14 @@ def batch_for(models: Models) -> dict[str, Tensor]:
     side = models.sizes.vision_image
     shapes = {
         "gt": (2, 3, 32, 32), "lq": (2, 3, 32, 32), "clip_view": (2, 3, side, side),
-        "native_view": (2, 3, side, side), "latent": (2, 4, 4, 4),
+        "native_view": (2, 3, side, side),
     }  # fmt: skip
     batch = {name: torch.rand(shape, generator=generator) for name, shape in shapes.items()}
     kinds = torch.zeros(2, len(models.types))
     kinds[0, 1] = kinds[1, 3] = kinds[1, 0] = 1
-    return batch | {
-        "label": torch.tensor([1, 3]), "kinds": kinds, "severity": torch.tensor([0.2, 0.8]),
-        "sampled": torch.tensor([True, False]),
-    }  # fmt: skip
+    severities = kinds * torch.tensor([[0.2], [0.8]])
+    labels = {"label": torch.tensor([1, 3]), "kinds": kinds, "severities": severities}
+    return batch | labels | {"part": torch.arange(2)}
 
 
 def stage_1(models: Models, **changes: Any) -> tuple[nn.Module, Callable[[], dict[str, Tensor]]]:
@@ -329,10 +328,37 @@ def test_stage_2_decodes_sampled_latents_where_there_are_some(models: Models) ->
         return decode(latent, features, pooled)
 
     loss._decode_fast = decoded
-    loss(batch, torch.Generator().manual_seed(2))
-    clean = models.encode(to_pixels(batch["gt"]))
-    assert torch.equal(seen[0][0], batch["latent"][0])
-    torch.testing.assert_close(seen[0][1], clean[1])
+    sampled = torch.rand(2, 4, 4, 4, generator=torch.Generator().manual_seed(3))
+    for given in (batch, batch | {"latent": sampled}):
+        loss(given, torch.Generator().manual_seed(2))
+    torch.testing.assert_close(seen[0], models.encode(to_pixels(batch["gt"])))
+    assert torch.equal(seen[1], sampled)
+
+
+def test_crops_of_one_part_share_its_p_d(models: Models) -> None:
+    """As if each crop had brought the view of its part with it."""
+    batch = batch_for(models)
+    views = {name: batch[name] for name in ("clip_view", "native_view")}
+    shared = (
+        batch | {name: view[:1] for name, view in views.items()} | {"part": torch.zeros(2).long()}
+    )
+    own = batch | {name: view[:1].expand_as(view) for name, view in views.items()}
+    loss = stage_2(models)
+    found, expected = (loss(b, torch.Generator().manual_seed(2))["loss"] for b in (shared, own))
+    torch.testing.assert_close(found, expected)
+    terms = train_control.make_loss(models, train_control.Config(LOOP, DATA))
+    found, expected = (terms(b, torch.Generator().manual_seed(2))["mse"] for b in (shared, own))
+    torch.testing.assert_close(found, expected)
+
+
+def test_some_p_d_is_another_photo_s_or_none() -> None:
+    pooled = torch.arange(1.0, 2001)[:, None]
+    assert torch.equal(doubted(pooled, 0.0, torch.Generator().manual_seed(0)), pooled)
+    found = doubted(pooled, 0.2, torch.Generator().manual_seed(0))
+    zero, other = found == 0, found == pooled.roll(1, 0)
+    assert 0.07 < zero.float().mean() < 0.13
+    assert 0.07 < other.float().mean() < 0.13
+    assert torch.equal(found[~(zero | other)], pooled[~(zero | other)])
 
 
 def test_the_decoder_without_p_d_ignores_it(models: Models) -> None:

@@ -145,10 +145,9 @@ def test_what_is_not_finite_is_named(tmp_path: Path, bad: str) -> None:
         expected = r"step 0: gradient of 3\.bias is not finite"
     elif bad == "input":
         data.__class__ = type(
-            "Broken", (Points,), {"__getitem__": lambda s, i: {"x": torch.full((4,), torch.inf),
-                                                              "y": torch.ones(1)}}
-        )  # fmt: skip
-        expected = "step 0: loss.* is not finite, and input x is not: look at the data"
+            "Broken", (Points,), {"sample": lambda s, i: torch.full((4,), torch.inf)}
+        )
+        expected = "step 0: loss.* is not finite, and input x, y is not: look at the data"
     elif bad == "weight":
         broken.trainable.get_parameter("0.weight").data[0, 0] = torch.nan
         expected = r"step 0: loss.* is not finite, and weight 0\.weight is not"

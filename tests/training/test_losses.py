@@ -20,6 +20,7 @@ from training.losses import (
     band_means,
     hinge_discriminator,
     kind_loss,
+    kind_scores,
     psnr_loss,
     spectral_distance,
 )
@@ -37,15 +38,44 @@ def test_bands_are_means_over_their_quarter_and_nan_where_empty() -> None:
     assert found["mse_t2"].isnan()
 
 
-def test_mild_samples_count_less_for_the_kind_and_clean_ones_in_full() -> None:
-    logits = torch.randn(4, 3, generator=torch.Generator().manual_seed(1))
-    label = torch.tensor([0, 1, 2, 0])
-    each = F.cross_entropy(logits, label, reduction="none")
-    severity = torch.tensor([0.0, 0.05, 0.9, -1.0])
-    assert torch.equal(kind_loss(logits, label, severity, 0), each.mean())
-    weight = torch.tensor([1.0, 0.25, 1.0, 1.0])
-    expected = (weight * each).sum() / 3.25
-    torch.testing.assert_close(kind_loss(logits, label, severity, mild=0.2), expected)
+def labels(*rows: dict[int, float]) -> dict[str, Tensor]:
+    """Batches of three kinds, the last of which is clean, of severities by kind."""
+    kinds, severities = torch.zeros(len(rows), 3), torch.zeros(len(rows), 3)
+    for row, levels in enumerate(rows):
+        for kind, severity in levels.items():
+            kinds[row, kind], severities[row, kind] = 1, severity
+    label = torch.tensor([max(levels, key=lambda kind: levels[kind]) for levels in rows])
+    return {"kinds": kinds, "severities": severities, "label": label}
+
+
+LOGITS = torch.randn(4, 3, generator=torch.Generator().manual_seed(1))
+
+
+def test_mild_photos_count_less_for_the_kind_and_clean_ones_in_full() -> None:
+    batch = labels({2: 0.0}, {1: 0.05}, {0: 0.01, 1: 0.9}, {0: -1.0})
+    each = F.cross_entropy(LOGITS, torch.tensor([2, 1, 1, 0]), reduction="none")
+    torch.testing.assert_close(kind_loss(LOGITS, batch, "ce"), each.mean())
+    expected = (torch.tensor([1.0, 0.25, 1.0, 1.0]) * each).sum() / 3.25
+    torch.testing.assert_close(kind_loss(LOGITS, batch, "ce", mild=0.2), expected)
+
+
+def test_each_kind_of_a_mix_counts_by_its_own_severity() -> None:
+    batch = labels({2: 0.0}, {1: 0.05}, {0: 0.01, 1: 0.9}, {0: -1.0})
+    each = F.binary_cross_entropy_with_logits(LOGITS, batch["kinds"], reduction="none")
+    torch.testing.assert_close(kind_loss(LOGITS, batch, "bce"), each.mean())
+    weight = torch.ones(4, 3)
+    weight[1] = 0.25  # also of being called clean
+    weight[2, 0] = 0.05
+    expected = (weight * each).sum() / weight.sum()
+    torch.testing.assert_close(kind_loss(LOGITS, batch, "bce", mild=0.2), expected)
+
+
+def test_naming_one_kind_of_a_mix_is_right_and_naming_all_is_exact() -> None:
+    kinds = torch.tensor([[1.0, 1.0, 0.0], [0.0, 1.0, 0.0], [1.0, 1.0, 0.0], [0.0, 0.0, 1.0]])
+    logits = torch.tensor([[2.0, 1, -1], [-1, 1, -1], [2, -1, -1], [1, -1, -2]])
+    assert kind_scores(logits, kinds, "ce") == {"accuracy": torch.tensor(0.75)}
+    assert kind_scores(logits, kinds, "bce")["accuracy"] == 0.75
+    assert kind_scores(logits, kinds, "bce")["exact"] == 0.5
 
 
 def test_the_psnr_loss_is_minus_the_psnr_and_minds_each_photo_alike() -> None:

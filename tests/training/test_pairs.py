@@ -13,11 +13,10 @@ import torch
 from PIL import Image
 from skimage import data
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from diff_restorer.degradations import KINDS
 from training.common import DataConfig, open_data
-from training.data import UNKNOWN_SEVERITY, Mixing, RestorationSamples, StepSampler
+from training.data import UNKNOWN_SEVERITY, BatchNumbers, Mixing, RestorationBatches, load
 from training.layouts import LAYOUTS, find_pairs, kind_of
 from training.models import Sizes
 from training.pairs import PairedPhotos
@@ -264,56 +263,62 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def make(root: Path, **changes: object) -> RestorationSamples:
+def make(root: Path, **changes: object) -> RestorationBatches:
     settings = {
+        "part": 60,
         "crop": 48,
         "clip_size": 24,
         "seed": 0,
         "pairs": PairedPhotos([root / "daclip", root / "reside"]),
     } | changes
-    return RestorationSamples(CleanPhotos(root / "photos"), **settings)  # type: ignore[arg-type]
+    return RestorationBatches(CleanPhotos(root / "photos"), **settings)  # type: ignore[arg-type]
+
+
+def drawn(batches: RestorationBatches, number: int) -> dict[str, Tensor]:
+    return batches.finish(batches[number], torch.device("cpu"))
 
 
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
+def paired_kinds(labels: dict[str, Tensor]) -> Counter[str]:
+    """How often each kind comes from a pair."""
+    rows, kinds = (labels["severities"] == UNKNOWN_SEVERITY).nonzero(as_tuple=True)
+    assert torch.equal(labels["label"][rows], kinds)
+    return Counter(KINDS[kind] for kind in kinds.tolist())
+
+
 def test_kinds_are_uniform_over_all_sources(root: Path) -> None:
-    samples = make(root, crop=16, clip_size=8, pair_share=0.5)
-    drawn = [samples[index] for index in range(720)]
-    kinds = Counter(KINDS[sample["label"]] for sample in drawn)
+    labels = make(root, part=16, crop=16, batch_size=720, pair_share=0.5)[0].labels
+    kinds = Counter(KINDS[label] for label in labels["label"].tolist())
     assert all(50 < kinds[kind] < 115 for kind in KINDS)
-    paired = Counter(
-        KINDS[sample["label"]] for sample in drawn if sample["severity"] == UNKNOWN_SEVERITY
-    )
+    paired = paired_kinds(labels)
     assert paired.keys() == {"low_light", "haze", "snow"}
     assert all(0.3 < paired[kind] / kinds[kind] < 0.7 for kind in paired)
-    alone = make(root, crop=16, clip_size=8, pair_share=1.0)
-    for index in range(60):
-        sample = alone[index]
-        from_pair = sample["severity"] == UNKNOWN_SEVERITY
-        assert from_pair == (KINDS[sample["label"]] in paired)
+    alone = make(root, part=16, crop=16, batch_size=60, pair_share=1.0)[0].labels
+    kinds = Counter(KINDS[label] for label in alone["label"].tolist())
+    assert paired_kinds(alone) == {kind: kinds[kind] for kind in paired}
 
 
-def test_samples_of_pairs_are_aligned_crops_of_both_halves(root: Path) -> None:
+def test_crops_of_pairs_are_aligned_in_both_halves(root: Path) -> None:
     pairs = PairedPhotos([root / "daclip"])
-    samples = make(root, pairs=pairs, kinds=("low_light",), pair_share=1.0)
+    batch = drawn(make(root, pairs=pairs, kinds=("low_light",), pair_share=1.0, batch_size=12), 0)
+    assert batch["kinds"].unique().tolist() == [1]
+    assert batch["lq"].shape == batch["gt"].shape == (12, 3, 48, 48)
+    assert batch["clip_view"].shape == (12, 3, 24, 24)
     mirrored: set[bool] = set()
-    for index in range(12):
-        sample = samples[index]
-        assert sample["kinds"].tolist() == [1]
-        assert sample["lq"].shape == sample["gt"].shape == (3, 48, 48)
-        assert sample["clip_view"].shape == (3, 24, 24)
-        ratio = sample["lq"].sum() / sample["gt"].sum()
+    for lq, gt in zip(batch["lq"], batch["gt"], strict=True):
+        ratio = lq.sum() / gt.sum()
         assert 0.4 < ratio < 0.6  # each is about half as bright: any shift would show
-        assert (sample["lq"] - ratio * sample["gt"]).abs().max() < 2 / 255
+        assert (lq - ratio * gt).abs().max() < 2 / 255
         # The crop is found in one of the clean photos, pixel by pixel, perhaps mirrored.
-        pixels = (sample["gt"] * 255).round().byte()
+        pixels = (gt * 255).round().byte()
         places = [
             flip
-            for _, gt in pairs
+            for _, photo in pairs
             for flip in (False, True)
-            if occurs(pixels.flip(-1) if flip else pixels, gt)
+            if occurs(pixels.flip(-1) if flip else pixels, photo)
         ]
         assert places
         mirrored.update(places)
@@ -326,30 +331,41 @@ def occurs(crop: Tensor, photo: Tensor) -> bool:
     return bool((windows == crop[:, None, None]).all(-1).all(-1).all(0).any())
 
 
+def test_pairs_and_photos_share_a_batch(root: Path) -> None:
+    """Each part is degraded by what its own labels say, and pairs by nothing else."""
+    batches = make(root, kinds=("noise", "low_light"), pair_share=1.0, batch_size=20)
+    item, batch = batches[0], drawn(batches, 0)
+    pairs = batch["severities"][:, 1] == UNKNOWN_SEVERITY
+    assert torch.equal(pairs.nonzero()[:, 0], item.pair_rows)
+    assert 3 < pairs.sum() < 17
+    assert torch.equal(pairs, batch["label"] == 1)
+    for lq, gt, paired in zip(batch["lq"], batch["gt"], pairs, strict=True):
+        ratio = lq.sum() / gt.sum()
+        assert ((lq - ratio * gt).abs().max() < 2 / 255) == paired
+
+
 def test_small_pairs_are_enlarged(root: Path) -> None:
-    sample = make(root, crop=128, kinds=("haze",), pair_share=1.0)[0]
-    assert sample["gt"].shape == sample["lq"].shape == (3, 128, 128)
-    assert not torch.equal(sample["gt"], sample["lq"])
+    batch = drawn(make(root, crop=128, kinds=("haze",), pair_share=1.0), 0)
+    assert batch["gt"].shape == batch["lq"].shape == (1, 3, 128, 128)
+    assert not torch.equal(batch["gt"], batch["lq"])
 
 
-def test_samples_depend_on_seed_and_index_alone(root: Path) -> None:
-    first, second = make(root), make(root, pairs=PairedPhotos(
+def test_batches_depend_on_seed_and_number_alone(root: Path) -> None:
+    first, second = make(root, batch_size=2), make(root, batch_size=2, pairs=PairedPhotos(
         [root / "daclip", root / "reside"], PhotoStore(0)
     ))  # fmt: skip
-    expected = {index: first[index] for index in range(20)}
-    assert all(same(second[index], expected[index]) for index in reversed(range(20)))
-    assert not same(expected[3], make(root, seed=1)[3])
+    expected = {number: drawn(first, number) for number in range(10)}
+    assert all(same(drawn(second, number), expected[number]) for number in reversed(range(10)))
+    assert not same(expected[3], drawn(first.with_seed(1), 3))
 
 
 def test_the_number_of_workers_does_not_matter(root: Path) -> None:
-    samples = make(root, mixing=Mixing(chain=0.5, low_res=0.5))
+    batches = make(root, mixing=Mixing(chain=0.5, low_res=0.5), batch_size=6)
 
-    def batches(workers: int) -> list[dict[str, Tensor]]:
-        sampler = StepSampler(3, start_step=2, batch_size=6)
-        loader = DataLoader(samples, batch_sampler=sampler, num_workers=workers)
-        return list(islice(loader, 3))
+    def loaded(workers: int) -> list[dict[str, Tensor]]:
+        return list(islice(load(batches, BatchNumbers(2), torch.device("cpu"), workers), 3))
 
-    for plain, parallel in zip(batches(0), batches(2), strict=True):
+    for plain, parallel in zip(loaded(0), loaded(2), strict=True):
         assert same(plain, parallel)
 
 
@@ -364,18 +380,15 @@ def test_held_out_pairs_share_no_clean_photo_with_the_others(root: Path) -> None
 
 def test_a_run_can_have_pairs_alone_or_beside_photos(root: Path) -> None:
     sizes = Sizes(vision_image=32)
-    config = DataConfig(pairs=(root / "daclip", f"haze={root / 'reside'}"), crop=32, held_out=4)
+    config = DataConfig(
+        pairs=(root / "daclip", f"haze={root / 'reside'}"), part=40, crop=32, held_out=4
+    )
     train, validation = open_data(config, sizes, seed=0)
     assert len(train.photos) == 9 + 2 + 1  # their clean halves serve as clean photos
     assert len(train) == 18  # pairs
     assert validation["label"].tolist() == list(range(9)) * 2
-    seen = {int(train[index]["label"]) for index in range(80)}
-    assert seen == set(range(9))
+    labels = train.sized(100)[0].labels["label"]
+    assert set(labels.tolist()) == set(range(9))
     train, _ = open_data(replace(config, photos=root / "photos"), sizes, seed=0)
     assert len(train.photos) == 2
-    paired = {
-        KINDS[sample["label"]]
-        for sample in (train[index] for index in range(120))
-        if sample["severity"] == UNKNOWN_SEVERITY
-    }
-    assert paired == {"low_light", "haze", "snow"}
+    assert paired_kinds(train.sized(120)[0].labels).keys() == {"low_light", "haze", "snow"}

@@ -62,7 +62,7 @@ def files(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, P
             checkpoint_every=2, validate_every=2,
         )  # fmt: skip
 
-    shots = DataConfig(photos, crop=32, held_out=3, validation_samples=9)
+    shots = DataConfig(photos, part=48, crop=32, held_out=3, validation_samples=9)
     made = {
         "base": autoencoder.main(
             autoencoder.Config(loop("base"), shots, ModelConfig(sizes=TOY)),
@@ -80,7 +80,9 @@ def files(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, P
     )
     stage1 = ModelConfig(init=(made["control"],), sizes=TOY)
     made["latents"] = sample_decoder_data.main(
-        sample_decoder_data.Config(shots, out / "latents.safetensors", stage1, samples=3, steps=2)
+        sample_decoder_data.Config(
+            shots, out / "latents.safetensors", stage1, samples=3, batch_size=2, steps=2
+        )
     )
     made["decoder"] = train_decoder.main(
         train_decoder.Config(
@@ -152,7 +154,7 @@ def test_a_weight_that_fp16_cannot_hold_is_named(
     state["decoder.fusion.0.out.weight"] = state["decoder.fusion.0.out.weight"] + 1e5
     write_checkpoint(tmp_path / "large.safetensors", state, source.info)
     config = ModelConfig(init=(tmp_path / "large.safetensors",), sizes=TOY)
-    shots = DataConfig(photos, crop=32, held_out=3, validation_samples=9)
+    shots = DataConfig(photos, part=48, crop=32, held_out=3, validation_samples=9)
     with pytest.raises(ValueError, match=r"decoder\.fusion\.0\.out\.weight is not finite in fp16"):
         export.main(export.Config(shots, tmp_path / "never.safetensors", config, samples=128))
     assert not (tmp_path / "never.safetensors").exists()
@@ -192,7 +194,7 @@ def test_a_classifier_of_several_kinds_is_told_apart(
 ) -> None:
     settings = train_control.Config(
         LoopConfig(out=tmp_path, steps=1, batch_size=1, warmup=1, workers=0),
-        DataConfig(photos, crop=32, held_out=3, validation_samples=9),
+        DataConfig(photos, part=48, crop=32, held_out=3, validation_samples=9),
         ModelConfig(init=(files["eyes"], files["base"]), sizes=TOY),
         train_unet=True,
         classification="bce",
@@ -214,7 +216,7 @@ def test_a_weight_of_a_loss_that_trains_nothing_is_refused(
 ) -> None:
     settings = train_control.Config(
         LoopConfig(out=tmp_path, steps=1),
-        DataConfig(photos, crop=32, held_out=3),
+        DataConfig(photos, part=48, crop=32, held_out=3),
         ModelConfig(init=(files["control"],), sizes=TOY),
         ce_weight=0.0,
         train_degradation=False,
@@ -228,7 +230,7 @@ def test_a_decoder_without_diffusion_is_an_ablation(
 ) -> None:
     settings = train_decoder.Config(
         LoopConfig(out=tmp_path, steps=1, batch_size=2, warmup=1, workers=0),
-        DataConfig(photos, crop=32, held_out=3, validation_samples=9),
+        DataConfig(photos, part=48, crop=32, held_out=3, validation_samples=9),
         ModelConfig(init=(files["control"],), sizes=TOY),
         without_diffusion=True,
     )
@@ -288,7 +290,7 @@ def sd15_files(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
             checkpoint_every=2, validate_every=2,
         )  # fmt: skip
 
-    shots = DataConfig(photos, crop=32, held_out=3, validation_samples=8)
+    shots = DataConfig(photos, part=48, crop=32, held_out=3, validation_samples=8)
     made = {
         "control": train_control.main(
             train_control.Config(loop("control"), shots, single, validation_steps=2)
@@ -296,7 +298,7 @@ def sd15_files(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     }
     stage1 = replace(single, init=(made["control"],))
     sampled = sample_decoder_data.Config(
-        shots, out / "latents.safetensors", stage1, samples=3, steps=2, batch_size=2
+        shots, out / "latents.safetensors", stage1, samples=3, steps=2, batch_size=1
     )
     made["latents"] = sample_decoder_data.main(sampled)
     made["decoder"] = train_decoder.main(
@@ -379,7 +381,7 @@ def test_a_killed_sampling_goes_on_to_the_same_latents(
 ) -> None:
     folder = sd15_files["control"].parents[1]
     config = sample_decoder_data.Config(
-        DataConfig(photos, crop=32, held_out=3, validation_samples=8),
+        DataConfig(photos, part=48, crop=32, held_out=3, validation_samples=8),
         tmp_path / "latents.safetensors",
         toy_sd15.model_config(folder, init=(sd15_files["control"],)),
         samples=6,
@@ -406,7 +408,7 @@ def test_a_killed_sampling_goes_on_to_the_same_latents(
     straight = load_file(
         sample_decoder_data.main(replace(config, out=tmp_path / "straight.safetensors"))
     )
-    assert resumed["latents"].shape == (6, 4, 4, 4)
+    assert resumed["latents"].shape == (6, 1, 4, 4, 4)
     assert all(torch.equal(resumed[name], straight[name]) for name in straight)
     assert not parts.exists()
     assert sample_decoder_data.main(config) == config.out  # complete: nothing to do
@@ -415,7 +417,7 @@ def test_a_killed_sampling_goes_on_to_the_same_latents(
 def test_an_ablation_says_so_and_is_refused_for_release(
     files: dict[str, Path], photos: Path, tmp_path: Path
 ) -> None:
-    shots = DataConfig(photos, crop=32, held_out=3, validation_samples=9)
+    shots = DataConfig(photos, part=48, crop=32, held_out=3, validation_samples=9)
     ablated = train_control.main(
         train_control.Config(
             LoopConfig(out=tmp_path, steps=1, batch_size=1, warmup=1, workers=0),

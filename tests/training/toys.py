@@ -9,25 +9,39 @@ import json
 import logging
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from training.data import to_device
 from training.loop import LoopConfig, Stage, run
 
 
 class Points(Dataset[dict[str, Tensor]]):
-    """Sample i is a function of i."""
+    """Sample i is a function of i, and a batch the next so many samples."""
+
+    def __init__(self, batch_size: int = 1) -> None:
+        self.batch_size = batch_size
 
     def __len__(self) -> int:
         return 12
 
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        x = torch.randn(4, generator=torch.Generator().manual_seed(index))
-        return {"x": x, "y": x.sum(dim=0, keepdim=True)}
+    def sized(self, batch_size: int) -> Self:
+        return type(self)(batch_size)
+
+    def sample(self, index: int) -> Tensor:
+        return torch.randn(4, generator=torch.Generator().manual_seed(index))
+
+    def __getitem__(self, number: int) -> dict[str, Tensor]:
+        first = number * self.batch_size
+        x = torch.stack([self.sample(first + place) for place in range(self.batch_size)])
+        return {"x": x, "y": x.sum(dim=1, keepdim=True)}
+
+    def finish(self, item: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+        return {name: to_device(value, device) for name, value in item.items()}
 
 
 def config(out: Path, **changes: Any) -> LoopConfig:

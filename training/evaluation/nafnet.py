@@ -140,7 +140,7 @@ def load_nafnet(path: Path) -> NafNet:
 def main(config: Config) -> Path:
     """Train, and write a file for `python -m training.evaluate --nafnet`."""
     torch.manual_seed(config.loop.seed)
-    train, validation = open_data(config.data, Sizes(), config.loop.seed)
+    train, validation = open_data(config.data, Sizes(), config.loop.seed, reads={"gt", "lq"})
     validation = to_home(validation)
     network = NafNet(config.width, config.blocks).to(home())
     restore = maybe_compile(network.forward, config.loop)

@@ -64,7 +64,7 @@ def main(recipe: Recipe) -> Path:
         sample_decoder_data,
         control,
         out=str(recipe.out / "latents.safetensors"),
-        **({"samples": 4, "steps": 2} if tiny else {}),
+        **({"samples": 4, "steps": 2, "batch_size": TINY_LOOP["batch_size"]} if tiny else {}),
     )
     start = train(
         train_decoder,

@@ -9,9 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
-from ..common import DataConfig, ModelConfig, checkpoint_info, open_data, open_models, to_home
+from ..common import DataConfig, ModelConfig, checkpoint_info, home, open_data, open_models
 from ..config import run_program, settings
 from ..models import clip_tokens
 
@@ -38,7 +37,7 @@ class Config:
     """File of the vision stage, trained on from `old`."""
     data: DataConfig
     samples: int = 1080
-    """Degraded photos to fit on."""
+    """Degraded photos to fit on, in whole batches."""
     batch_size: int = 36
     """Photos at once."""
     ridge: float = 1e-3
@@ -91,14 +90,13 @@ def main(config: Config) -> Path:
     old, parts = open_models(ModelConfig(init=(config.old,)))
     new, _ = open_models(ModelConfig(init=(config.old, config.new)))
     new.prompt.semantic.load_state_dict(old.prompt.semantic.state_dict())
-    data = replace(config.data, crop=64, validation_samples=1)
-    train, _ = open_data(data, old.sizes, config.seed, old.types)
-    loader = DataLoader(
-        torch.utils.data.Subset(train, range(config.samples)), batch_size=config.batch_size
-    )
+    data = replace(config.data, crop=64, crops_per_part=1, validation_samples=1)
+    train, _ = open_data(data, old.sizes, config.seed, old.types, {"native_view"})
+    train = train.sized(config.batch_size)
+    count = -(-config.samples // config.batch_size)
     seen: dict[str, list[Tensor]] = {name: [] for name in ("old", "new", "old P_D", "new P_D")}
     right = torch.zeros(2)
-    for batch in map(to_home, loader):
+    for batch in (train.finish(train[number], home()) for number in range(count)):
         named = []
         for name, models in (("old", old), ("new", new)):
             tokens = clip_tokens(models.vision, batch["native_view"])
@@ -108,13 +106,14 @@ def main(config: Config) -> Path:
             pooled = prompt.pooled[:, None].expand_as(some)
             seen[name].append(tokens[:, ::6].flatten(0, 1).cpu())
             seen[f"{name} P_D"].append(torch.cat([some, pooled], 1).flatten(0, 1).cpu())
-            named.append(prompt.logits.argmax(dim=1) == batch["label"])
+            named.append(batch["kinds"].gather(1, prompt.logits.argmax(1, keepdim=True))[:, 0] > 0)
         right += torch.stack(named).sum(dim=1).cpu()
         both = torch.logical_and(*named).cpu()  # elsewhere the drift is what training was for
         for name in ("old P_D", "new P_D"):
             whole = seen[name][-1].unflatten(0, (len(both), -1))
             seen[name][-1] = whole[both].flatten(0, 1)
-    log.info("right: %.1f %% before, %.1f %% now", *(100 * right / config.samples).tolist())
+    share = 100 * right / (count * config.batch_size)
+    log.info("right: %.1f %% before, %.1f %% now", *share.tolist())
     joined = {name: torch.cat(values) for name, values in seen.items()}
     tokens = fit(joined["new"], joined["old"], config.ridge)
     degradation = fit(joined["new P_D"], joined["old P_D"], config.ridge)

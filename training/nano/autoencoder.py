@@ -87,7 +87,9 @@ def main(config: Config) -> Path:
     vae = models.vae
     if "base.vae." not in found:
         start_as_box_average(vae)
-    train, fixed = open_data(config.data, models.sizes, config.loop.seed, models.types)
+    train, fixed = open_data(
+        config.data, models.sizes, config.loop.seed, models.types, {"gt", "lq"}
+    )
     validation = to_home(fixed)
 
     def reconstruct(pixels: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from ..checkpoints import compare_file
 from ..common import DataConfig, ModelConfig, checkpoint_info, home, open_data, open_models, to_home
 from ..config import run_program
 from ..loop import LoopConfig, Stage, maybe_compile, run
-from ..losses import kind_loss
+from ..losses import Classification, kind_loss, kind_scores
 from ..models import clip_tokens
 from ..sheets import save_sheet
 
@@ -30,8 +30,10 @@ class Config:
     measure_weight: float = 0.5
     """Weight of the loss that asks pooled P_D for the severity and for what the degradation did to
     brightness and contrast: the kind alone would not tell the decoder how dark a photo was."""
+    classification: Classification = "ce"
+    """Cross-entropy of one kind per photo, or binary cross-entropy of each kind for mixed ones."""
     mild: float = 0.2
-    """Severity below which a sample counts less in the cross-entropy."""
+    """Severity below which a kind counts less in that loss."""
 
 
 MEASURES = ("severity", *(f"{what} {c}" for what in ("brightness", "contrast") for c in "RGB"))
@@ -94,15 +96,19 @@ def start_patch_filters(patch_embedding: nn.Conv2d, views: Tensor) -> None:
 
 
 def measures(batch: dict[str, Tensor]) -> Tensor:
-    """What P_D shall also tell, (B, 7), about 1 in size: `MEASURES`; NaN where it is unknown."""
-    severity = torch.where(batch["severity"] < 0, torch.nan, batch["severity"])
-    return torch.cat([3 * severity[:, None], 5 * batch["tone"]], dim=1)
+    """What P_D shall also tell, (P, 7), about 1 in size: `MEASURES`; NaN where it is unknown."""
+    severity = batch["severities"].gather(1, batch["label"][:, None])
+    severity = torch.where(severity < 0, torch.nan, severity)
+    return torch.cat([3 * severity, 5 * batch["tone"]], dim=1)
 
 
 def main(config: Config) -> Path:
     """Train, and write a file with `base.clip_vision.` and `prompt_processor.`."""
     models, found = open_models(config.model, seed=config.loop.seed)
-    train, validation = open_data(config.data, models.sizes, config.loop.seed, models.types)
+    models.classification = config.classification
+    data = replace(config.data, crops_per_part=1)  # a photo is a view here, and no crop is read
+    reads = {"native_view", "tone"}
+    train, validation = open_data(data, models.sizes, config.loop.seed, models.types, reads)
     if "base.clip_vision." not in found:
         start_as_spectrum(models.vision, validation["native_view"])
     ruler = nn.Linear(models.prompt.config.context_width, len(MEASURES)).to(home())
@@ -119,12 +125,12 @@ def main(config: Config) -> Path:
 
     def loss(batch: dict[str, Tensor], _: torch.Generator) -> dict[str, Tensor]:
         logits, measured = step_function(batch["native_view"])
-        kinds = kind_loss(logits, batch["label"], batch["severity"], config.mild)
+        kinds = kind_loss(logits, batch, config.classification, config.mild)
         target = measures(batch)
         wrong = torch.where(target.isnan(), 0, measured - target.nan_to_num()).square().mean()
-        accuracy = (logits.argmax(dim=1) == batch["label"]).float().mean()
         total = kinds + config.measure_weight * wrong
-        return {"loss": total, "ce": kinds, "measures": wrong, "accuracy": accuracy}
+        scores = kind_scores(logits.detach(), batch["kinds"], config.classification)
+        return {"loss": total, config.classification: kinds, "measures": wrong, **scores}
 
     @torch.no_grad()
     def validate(step: int, folder: Path) -> dict[str, float]:
@@ -134,11 +140,10 @@ def main(config: Config) -> Path:
             for truth, found in zip(validation["label"], logits.argmax(dim=1), strict=True)
         ]
         save_sheet(folder / f"{step:07d}.jpg", {"view": validation["native_view"][:18]}, names)
-        return {
-            "cross_entropy": float(F.cross_entropy(logits, validation["label"])),
-            "accuracy": float((logits.argmax(dim=1) == validation["label"]).float().mean()),
-            "measures": float((measured - measures(validation)).square().nanmean()),
-        }
+        scores = kind_scores(logits, validation["kinds"], config.classification)
+        scores["measures"] = (measured - measures(validation)).square().nanmean()
+        scores["cross_entropy"] = kind_loss(logits, validation, config.classification)
+        return {name: float(value) for name, value in scores.items()}
 
     parts = ("base.clip_vision.", "prompt_processor.")
 

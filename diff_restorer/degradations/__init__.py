@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 
 from .codec import jpeg, jpeg_codec, low_res
+from .looks import random_look
+from .mixes import MIXES, draw_mix
 from .optics import blur, raindrop
 from .second_order import second_order
 from .sensor import add_gaussian_noise, low_light, noise
@@ -133,10 +135,13 @@ def degrade_chain(
 __all__ = [
     "ALL_KINDS",
     "KINDS",
+    "MIXES",
     "PHYSICAL_ORDER",
     "add_gaussian_noise",
     "degrade",
     "degrade_chain",
+    "draw_mix",
     "jpeg_codec",
+    "random_look",
     "sample_severity",
 ]

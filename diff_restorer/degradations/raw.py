@@ -141,13 +141,17 @@ def _demosaicked(mosaic: Tensor, shift: list[int]) -> Tensor:
 
 
 def _cleaned(noise: Tensor, draw: Draw) -> Tensor:
-    """What denoising and sharpening leave: little or much of the fine grain, less of its colour."""
+    """What denoising and sharpening leave: little or much fine grain, less colour, all blotches."""
     middle = gaussian_blur(noise, 0.8)
     coarse = F.avg_pool2d(middle, 4, ceil_mode=True)
     coarse = F.interpolate(coarse, size=noise.shape[-2:], mode="bilinear")
-    fine, middle = noise - middle, middle - coarse
-    keep = draw.per_sample(draw.uniform(0.1, 1.3))
-    colour = draw.per_sample(draw.uniform(0.2, 1.0))
-    body = draw.per_sample(draw.uniform(0.6, 1.2))
-    grey = fine.mean(1, keepdim=True)
-    return keep * torch.lerp(grey, fine, colour) + body * middle + coarse
+    fine = draw.per_sample(draw.uniform(0.1, 1.2)) * (noise - middle)
+    grain = fine + draw.per_sample(draw.uniform(0.6, 1.2)) * (middle - coarse)
+    coarse = draw.per_sample(draw.uniform(1.3, 2.6)) * coarse
+    grain = _paler(grain, draw.per_sample(draw.uniform(0.0, 0.6)))
+    return grain + _paler(coarse, draw.per_sample(draw.uniform(0.2, 0.8)))
+
+
+def _paler(noise: Tensor, colour: Tensor) -> Tensor:
+    """Keeps a share of the differences between the channels."""
+    return torch.lerp(noise.mean(1, keepdim=True), noise, colour)

@@ -114,14 +114,6 @@ def test_bright_spots_are_filled_and_the_rest_is_kept():
         assert np.abs(result - clean)[:8].max() < 0.05
 
 
-def test_haze_is_taken_off_a_flat_scene_of_known_depth():
-    scene = np.zeros((64, 64, 3), np.float32)
-    scene[::2, ::2] = (0.8, 0.2, 0.0)
-    scene[:4] = 1.0
-    hazy = (0.5 * scene + 0.5).astype(np.float32)
-    assert psnr(restore("dark channel", hazy), scene) > psnr(hazy, scene) + 6
-
-
 def test_equalising_spreads_a_dark_photo(photo: Photo):
     dark = (photo * 0.1).astype(np.float32)
     value = restore("histogram equalisation", dark).max(-1)

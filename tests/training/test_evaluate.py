@@ -25,7 +25,8 @@ from tools.restore import NANO_WORKFLOW
 from training import evaluate
 from training.common import DataConfig
 from training.evaluate import Config, PhotoSets
-from training.evaluation import nafnet, report, tables, testsets
+from training.evaluation import nafnet, real_pairs, report, tables, testsets
+from training.evaluation.baselines import COMPETITORS
 from training.evaluation.competing import run_baselines
 from training.evaluation.metrics import FILES, IDENTICAL, Learned, fidelity
 from training.evaluation.pictures import (
@@ -149,7 +150,7 @@ def test_a_result_depends_on_pixels_and_not_on_notes(photos: Path, tmp_path: Pat
 def test_pairs_are_matched_and_misfits_are_named(pairs: Path, tmp_path: Path):
     for role in ("lq", "gt"):
         (pairs / "noise_real" / role / ".DS_Store").write_bytes(b"no photo")
-    found = testsets.real(pairs, tmp_path, 0)
+    found = real_pairs.real(pairs, tmp_path, 0)
     kinds = {case.set: case.kind for case in found.cases}
     assert kinds == {
         "pairs/lowlight_real": "low_light",
@@ -170,7 +171,7 @@ def test_a_published_set_is_read_in_its_layout(tmp_path: Path):
         picture = small_photo(name, 32, 24)
         dark = ImageEnhance.Brightness(picture).enhance(0.25) if half == "low" else picture
         dark.save(tmp_path / "LOL" / split / half / "1.png")
-    found = testsets.real(tmp_path / "LOL", tmp_path / "cache", 0)
+    found = real_pairs.real(tmp_path / "LOL", tmp_path / "cache", 0)
     assert [(c.set, c.name, c.kind) for c in found.cases] == [
         ("pairs/LOL_low_light", f"{split}_low_1", "low_light") for split in ("test", "train")
     ]
@@ -191,7 +192,7 @@ def test_bad_folders_are_named(tmp_path: Path, photos: Path):
     with pytest.raises(ValueError, match="found no photo"):
         synthetic(tmp_path, tmp_path / "cache", 0, 0)
     with pytest.raises(ValueError, match="pairs"):
-        testsets.real(tmp_path / "nowhere", tmp_path, 0)
+        real_pairs.real(tmp_path / "nowhere", tmp_path, 0)
     small_photo("coffee", 16, 16).save(tmp_path / "a.png")
     small_photo("coffee", 16, 16).save(tmp_path / "a.jpg")
     with pytest.raises(ValueError, match="several photos named a"):
@@ -249,8 +250,8 @@ def offline(photos: Path, pairs: Path, tmp_path_factory: pytest.TempPathFactory)
     out = tmp_path_factory.mktemp("offline")
     (pairs / "rain_odd").rename(out / "rain_odd")
     config = Config(
-        PhotoSets(photos, pairs), out, server=f"http://127.0.0.1:{free_port()}", workers=1,
-        weights=out, sheet_photos=1,
+        PhotoSets(photos, pairs, suites=("own", "pairs")), out, workers=1, weights=out,
+        server=f"http://127.0.0.1:{free_port()}", sheet_photos=1,
     )  # fmt: skip
     cases = {case.id: case for case in evaluate.open_cases(config).cases}
     restored, round_trips = evaluate.server_work(config, list(cases.values()))
@@ -273,6 +274,7 @@ def metrics(offline: Config) -> dict:
 
 def test_the_report_has_the_scores_of_every_photo(offline: Config, metrics: dict):
     assert len(metrics["photos"]) == 2 * 9 + 3
+    assert {photo["decided_on"] for photo in metrics["photos"][:18]} == {False}
     for photo in metrics["photos"]:
         gain = photo["scores"]["restored"]["psnr"] - photo["scores"]["lq"]["psnr"]
         if photo["set"] != "clean":
@@ -295,7 +297,7 @@ def test_the_best_baseline_is_the_best_of_the_mean(metrics: dict):
         row = metrics["sets"][kind]
         of_kind = [photo["baselines"] for photo in metrics["photos"] if photo["set"] == kind]
         means = {name: np.mean([scores[name] for scores in of_kind]) for name in of_kind[0]}
-        assert len(means) >= 5
+        assert set(means) == set(COMPETITORS[kind])
         best = row["best_baseline"]
         assert best["name"] == max(means, key=means.__getitem__)
         assert best["psnr"] == pytest.approx(means[best["name"]])
@@ -314,7 +316,7 @@ def test_the_run_writes_pictures_and_tables(offline: Config, metrics: dict):
         with Image.open(offline.out / name) as picture:
             assert min(picture.size) > 100
     text = (offline.out / "table.md").read_text()
-    for heading in ("Quality bars", "Synthetic", "pairs", "Anchors", "baselines", "Classifier"):
+    for heading in ("Quality bars", "Goals", "Own", "pairs", "Anchors", "baselines", "Classifier"):
         assert heading in text
     assert f"LPIPS: not available: file {FILES['lpips']} missing" in text
     scores = json.loads((offline.out / "scores.json").read_text())
@@ -415,7 +417,8 @@ def test_a_dead_server_ends_the_run_with_a_message(
     photos: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ):
     server = f"http://127.0.0.1:{free_port()}"
-    assert evaluate.main(Config(PhotoSets(photos, limit=1), tmp_path, server=server)) == 1
+    sets = PhotoSets(photos, suites=("own",), limit=1)
+    assert evaluate.main(Config(sets, tmp_path, server=server)) == 1
     assert "no ComfyUI answers" in caplog.text
 
 
@@ -438,7 +441,12 @@ def run(host: Host, photos: Path, tmp_path_factory: pytest.TempPathFactory) -> C
     workflow[find_node(workflow, "KSampler")]["inputs"]["steps"] = 2
     (out / "quick.json").write_text(json.dumps(workflow))
     config = Config(
-        PhotoSets(clean), out, out / "quick.json", server=host.url, workers=1, sheet_photos=1
+        PhotoSets(clean, suites=("own",)),
+        out,
+        out / "quick.json",
+        server=host.url,
+        workers=1,
+        sheet_photos=1,
     )
     assert evaluate.main(config) == 1, "the broken photo must show in the exit code"
     return config
@@ -470,7 +478,7 @@ def test_a_second_run_does_only_what_is_missing(run: Config):
 
 @pytest.mark.comfy
 def test_another_model_file_makes_every_result_stale(run: Config, photos: Path, tmp_path: Path):
-    cases = evaluate.open_cases(replace(run, data=PhotoSets(photos))).cases
+    cases = evaluate.open_cases(replace(run, data=PhotoSets(photos, suites=("own",)))).cases
     batch, _ = evaluate.server_work(run, cases)
     assert batch.pending() == []
     save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors")

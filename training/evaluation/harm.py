@@ -12,7 +12,7 @@ from PIL import Image
 from tools.sheet import Cell
 
 from .plots import draw_sheet
-from .report import PhotoScore, Summary
+from .report import PhotoScore, Summary, decibel
 from .suites import MILD_PAIRS
 from .testsets import Case
 
@@ -117,8 +117,8 @@ def draw_worst(
         apart = np.asarray(output, np.float32) - np.asarray(given, np.float32)
         picture = Image.fromarray((128 + _GAIN * apart).clip(0, 255).astype(np.uint8))
         cells: list[Cell] = [
-            (f"given, {psnr_before(photo):.1f} dB", given),
-            (f"restored, {psnr_after(photo):.1f} dB", output),
+            (f"given, {decibel(photo.scores['lq']['psnr'])} dB", given),
+            (f"restored, {decibel(photo.scores['restored']['psnr'])} dB", output),
             (f"difference x {_GAIN}", picture),
         ]
         title = f"{case.id.removeprefix('harm/')}, seen as {photo.predicted}"

@@ -138,13 +138,18 @@ def apply(variant: Variant, photo: Levels, seed: int) -> Levels:
     return photo
 
 
+def draw(kind: str, name: str, seed: int) -> tuple[Variant, int]:
+    """The variant that a photo gets, and its seed: a function of the arguments."""
+    generator = seeded(seed, zlib.crc32(f"independent/{kind}".encode()), zlib.crc32(name.encode()))
+    variant, own_seed = torch.randint(2**31, (2,), generator=generator).tolist()
+    return VARIANTS[kind][variant % len(VARIANTS[kind])], own_seed
+
+
 def degrade_as_others(kind: str, image: Tensor, name: str, seed: int) -> tuple[Tensor, None]:
     """Degrades (1, 3, H, W) in [0, 1] by one of `VARIANTS[kind]`; severity has no number here."""
-    generator = seeded(seed, zlib.crc32(f"independent/{kind}".encode()), zlib.crc32(name.encode()))
-    drawn = torch.randint(2**31, (2,), generator=generator)
-    variants = VARIANTS[kind]
     photo = (image[0].permute(1, 2, 0) * 255).round().byte().contiguous().numpy()
-    found = apply(variants[int(drawn[0]) % len(variants)], photo, int(drawn[1]))
+    variant, own_seed = draw(kind, name, seed)
+    found = apply(variant, photo, own_seed)
     return torch.from_numpy(found.copy()).permute(2, 0, 1)[None].float() / 255, None
 
 

@@ -18,6 +18,7 @@ from .testsets import REAL, SUITES, suite_of
 
 DEGRADED: tuple[str, ...] = KINDS[:-1]
 """The eight kinds whose mean is the headline; `clean` is scored apart."""
+_UNKNOWN = "not measured"
 STANDING = (("decided_on", True), ("untouched", False))
 """Photos that decisions were made on, and photos that none was."""
 Summary = dict[str, Any]
@@ -106,7 +107,7 @@ def summarize(photos: Sequence[PhotoScore]) -> Summary:
     """Means per set, suite and overall, and the confusion matrix of the own sets.
 
     `overall` is the mean over the own sets of `DEGRADED`, and `confusion` is about the own sets;
-    `suites` has the mean over the sets of each other suite.
+    `suites` has the mean over the sets of the other suites; harm has a table of its own.
     """
     names = list(dict.fromkeys(photo.set for photo in photos))
     names.sort(
@@ -126,7 +127,7 @@ def summarize(photos: Sequence[PhotoScore]) -> Summary:
     }
     suites = {
         suite: _mean_of_sets(rows)
-        for suite in SUITES[1:]
+        for suite in ("independent", "mixes", "pairs")
         if (rows := [row for name, row in sets.items() if suite_of(name) == suite])
     }
     return {
@@ -142,20 +143,24 @@ def summarize(photos: Sequence[PhotoScore]) -> Summary:
 
 def _mean_of_sets(rows: Sequence[Summary]) -> Summary:
     """Mean over sets, as one more row of their table; only what all of them have."""
-    mean: Summary = {"gain": _mean([row["gain"] for row in rows]), "standing": {}}
+    mean: Summary = {"gain": _mean([row["gain"] for row in rows]), "standing": standing(rows)}
     for column in ("lq", "restored", "nafnet", "best_baseline"):
         found = [row[column] for row in rows if column in row]
         if found and len(found) == len(rows):
             names = [name for name, value in found[0].items() if isinstance(value, float)]
             mean[column] = {name: _mean([row[name] for row in found]) for name in names}
+    return mean
+
+
+def standing(rows: Sequence[Summary]) -> Summary:
+    """Photos and mean gain of those decided on and those untouched, where every set has some."""
+    found: Summary = {}
     for name, _ in STANDING:
         parts = [row["standing"][name] for row in rows if name in row["standing"]]
         if parts and len(parts) == len(rows):
-            mean["standing"][name] = {
-                "photos": sum(part["photos"] for part in parts),
-                "gain": _mean([part["gain"] for part in parts]),
-            }
-    return mean
+            photos = sum(part["photos"] for part in parts)
+            found[name] = {"photos": photos, "gain": _mean([part["gain"] for part in parts])}
+    return found
 
 
 def quality_bars(summary: Summary) -> list[Bar]:
@@ -166,19 +171,23 @@ def quality_bars(summary: Summary) -> list[Bar]:
     bars = [
         Bar(
             "mean PSNR over the eight kinds at least 5 dB above LQ",
-            f"{overall['gain']:+.2f} dB over {len(rows)} kinds",
+            f"{overall['gain']:+.2f} dB over {len(rows)} kinds" if rows else _UNKNOWN,
             overall["gain"] >= 5 if complete else None,
         )
     ]
     below = [f"{kind} {row['gain']:+.2f}" for kind, row in rows.items() if row["gain"] < 0]
     bars.append(
-        Bar("no kind below LQ", ", ".join(below) or "none below", not below if complete else None)
+        Bar(
+            "no kind below LQ",
+            ", ".join(below) or ("none below" if rows else _UNKNOWN),
+            not below if complete else None,
+        )
     )
     clean = sets.get("clean", {}).get("restored", {}).get("psnr")
     bars.append(
         Bar(
             "clean input at least 30 dB to itself",
-            "not measured" if clean is None else f"{clean:.2f} dB",
+            _UNKNOWN if clean is None else f"{clean:.2f} dB",
             None if clean is None else clean >= 30,
         )
     )
@@ -190,7 +199,7 @@ def quality_bars(summary: Summary) -> list[Bar]:
     bars.append(
         Bar(
             "better than the best classical baseline on at least six of eight kinds",
-            f"{len(better)} of {len(rows)}: {', '.join(better) or 'none'}",
+            f"{len(better)} of {len(rows)}: {', '.join(better) or 'none'}" if rows else _UNKNOWN,
             len(better) >= 6 if complete else None,
         )
     )
@@ -198,7 +207,7 @@ def quality_bars(summary: Summary) -> list[Bar]:
     bars.append(
         Bar(
             "classifier at least 92 % over nine classes",
-            "not measured" if accuracy is None else f"{accuracy:.1%}",
+            _UNKNOWN if accuracy is None else f"{accuracy:.1%}",
             accuracy >= 0.92 if accuracy is not None and complete and "clean" in sets else None,
         )
     )
@@ -210,7 +219,7 @@ def quality_bars(summary: Summary) -> list[Bar]:
         ]
         total = sum(count for _, count in pairs)
         gain = sum(gain * count for gain, count in pairs) / total if total else math.nan
-        text = f"{gain:+.2f} dB on {total} pairs" if total else "not measured"
+        text = f"{gain:+.2f} dB on {total} pairs" if total else _UNKNOWN
         bars.append(
             Bar(f"real {label} pairs improve on average", text, gain > 0 if total else None)
         )

@@ -7,7 +7,8 @@ from typing import Any
 
 from .anchors import ANCHORS, PUBLISHED
 from .metrics import FILES
-from .report import Bar, Summary, decibel, goals
+from .report import Bar, Summary, decibel, goals, standing
+from .suites import MILD_PAIRS
 from .testsets import JPEG_QUALITY, NOISE_SIGMA, REAL, SEVERITIES, SUITES, suite_of
 
 SETTINGS = (
@@ -38,7 +39,7 @@ _SECTIONS = {
         "ones are to come back as they are, the others nearer to the clean photo. PSNR counts up "
         "to an error of one grey level, 48.13 dB: a photo loses over 1 dB if it ends that much "
         "below where it began, both ends so bounded. The shares of those that fall are of the "
-        "photos that were above. `real` are mild real pairs.",
+        "photos that were above. `real` are mild real pairs, which guided decisions.",
     ),
     "pairs": ("Real and published pairs", "The baselines are told the kind."),
 }
@@ -119,15 +120,15 @@ def _seen_as(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{kind} {count / total:.0%}" for kind, count in list(counts.items())[:2])
 
 
-def _standing(row: Summary) -> str:
+def _standing(rows: Mapping[str, Summary]) -> str:
     """Whether decisions were made on the photos of a suite."""
-    parts = row["standing"]
+    parts = standing(list(rows.values()))
     if len(parts) == 2:
         return "; ".join(
             f"{_STANDING[name]}: {_gain(part['gain'])} dB ({part['photos']} photos)"
             for name, part in parts.items()
         )
-    return "; ".join(_STANDING[name] for name in parts) or "some guided decisions, some did not"
+    return "; ".join(_STANDING[name] for name in parts)
 
 
 def _has(sets: Mapping[str, Summary], metric: str) -> bool:
@@ -242,15 +243,15 @@ def markdown(
         if not rows:
             continue
         title, text = _SECTIONS[suite]
-        mean = summary["overall"] if suite == "own" else summary["suites"][suite]
+        judged = {name: row for name, row in rows.items() if name != MILD_PAIRS} or rows
         made = f"Made from `{about['clean']}` with seed {about['seed']}. " if suite in _MADE else ""
-        standing = f"Photos {_standing(mean)}."
         if suite == "harm":
             body = _harm_tables(summary["harm"])
         else:
+            mean = summary["overall"] if suite == "own" else summary["suites"][suite]
             last = None if suite == "pairs" else (f"mean of {_count(rows)}", mean)
             body = _scores_table(rows, last, about["clean"] if suite == "own" else None)
-        parts.append(f"## {title}\n\n{made}{text} {standing}\n\n{body}")
+        parts.append(f"## {title}\n\n{made}{text} Photos {_standing(judged)}.\n\n{body}")
     if anchors := _anchors_table(sets):
         parts.append("## Anchors\n\n" + anchors)
     if listed := _baselines_table(sets):

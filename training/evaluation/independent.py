@@ -97,7 +97,7 @@ VARIANTS: Mapping[str, tuple[Variant, ...]] = {
 """Our kind -> what others take for it; a photo gets one, drawn by seed, kind and name."""
 
 
-def _open(package: Package) -> Any:
+def open_package(package: Package) -> Any:
     """Imports an optional package.
 
     Raises:
@@ -124,7 +124,7 @@ def apply(variant: Variant, photo: Levels, seed: int) -> Levels:
     Raises:
         MissingPackageError: The package is not installed.
     """
-    package = _open(variant.package)
+    package = open_package(variant.package)
     if variant.package == "albumentations":
         parts = [getattr(package, name)(**more, p=1) for name, more in variant.steps.items()]
         return package.Compose(parts, seed=seed)(image=photo)["image"]

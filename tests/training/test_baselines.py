@@ -12,10 +12,7 @@ from diff_restorer.degradations import KINDS, degrade
 from training.evaluation import baselines, smoothing
 from training.evaluation.baselines import BASELINES, COMPETITORS, Photo, restore
 
-DENOISERS = [
-    "bicubic x1/2", "Gaussian 1 px", "median 3", "median 5", "bilateral", "guided filter",
-    "NL means", "total variation", "local Wiener", "sliding DCT",
-]  # fmt: skip
+DENOISERS = ["guided filter", "NL means", "total variation", "sliding DCT"]
 
 
 @pytest.fixture(scope="module")
@@ -39,12 +36,10 @@ def noisy(photo: Photo, sigma: float = 50) -> Photo:
     return (photo + added).clip(0, 1).astype(np.float32)
 
 
-def test_at_least_five_baselines_compete_for_each_degraded_kind():
-    for kind in KINDS[:-1]:
-        assert len(set(COMPETITORS[kind])) >= 5
+def test_a_baseline_competes_for_each_degraded_kind():
+    assert set(COMPETITORS) == {*KINDS[:-1], "low_res"}
     named = {name for names in COMPETITORS.values() for name in names}
     assert named == set(BASELINES), "a baseline without a contest, or the other way round"
-    assert "clean" not in COMPETITORS
 
 
 @pytest.mark.parametrize("name", BASELINES)
@@ -77,24 +72,21 @@ def test_noise_is_estimated():
         assert smoothing.noise_sigma(noisy(flat, sigma)) == pytest.approx(sigma / 255, rel=0.1)
 
 
-@pytest.mark.parametrize(
-    "name", ["Wiener, Gaussian kernel", "Richardson-Lucy, Gaussian kernel", "unsharp mask"]
-)
+@pytest.mark.parametrize("name", ["Richardson-Lucy, Gaussian kernel", "unsharp mask"])
 def test_sharpeners_undo_a_gaussian_blur(name: str, photo: Photo):
     lq = ndimage.gaussian_filter(photo, (1.5, 1.5, 0))
     assert psnr(restore(name, lq), photo) > psnr(lq, photo) + 0.5
 
 
-@pytest.mark.parametrize("name", ["Wiener, disk kernel", "Richardson-Lucy, disk kernel"])
-def test_sharpeners_undo_a_defocus(name: str, photo: Photo):
-    kernel = baselines._disk_psf(3.0)[..., None]
+def test_a_sharpener_undoes_a_defocus(photo: Photo):
+    kernel = baselines.disk_psf(3.0)[..., None]
     lq = ndimage.convolve(photo, kernel, mode="mirror").astype(np.float32)
-    assert psnr(restore(name, lq), photo) > psnr(lq, photo) + 0.5
+    assert psnr(restore("Richardson-Lucy, disk kernel", lq), photo) > psnr(lq, photo) + 0.5
 
 
 def test_jpeg_blocks_get_weaker(photo: Photo):
     lq = degraded("jpeg", photo, 0.72)
-    for name in ("JPEG re-applied", "total variation", "guided filter"):
+    for name in ("sliding DCT, strong", "total variation", "guided filter"):
         assert psnr(restore(name, lq), photo) > psnr(lq, photo)
 
 
@@ -116,15 +108,16 @@ def test_bright_spots_are_filled_and_the_rest_is_kept():
     clean[:, 40:] = 0.5
     lq = clean.copy()
     lq[10:13, 20:23] = lq[50:52, 50:52] = 0.95
-    for name in ("bright spots inpainted", "darker median 9", "opening 5"):
+    for name in ("bright spots inpainted", "darker median 9", "opening 1x5"):
         result = restore(name, lq)
         assert np.abs(result - clean)[10:13, 20:23].max() < 0.05
         assert np.abs(result - clean)[:8].max() < 0.05
 
 
-def test_auto_curves_reach_their_target(photo: Photo):
+def test_equalising_spreads_a_dark_photo(photo: Photo):
     dark = (photo * 0.1).astype(np.float32)
-    assert smoothing.luma(restore("auto gamma", dark)).mean() == pytest.approx(0.42, abs=0.08)
-    tinted = dark * np.array([1.5, 1.0, 0.6], np.float32)
-    means = (restore("auto exposure + grey world", tinted) ** 2.2).mean((0, 1))
-    assert means == pytest.approx(means.mean(), rel=0.15)
+    value = restore("histogram equalisation", dark).max(-1)
+    assert np.histogram(value, 4, (0, 1))[0] / value.size == pytest.approx(0.25, abs=0.05)
+    stretched = restore("histogram stretch", dark)
+    assert stretched.min() == 0
+    assert stretched.max() == 1

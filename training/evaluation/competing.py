@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
@@ -19,6 +19,9 @@ from .baselines import COMPETITORS, Photo
 from .pictures import digest, file_digest, pixel_digest, read_json, write_atomically
 from .testsets import Case
 
+Tried = dict[str, dict[str, float]]
+"""Baseline -> `psnr` and `seconds`, for one photo."""
+
 
 def read_photo(path: Path) -> Photo:
     """A PNG of the test sets as (H, W, 3) float32 in [0, 1]."""
@@ -26,7 +29,7 @@ def read_photo(path: Path) -> Photo:
         return np.asarray(picture.convert("RGB"), np.float32) / 255
 
 
-def measure(lq: Path, gt: Path, names: Sequence[str]) -> dict[str, dict[str, float]]:
+def measure(lq: Path, gt: Path, names: Sequence[str]) -> Tried:
     """Baseline -> `psnr` (dB, of the result rounded to 8 bits) and `seconds`, for one photo."""
     degraded, clean = read_photo(lq), read_photo(gt)
     scores = {}
@@ -41,7 +44,7 @@ def measure(lq: Path, gt: Path, names: Sequence[str]) -> dict[str, dict[str, flo
 
 def run_baselines(
     cases: Sequence[Case], cache: Path, workers: int
-) -> tuple[dict[str, dict[str, dict[str, float]]], dict[str, str]]:
+) -> tuple[dict[str, Tried], dict[str, str]]:
     """Lets every baseline try the cases of its kind.
 
     Args:
@@ -52,7 +55,7 @@ def run_baselines(
     Returns:
         Case id -> what `measure` returns; and case id -> why it failed.
     """
-    scores: dict[str, dict[str, dict[str, float]]] = {}
+    scores: dict[str, Tried] = {}
     failed: dict[str, str] = {}
     code = file_digest(*baselines.sources())
     todo: list[tuple[Case, str]] = []
@@ -77,7 +80,7 @@ def run_baselines(
 
 def _measured(
     todo: Sequence[tuple[Case, str]], workers: int
-) -> Iterator[tuple[tuple[Case, str], dict[str, dict[str, float]] | Exception]]:
+) -> Iterator[tuple[tuple[Case, str], Tried | Exception]]:
     """Runs `measure` for every case, in this process or in several, in the order they end."""
 
     def names(case: Case) -> tuple[str, ...]:
@@ -96,7 +99,7 @@ def _measured(
             yield running[done], done.result()
 
 
-def _caught(lq: Path, gt: Path, names: Sequence[str]) -> dict[str, dict[str, float]] | Exception:
+def _caught(lq: Path, gt: Path, names: Sequence[str]) -> Tried | Exception:
     try:
         return measure(lq, gt, names)
     except (ValueError, ArithmeticError, OSError) as error:
@@ -106,6 +109,15 @@ def _caught(lq: Path, gt: Path, names: Sequence[str]) -> dict[str, dict[str, flo
 def best_baseline(scores: dict[str, float]) -> str | None:
     """The baseline with the highest mean PSNR of a set; None where there is none."""
     return max(scores, key=scores.__getitem__, default=None)
+
+
+def mean_seconds(tried: Mapping[str, Tried]) -> dict[str, float]:
+    """Mean time of each baseline per photo, seconds."""
+    times: dict[str, list[float]] = {}
+    for scores in tried.values():
+        for name, got in scores.items():
+            times.setdefault(name, []).append(got["seconds"])
+    return {name: float(np.mean(values)) for name, values in sorted(times.items())}
 
 
 def _file(cache: Path, case: Case) -> Path:

@@ -14,10 +14,13 @@ from diff_restorer.degradations import KINDS
 
 from .competing import best_baseline
 from .metrics import IDENTICAL
-from .testsets import REAL
+from .testsets import REAL, SUITES, suite_of
 
 DEGRADED: tuple[str, ...] = KINDS[:-1]
 """The eight kinds whose mean is the headline; `clean` is scored apart."""
+_UNKNOWN = "not measured"
+STANDING = (("decided_on", True), ("untouched", False))
+"""Photos that decisions were made on, and photos that none was."""
 Summary = dict[str, Any]
 
 
@@ -31,7 +34,7 @@ class PhotoScore:
     size: tuple[int, int]
     """Width and height, pixels."""
     scores: Mapping[str, Mapping[str, float]]
-    """`lq`, `restored`, `vae` (round trip of GT), `nafnet` -> metric -> value."""
+    """`lq`, `restored`, `vae` (round trip of GT) and anchors -> metric -> value."""
     severity: float | None = None
     baselines: Mapping[str, float] = field(default_factory=dict)
     """Baseline -> PSNR, dB."""
@@ -39,6 +42,18 @@ class PhotoScore:
     """Degradation type -> probability, of the workflow's classifier."""
     seconds: float = 0.0
     """Time that the server took."""
+    decided_on: bool = False
+    """Whether decisions were made on this photo while the model was trained."""
+
+    @property
+    def suite(self) -> str:
+        """Which of `SUITES` it belongs to."""
+        return suite_of(self.set)
+
+    @property
+    def gain(self) -> float:
+        """PSNR of the restored photo less that of the degraded one, dB."""
+        return self.scores["restored"]["psnr"] - self.scores["lq"]["psnr"]
 
     @property
     def predicted(self) -> str | None:
@@ -64,12 +79,16 @@ def summarize_set(photos: Sequence[PhotoScore]) -> Summary:
     """Means over the photos of one set."""
     kind = photos[0].kind
     summary: Summary = {"kind": kind, "photos": len(photos)}
-    for column in ("lq", "restored", "vae", "nafnet"):
+    for column in ("lq", "restored", "vae", "nafnet", "bm3d"):
         rows = [photo.scores[column] for photo in photos if column in photo.scores]
         if rows:
             summary[column] = {name: _mean([row[name] for row in rows]) for name in rows[0]}
-    gains = [p.scores["restored"]["psnr"] - p.scores["lq"]["psnr"] for p in photos]
+    gains = [photo.gain for photo in photos]
     summary["gain"] = _mean(gains)
+    parts = {name: [p.gain for p in photos if p.decided_on is told] for name, told in STANDING}
+    summary["standing"] = {
+        name: {"photos": len(part), "gain": _mean(part)} for name, part in parts.items() if part
+    }
     summary["gain_standard_error"] = (
         float(np.std(gains, ddof=1) / math.sqrt(len(gains))) if len(gains) > 1 else None
     )
@@ -85,30 +104,63 @@ def summarize_set(photos: Sequence[PhotoScore]) -> Summary:
 
 
 def summarize(photos: Sequence[PhotoScore]) -> Summary:
-    """Means per set and overall, and the confusion matrix of the synthetic sets."""
+    """Means per set, suite and overall, and the confusion matrix of the own sets.
+
+    `overall` is the mean over the own sets of `DEGRADED`, and `confusion` is about the own sets;
+    `suites` has the mean over the sets of the other suites; harm has a table of its own.
+    """
     names = list(dict.fromkeys(photo.set for photo in photos))
-    names.sort(key=lambda name: (name.startswith(REAL), KINDS.index(name) if name in KINDS else 0))
+    names.sort(
+        key=lambda name: (
+            SUITES.index(suite_of(name)),
+            KINDS.index(name) if name in KINDS else 0,
+        )
+    )
     sets = {name: summarize_set([p for p in photos if p.set == name]) for name in names}
     degraded = [sets[kind] for kind in DEGRADED if kind in sets]
     synthetic = [photo for photo in photos if photo.set in KINDS and photo.predicted]
     counts = Counter((photo.set, photo.predicted) for photo in synthetic)
     right = sum(photo.set == photo.predicted for photo in synthetic)
-    overall: Summary = {"kinds": len(degraded), "gain": _mean([row["gain"] for row in degraded])}
-    for column in ("lq", "restored", "nafnet"):
-        rows = [row[column] for row in degraded if column in row]
-        if rows and len(rows) == len(degraded):
-            overall[column] = {name: _mean([row[name] for row in rows]) for name in rows[0]}
-    best = [row["best_baseline"]["psnr"] for row in degraded if "best_baseline" in row]
-    overall["best_baseline"] = {"psnr": _mean(best)}
-    overall["accuracy"] = right / len(synthetic) if synthetic else None
+    overall = _mean_of_sets(degraded) | {
+        "kinds": len(degraded),
+        "accuracy": right / len(synthetic) if synthetic else None,
+    }
+    suites = {
+        suite: _mean_of_sets(rows)
+        for suite in ("independent", "mixes", "pairs")
+        if (rows := [row for name, row in sets.items() if suite_of(name) == suite])
+    }
     return {
         "sets": sets,
         "overall": overall,
+        "suites": suites,
         "confusion": {
             "kinds": list(KINDS),
             "counts": [[counts[(truth, found)] for found in KINDS] for truth in KINDS],
         },
     }
+
+
+def _mean_of_sets(rows: Sequence[Summary]) -> Summary:
+    """Mean over sets, as one more row of their table; only what all of them have."""
+    mean: Summary = {"gain": _mean([row["gain"] for row in rows]), "standing": standing(rows)}
+    for column in ("lq", "restored", "nafnet", "best_baseline"):
+        found = [row[column] for row in rows if column in row]
+        if found and len(found) == len(rows):
+            names = [name for name, value in found[0].items() if isinstance(value, float)]
+            mean[column] = {name: _mean([row[name] for row in found]) for name in names}
+    return mean
+
+
+def standing(rows: Sequence[Summary]) -> Summary:
+    """Photos and mean gain of those decided on and those untouched, where every set has some."""
+    found: Summary = {}
+    for name, _ in STANDING:
+        parts = [row["standing"][name] for row in rows if name in row["standing"]]
+        if parts and len(parts) == len(rows):
+            photos = sum(part["photos"] for part in parts)
+            found[name] = {"photos": photos, "gain": _mean([part["gain"] for part in parts])}
+    return found
 
 
 def quality_bars(summary: Summary) -> list[Bar]:
@@ -119,19 +171,23 @@ def quality_bars(summary: Summary) -> list[Bar]:
     bars = [
         Bar(
             "mean PSNR over the eight kinds at least 5 dB above LQ",
-            f"{overall['gain']:+.2f} dB over {len(rows)} kinds",
+            f"{overall['gain']:+.2f} dB over {len(rows)} kinds" if rows else _UNKNOWN,
             overall["gain"] >= 5 if complete else None,
         )
     ]
     below = [f"{kind} {row['gain']:+.2f}" for kind, row in rows.items() if row["gain"] < 0]
     bars.append(
-        Bar("no kind below LQ", ", ".join(below) or "none below", not below if complete else None)
+        Bar(
+            "no kind below LQ",
+            ", ".join(below) or ("none below" if rows else _UNKNOWN),
+            not below if complete else None,
+        )
     )
     clean = sets.get("clean", {}).get("restored", {}).get("psnr")
     bars.append(
         Bar(
             "clean input at least 30 dB to itself",
-            "not measured" if clean is None else f"{clean:.2f} dB",
+            _UNKNOWN if clean is None else f"{clean:.2f} dB",
             None if clean is None else clean >= 30,
         )
     )
@@ -143,7 +199,7 @@ def quality_bars(summary: Summary) -> list[Bar]:
     bars.append(
         Bar(
             "better than the best classical baseline on at least six of eight kinds",
-            f"{len(better)} of {len(rows)}: {', '.join(better) or 'none'}",
+            f"{len(better)} of {len(rows)}: {', '.join(better) or 'none'}" if rows else _UNKNOWN,
             len(better) >= 6 if complete else None,
         )
     )
@@ -151,7 +207,7 @@ def quality_bars(summary: Summary) -> list[Bar]:
     bars.append(
         Bar(
             "classifier at least 92 % over nine classes",
-            "not measured" if accuracy is None else f"{accuracy:.1%}",
+            _UNKNOWN if accuracy is None else f"{accuracy:.1%}",
             accuracy >= 0.92 if accuracy is not None and complete and "clean" in sets else None,
         )
     )
@@ -163,11 +219,36 @@ def quality_bars(summary: Summary) -> list[Bar]:
         ]
         total = sum(count for _, count in pairs)
         gain = sum(gain * count for gain, count in pairs) / total if total else math.nan
-        text = f"{gain:+.2f} dB on {total} pairs" if total else "not measured"
+        text = f"{gain:+.2f} dB on {total} pairs" if total else _UNKNOWN
         bars.append(
             Bar(f"real {label} pairs improve on average", text, gain > 0 if total else None)
         )
     return bars
+
+
+def goals(summary: Summary) -> list[Bar]:
+    """What the next version is to reach: for information, never a failure."""
+    sets, suites, harm = summary["sets"], summary["suites"], summary.get("harm", {})
+    gains = {kind: row["gain"] for kind, row in sets.items() if kind in DEGRADED}
+    gains["mean of eight kinds"] = summary["overall"]["gain"] if len(gains) == 8 else math.nan
+    gains["mean of mixes"] = suites.get("mixes", {}).get("gain", math.nan)
+    wanted = {
+        "mean of eight kinds": 7.0, "jpeg": 1.3, "blur": 1.2, "raindrop": 1.5, "haze": 9.0,
+        "snow": 8.0, "rain": 8.5, "low_light": 15.0, "mean of mixes": 6.0,
+    }  # fmt: skip
+    found = [
+        Bar(f"{name}: at least {bar:+.1f} dB", f"{gains[name]:+.2f} dB", gains[name] >= bar)
+        for name, bar in wanted.items()
+        if not math.isnan(gains.get(name, math.nan))
+    ]
+    if "noise" in sets:
+        noise = sets["noise"]["restored"]["psnr"]
+        found.append(Bar("noise: at least 27.2 dB", f"{noise:.2f} dB", noise >= 27.2))
+    if row := harm.get("all"):
+        lose, low = row["lose"], row["below_30"] or 0.0
+        text = "near-clean photos: under 2 % lose over 1 dB, none falls below 30 dB"
+        found.append(Bar(text, f"{lose:.1%}, {low:.1%}", lose < 0.02 and low == 0))
+    return found
 
 
 def compact_scores(summary: Summary, about: Mapping[str, Any]) -> Summary:
@@ -187,7 +268,11 @@ def compact_scores(summary: Summary, about: Mapping[str, Any]) -> Summary:
 
     return {
         "test_sets": {key: about[key] for key in ("clean", "seed", "limit", "definition")},
-        "sets": {name: row(values) for name, values in summary["sets"].items()},
+        "sets": {
+            name: row(values)
+            for name, values in summary["sets"].items()
+            if suite_of(name) in ("own", "pairs")
+        },
         "mean_gain": two(summary["overall"]["gain"]),
         "accuracy": two(summary["overall"]["accuracy"]),
     }

@@ -18,10 +18,22 @@ from tools.environment import ROOT
 from tools.restore import INPUT_TITLE, OUTPUT_TITLE, restore
 
 from .pictures import digest, file_digest, pixel_digest, read_note, save_picture
+from .testsets import Case, suite_of
 
 log = logging.getLogger(__name__)
 CODE = ("diff_restorer", "nodes")
 """Where the code lies that results depend on."""
+
+
+def restored_path(out: Path, case: Case) -> Path:
+    """Where the restored photo is kept."""
+    return out / "restored" / f"{case.id}.png"
+
+
+def vae_path(out: Path, case: Case) -> Path:
+    """Where the round trip of the clean photo is kept; the own sets share it."""
+    name = f"clean/{case.name}" if suite_of(case.set) == "own" else case.id
+    return out / "vae" / f"{name}.png"
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
-from scipy import fft, ndimage, signal
+from scipy import fft, ndimage
 from skimage import restoration
 
 Photo = NDArray[np.floating[Any]]
@@ -44,14 +43,6 @@ def noise_sigma(photo: Photo) -> float:
     return float(np.median(np.abs(details)) / 0.6745)
 
 
-def bicubic_down_up(photo: Photo, factor: float = 2) -> Photo:
-    """Shrinks and enlarges again by bicubic interpolation."""
-    picture = Image.fromarray(to_8_bit(photo))
-    small = [max(1, round(side / factor)) for side in picture.size]
-    shrunk = picture.resize((small[0], small[1]), Image.Resampling.BICUBIC)
-    return np.asarray(shrunk.resize(picture.size, Image.Resampling.BICUBIC), np.float32) / 255
-
-
 def gaussian(photo: Photo, sigma: float) -> Photo:
     """Gaussian filter; sigma in pixels."""
     return ndimage.gaussian_filter(photo, (sigma, sigma, 0))
@@ -60,27 +51,6 @@ def gaussian(photo: Photo, sigma: float) -> Photo:
 def median(photo: Photo, height: int, width: int) -> Photo:
     """Median of each channel over a window of height x width pixels."""
     return ndimage.median_filter(photo, (height, width, 1))
-
-
-def bilateral(photo: Photo, strength: float = 2.0, least: float = 0.03) -> Photo:
-    """Bilateral filter whose range is `strength` times the noise, at least `least`.
-
-    Source: Tomasi and Manduchi, "Bilateral filtering for gray and color images" (1998).
-    """
-    spread = max(least, strength * noise_sigma(photo))
-    total, weight = np.zeros_like(photo), np.zeros_like(photo[..., :1])
-    radius = 3
-    padded = np.pad(photo, ((radius, radius), (radius, radius), (0, 0)), "reflect")
-    height, width = photo.shape[:2]
-    for y in range(2 * radius + 1):
-        for x in range(2 * radius + 1):
-            shifted = padded[y : y + height, x : x + width]
-            apart = np.square(shifted - photo).mean(-1, keepdims=True) / (2 * spread**2)
-            near = ((y - radius) ** 2 + (x - radius) ** 2) / (2 * 1.7**2)
-            part = np.exp(-apart - near, dtype=np.float32)
-            total += part * shifted
-            weight += part
-    return total / weight
 
 
 def guided(photo: Photo, radius: int = 3, least: float = 1e-3) -> Photo:
@@ -114,12 +84,6 @@ def total_variation(photo: Photo, strength: float = 1.0, least: float = 0.03) ->
     """Total variation. Source: Chambolle (2004), as in scikit-image."""
     weight = max(least, strength * noise_sigma(photo))
     return restoration.denoise_tv_chambolle(photo, weight, max_num_iter=60, channel_axis=-1)
-
-
-def local_wiener(photo: Photo) -> Photo:
-    """Wiener's filter on local mean and variance. Source: Lee (1980), as in scipy."""
-    power = max(noise_sigma(photo), 1e-3) ** 2
-    return per_channel(lambda channel: signal.wiener(channel, (5, 5), noise=power), photo)
 
 
 def sliding_dct(photo: Photo, least: float = 0.01, block: int = 16, stride: int = 4) -> Photo:

@@ -1,15 +1,15 @@
-"""Test sets: photos degraded with fixed seeds, and real pairs."""
+"""Test sets: what they are made of, and the project's own, photos degraded with fixed seeds."""
 
 from __future__ import annotations
 
-import logging
 import zlib
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
-from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
@@ -22,11 +22,8 @@ from diff_restorer.degradations import (
 )
 
 from ..data import seeded
-from ..layouts import find_pairs, kind_of
-from ..photos import UNREADABLE, PhotoFile, ShardMember, is_photo, list_photos, read_photo
-from .pictures import digest, file_digest, read_note, save_picture, to_image, to_picture
-
-log = logging.getLogger(__name__)
+from ..photos import UNREADABLE, PhotoFile, list_photos, read_photo
+from .pictures import digest, file_digest, read_note, save_picture, to_picture
 
 NOISE_SIGMA = 50
 """Standard deviation of the noise set, of 255 levels."""
@@ -36,6 +33,17 @@ SEVERITIES = (0.25, 0.75)
 """The other kinds draw their severity uniformly from here."""
 REAL = "pairs/"
 """What the names of sets of real pairs begin with."""
+SUITES = ("own", "independent", "mixes", "harm", "pairs")
+"""Suites in the order of the report; but for `own`, their sets are named `<suite>/<name>`."""
+DECIDED_ON: Mapping[str, int] = {"CBSD68": 34}
+"""Folder of clean photos -> how many of them, in order of names, guided decisions while Nano
+was trained. By this convention all real pairs did, too, and no other photo."""
+
+
+def suite_of(name: str) -> str:
+    """The suite that a set belongs to, by its name."""
+    suite, slash, _ = name.partition("/")
+    return suite if slash else "own"
 
 
 @dataclass(frozen=True)
@@ -43,7 +51,7 @@ class Case:
     """One photo of one test set."""
 
     set: str
-    """A kind, or `pairs/` and the name of a folder."""
+    """A kind, or a suite, `/` and a name."""
     name: str
     """Of the photo, without its suffix."""
     kind: str | None
@@ -54,6 +62,8 @@ class Case:
     """The degraded photo, of the same size."""
     severity: float | None = None
     """What `degrade` was told; None where that does not apply."""
+    decided_on: bool = False
+    """Whether decisions were made on this photo while Nano was trained."""
 
     @property
     def id(self) -> str:
@@ -63,10 +73,73 @@ class Case:
 
 @dataclass
 class Cases:
-    """Test cases, and the files that could not become one: name -> reason."""
+    """Test cases, and what could not become one."""
 
-    cases: list[Case]
-    failed: dict[str, str]
+    cases: list[Case] = field(default_factory=list)
+    failed: dict[str, str] = field(default_factory=dict)
+    """File -> reason."""
+    missing: Counter[tuple[str, ...]] = field(default_factory=Counter)
+    """Package that is not installed and why it is not -> how many cases are left out for it."""
+
+    def add(self, others: Cases) -> None:
+        """Takes over what another suite found."""
+        self.cases.extend(others.cases)
+        self.failed.update(others.failed)
+        self.missing.update(others.missing)
+
+
+class MissingPackageError(Exception):
+    """An optional package cannot be used: its name, and the reason."""
+
+
+@dataclass(frozen=True)
+class CleanPhoto:
+    """A photo to make test cases of."""
+
+    name: str
+    file: PhotoFile
+    decided_on: bool
+    """As in `Case`."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How the photos of one test set are made from clean ones."""
+
+    set: str
+    kind: str | None
+    """As in `Case`."""
+    make: Callable[[Tensor, str, int], tuple[Tensor, float | None]]
+    """(1, 3, H, W) in [0, 1], name of the photo and seed -> degraded photo and severity."""
+    code: str
+    """Digest of what `make` runs: other code makes the photos again."""
+    is_reference: bool = False
+    """What is made is scored against itself, not against the photo that it was made from."""
+
+
+def clean_photos(folder: Path) -> list[CleanPhoto]:
+    """The photos of a folder, text list or CSV manifest, by name.
+
+    Raises:
+        ValueError: There is no photo, or two have one name.
+    """
+    files = list_photos(folder)
+    names = [Path(file.name).stem for file in files]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"{folder} has several photos named {', '.join(twice[:3])}")
+    decided = DECIDED_ON.get(folder.name, 0)
+    entries = enumerate(zip(names, files, strict=True))
+    return [CleanPhoto(name, file, index < decided) for index, (name, file) in entries]
+
+
+def untouched(photos: Sequence[CleanPhoto], limit: int) -> list[CleanPhoto]:
+    """The first `limit` photos (0: all) that guided no decision; of all, where every one did."""
+    return ([photo for photo in photos if not photo.decided_on] or list(photos))[: limit or None]
+
+
+def degradations_digest() -> str:
+    """Digest of the code of the project's own degradations."""
+    return file_digest(*sorted(Path(diff_restorer.degradations.__file__).parent.glob("*.py")))
 
 
 def read_upright(file: PhotoFile) -> Tensor:
@@ -98,127 +171,58 @@ def make_lq(kind: str, image: Tensor, name: str, seed: int) -> tuple[Tensor, flo
     return degrade(kind, image, severity, generator), severity
 
 
-def synthetic(clean: Path, cache: Path, limit: int, seed: int) -> Cases:
-    """One set per kind from clean photos, kept as PNG files in `cache`.
+def from_recipes(
+    photos: Sequence[CleanPhoto], cache: Path, recipes: Sequence[Recipe], seed: int
+) -> Cases:
+    """Makes every recipe of every photo, kept as PNG files in `cache`.
 
     Args:
-        clean: A folder, text list or CSV manifest of clean photos.
+        photos: Clean photos, no two of one name.
         cache: Folder of the test sets; what is there and still right is used again.
-        limit: Take the first photos only; 0 takes all.
+        recipes: What to make.
         seed: Seed of the test sets.
-
-    Raises:
-        ValueError: There is no photo, or two have one name.
     """
-    paths = list_photos(clean)[: limit or None]
-    names = [Path(path.name).stem for path in paths]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise ValueError(f"--data.clean: {clean} has several photos named {', '.join(twice[:3])}")
-    made = Cases([], {})
-    code = file_digest(*sorted(Path(diff_restorer.degradations.__file__).parent.glob("*.py")))
-    work = zip(paths, names, strict=True)
-    for path, name in tqdm(work, desc="test sets", unit="photo", total=len(paths), disable=None):
+    made = Cases()
+    for photo in tqdm(photos, desc="test sets", unit="photo", disable=None):
         try:
-            image = read_upright(path)
+            image = read_upright(photo.file)
         except UNREADABLE as error:
-            made.failed[str(path)] = f"cannot be read: {error}"
+            made.failed[str(photo.file)] = f"cannot be read: {error}"
             continue
-        gt = cache / "gt" / f"{name}.png"
-        key = digest(to_picture(image).tobytes(), str(image.shape))
-        if read_note(gt).get("key") != key:
-            save_picture(gt, to_picture(image), {"key": key})
-        for kind in KINDS:
-            lq = cache / kind / f"{name}.png"
-            wanted = digest(key, kind, str(seed), code)
+        gt = cache / "gt" / f"{photo.name}.png"
+        key = keep(image, gt)
+        for recipe in recipes:
+            lq = cache / recipe.set / f"{photo.name}.png"
+            wanted = digest(key, recipe.set, str(seed), recipe.code)
             note = read_note(lq)
             if note.get("key") != wanted:
-                degraded, severity = make_lq(kind, image, name, seed)
+                try:
+                    degraded, severity = recipe.make(image, photo.name, seed)
+                except MissingPackageError as error:
+                    made.missing[error.args] += 1
+                    continue
                 note = {"key": wanted, "severity": severity}
                 save_picture(lq, to_picture(degraded), note)
-            made.cases.append(Case(kind, name, kind, gt, lq, note["severity"]))
+            reference = lq if recipe.is_reference else gt
+            made.cases.append(
+                Case(
+                    recipe.set, photo.name, recipe.kind, reference, lq, note["severity"],
+                    photo.decided_on,
+                )
+            )  # fmt: skip
     return made
 
 
-Pictures = tuple[PhotoFile, PhotoFile]
-"""LQ and GT."""
+def keep(image: Tensor, path: Path) -> str:
+    """Saves a picture where it is not there yet; returns the digest of its pixels."""
+    key = digest(to_picture(image).tobytes(), str(image.shape))
+    if read_note(path).get("key") != key:
+        save_picture(path, to_picture(image), {"key": key})
+    return key
 
 
-def real(pairs: Path, cache: Path, limit: int) -> Cases:
-    """Sets of pairs: `<pairs>/<set>/{lq,gt}/<same name>`, or one set in a published layout.
-
-    A folder without such sets is read as training's `--data.pairs` are (GoPro, LOL, ...), as one
-    set per kind. An LQ that is smaller than its GT by a whole factor (super-resolution) is enlarged
-    by bicubic interpolation. Both are kept as PNG in `cache`, upright.
-
-    Args:
-        pairs: Folder of the sets, or of the published one.
-        cache: Folder for the pictures that are used.
-        limit: Take the first pairs of each set only; 0 takes all.
-
-    Raises:
-        ValueError: There is no set.
-    """
-    made = Cases([], {})
-    sets = _named_sets(pairs, made.failed) or _published_sets(pairs)
-    for (name, kind), files in sets.items():
-        for stem, sources in list(files.items())[: limit or None]:
-            try:
-                both = _as_pair(*map(read_upright, sources))
-            except UNREADABLE as error:
-                made.failed[str(sources[0])] = str(error)
-                continue
-            targets = [cache / REAL / name / role / f"{stem}.png" for role in ("lq", "gt")]
-            for image, target in zip(both, targets, strict=True):
-                key = digest(to_picture(image).tobytes(), str(image.shape))
-                if read_note(target).get("key") != key:
-                    save_picture(target, to_picture(image), {"key": key})
-            made.cases.append(Case(REAL + name, stem, kind, gt=targets[1], lq=targets[0]))
-    return made
-
-
-def _named_sets(
-    pairs: Path, failed: dict[str, str]
-) -> dict[tuple[str, str | None], dict[str, Pictures]]:
-    """(name of the set, kind) -> name of the photo -> its files, of `<set>/{lq,gt}`."""
-    found: dict[tuple[str, str | None], dict[str, Pictures]] = {}
-    for folder in sorted(path.parent for path in pairs.glob("*/lq")):
-        partners = {path.stem: path for path in (folder / "gt").glob("*") if is_photo(path.name)}
-        files = found.setdefault((folder.name, kind_of(folder.name)), {})
-        for path in sorted(p for p in (folder / "lq").glob("*") if is_photo(p.name)):
-            if path.stem in partners:
-                files[path.stem] = path, partners[path.stem]
-            else:
-                failed[str(path)] = f"{folder / 'gt'} has no photo of this name"
-    return found
-
-
-def _published_sets(pairs: Path) -> dict[tuple[str, str | None], dict[str, Pictures]]:
-    """Likewise, of one published layout; photos of one name get the folders above it in front."""
-    found: dict[tuple[str, str | None], dict[str, Pictures]] = {}
-    every = find_pairs(pairs)
-    names = Counter(Path(pair.lq.name).stem for pair in every)
-    for pair in every:
-        path = Path(pair.lq.name) if isinstance(pair.lq, ShardMember) else pair.lq
-        inside = path.relative_to(pairs) if path.is_relative_to(pairs) else path
-        parts = inside.with_suffix("").parts if names[path.stem] > 1 else (path.stem,)
-        files = found.setdefault((f"{pairs.resolve().name}_{pair.kind}", pair.kind), {})
-        files["_".join(parts)] = pair.lq, pair.gt
-    return found
-
-
-def _as_pair(lq: Tensor, gt: Tensor) -> tuple[Tensor, Tensor]:
-    """Brings LQ to the size of GT.
-
-    Raises:
-        ValueError: The sizes do not belong together, or both are the same picture.
-    """
-    if lq.shape != gt.shape:
-        factors = {g / q for g, q in zip(gt.shape[-2:], lq.shape[-2:], strict=True)}
-        if len(factors) != 1 or not (factor := factors.pop()).is_integer() or factor < 2:
-            found = " and ".join(f"{image.shape[-1]} x {image.shape[-2]}" for image in (lq, gt))
-            raise ValueError(f"LQ and GT do not match: {found} px")
-        size = (gt.shape[-1], gt.shape[-2])
-        lq = to_image(to_picture(lq).resize(size, Image.Resampling.BICUBIC))
-    if torch.equal(lq, gt):
-        raise ValueError("LQ and GT are the same picture")
-    return lq, gt
+def synthetic(clean: Path, cache: Path, limit: int, seed: int) -> Cases:
+    """The project's own test sets, one per kind, of the first `limit` photos (0: all)."""
+    code = degradations_digest()
+    recipes = [Recipe(kind, kind, partial(make_lq, kind), code) for kind in KINDS]
+    return from_recipes(clean_photos(clean)[: limit or None], cache, recipes, seed)

@@ -1,0 +1,173 @@
+"""Degradations that others wrote, for judging only: nothing here is ever used in training.
+
+Two optional packages, each used where it is installed: `albumentations` (MIT) and
+`imagecorruptions` (Apache-2.0; Michaelis et al., arXiv 1907.07484, after Hendrycks and Dietterich,
+arXiv 1807.01697), whose `fog` and `gaussian_blur` do not run with NumPy 2 and today's scikit-image
+and whose `motion_blur` moves the photo: these three are not used.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import os
+import warnings
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ..data import seeded
+from .pictures import digest, file_digest
+from .testsets import MissingPackageError, Recipe
+
+Package = Literal["albumentations", "imagecorruptions"]
+Levels = NDArray[np.uint8]
+"""(H, W, 3), 0 to 255."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One degradation of a package."""
+
+    package: Package
+    steps: Mapping[str, Mapping[str, Any]]
+    """Name in the package -> settings; from ranges the package draws by itself."""
+
+
+def _a(**steps: Mapping[str, Any]) -> Variant:
+    return Variant("albumentations", steps)
+
+
+def _i(name: str, *severities: int) -> tuple[Variant, ...]:
+    return tuple(Variant("imagecorruptions", {name: {"severity": level}}) for level in severities)
+
+
+VARIANTS: Mapping[str, tuple[Variant, ...]] = {
+    "noise": (
+        _a(GaussNoise={"std_range": (0.06, 0.2)}),
+        _a(ShotNoise={"scale_range": (0.02, 0.1)}),
+        _a(ISONoise={"color_shift": (0.01, 0.05), "intensity": (0.3, 0.8)}),
+        *_i("gaussian_noise", 1, 2),
+        *_i("shot_noise", 1, 2),
+    ),
+    "blur": (
+        _a(Defocus={"radius": (2, 4)}),
+        _a(GaussianBlur={"blur_limit": 0, "sigma_limit": (1.0, 2.5)}),
+        _a(MotionBlur={"blur_limit": (7, 17), "allow_shifted": False, "direction_range": (0, 0)}),
+        *_i("defocus_blur", 1),
+    ),
+    "jpeg": (
+        _a(ImageCompression={"quality_range": (8, 40)}),
+        *_i("jpeg_compression", 1, 3, 5),
+    ),
+    "low_light": (
+        _a(
+            RandomGamma={"gamma_limit": (150, 220)},
+            RandomBrightnessContrast={"brightness_limit": (0, 0), "contrast_limit": (-0.7, -0.4)},
+            ISONoise={"color_shift": (0.01, 0.03), "intensity": (0.1, 0.3)},
+        ),
+        _a(
+            RandomGamma={"gamma_limit": (200, 300)},
+            ShotNoise={"scale_range": (0.005, 0.02)},
+        ),
+    ),
+    "haze": (
+        _a(RandomFog={"alpha_coef": 0.08, "fog_coef_range": (0.3, 0.7)}),
+        _a(RandomFog={"alpha_coef": 0.15, "fog_coef_range": (0.5, 0.9)}),
+    ),
+    "rain": (
+        _a(RandomRain={}),
+        _a(RandomRain={"rain_type": "drizzle", "blur_value": 3, "brightness_coefficient": 0.9}),
+    ),
+    "snow": (_a(RandomSnow={"method": "texture"}), *_i("snow", 1, 2)),
+    "raindrop": (
+        _a(Spatter={"mode": "rain"}),
+        _a(Spatter={"mode": "rain", "intensity": (0.3, 0.6)}),
+        *_i("spatter", 2, 3),
+    ),
+}  # fmt: skip
+"""Our kind -> what others take for it; a photo gets one, drawn by seed, kind and name."""
+
+
+def open_package(package: Package) -> Any:
+    """Imports an optional package.
+
+    Raises:
+        MissingPackageError: It is not installed, or does not run here.
+    """
+    os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # it would look for newer versions
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return importlib.import_module(package)
+    except ImportError as error:
+        reason = f"not available: {error}; pip install {package}"
+        raise MissingPackageError(package, reason) from error
+
+
+def apply(variant: Variant, photo: Levels, seed: int) -> Levels:
+    """Degrades a photo; the result is a function of the arguments and the package's version.
+
+    Args:
+        variant: What to do.
+        photo: (H, W, 3) uint8; sides of at least 32 px.
+        seed: Non-negative, below 2^32.
+
+    Raises:
+        MissingPackageError: The package is not installed.
+    """
+    package = open_package(variant.package)
+    if variant.package == "albumentations":
+        parts = [getattr(package, name)(**more, p=1) for name, more in variant.steps.items()]
+        return package.Compose(parts, seed=seed)(image=photo)["image"]
+    before = np.random.get_state()  # it draws from NumPy's global generator
+    np.random.seed(seed)
+    try:
+        for name, settings in variant.steps.items():
+            photo = package.corrupt(photo, corruption_name=name, **settings)
+    finally:
+        np.random.set_state(before)
+    return photo
+
+
+def draw(kind: str, name: str, seed: int) -> tuple[Variant, int]:
+    """The variant that a photo gets, and its seed: a function of the arguments."""
+    generator = seeded(seed, zlib.crc32(f"independent/{kind}".encode()), zlib.crc32(name.encode()))
+    variant, own_seed = torch.randint(2**31, (2,), generator=generator).tolist()
+    return VARIANTS[kind][variant % len(VARIANTS[kind])], own_seed
+
+
+def degrade_as_others(kind: str, image: Tensor, name: str, seed: int) -> tuple[Tensor, None]:
+    """Degrades (1, 3, H, W) in [0, 1] by one of `VARIANTS[kind]`; severity has no number here."""
+    photo = (image[0].permute(1, 2, 0) * 255).round().byte().contiguous().numpy()
+    variant, own_seed = draw(kind, name, seed)
+    found = apply(variant, photo, own_seed)
+    return torch.from_numpy(found.copy()).permute(2, 0, 1)[None].float() / 255, None
+
+
+def versions() -> dict[str, str | None]:
+    """Package -> installed version, None where it is not."""
+    found: dict[str, str | None] = {}
+    for package in ("albumentations", "imagecorruptions"):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+def recipes() -> list[Recipe]:
+    """One test set for each kind."""
+    code = digest(file_digest(Path(__file__)), str(versions()))
+    return [
+        Recipe(f"independent/{kind}", kind, partial(degrade_as_others, kind), code)
+        for kind in VARIANTS
+    ]

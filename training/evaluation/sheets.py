@@ -1,0 +1,59 @@
+"""Side-by-side sheets of restored photos."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image
+
+from diff_restorer.degradations import KINDS
+from tools.sheet import Cell
+
+from . import baselines
+from .competing import best_baseline, read_photo
+from .plots import as_picture, draw_sheet
+from .report import PhotoScore, Summary, decibel
+from .restoring import restored_path
+from .testsets import Case
+
+Row = tuple[str, list[Cell]]
+
+
+def draw_sheets(
+    out: Path, cases: Sequence[Case], photos: Sequence[PhotoScore], summary: Summary, count: int
+) -> None:
+    """Clean, degraded, restored and the best baseline, for the first photos of every set.
+
+    Args:
+        out: Folder of the evaluation; writes `sheets/` and `sheet.jpg`.
+        cases: The test cases.
+        photos: Their scores.
+        summary: From `report.summarize`.
+        count: Photos per set.
+    """
+    scores = {f"{photo.set}/{photo.name}": photo for photo in photos}
+    overview: list[Row] = []
+    for index, (name, row) in enumerate(summary["sets"].items()):
+        chosen = [case for case in cases if case.set == name and case.id in scores]
+        best = best_baseline(row["baselines"])
+        rows = [_row(out, case, scores[case.id], best) for case in chosen[: max(count, 1)]]
+        draw_sheet(rows, out / "sheets" / f"{name.replace('/', '_').replace(' ', '_')}.jpg")
+        if name in KINDS:  # each kind on another photo
+            overview.append(rows[index % len(rows)])
+    draw_sheet(overview, out / "sheet.jpg", window=(320, 240))
+
+
+def _row(out: Path, case: Case, photo: PhotoScore, best: str | None) -> Row:
+    gt, lq, restored = (Image.open(path) for path in (case.gt, case.lq, restored_path(out, case)))
+    before, after = photo.scores["lq"]["psnr"], photo.scores["restored"]["psnr"]
+    cells: list[Cell] = [
+        ("clean", gt),
+        (f"degraded, {decibel(before)} dB", lq),
+        (f"restored, {decibel(after)} dB", restored),
+    ]
+    if best:
+        found = as_picture(baselines.restore(best, read_photo(case.lq)))
+        cells.append((f"best baseline, {photo.baselines[best]:.2f} dB", found))
+    seen = f", seen as {photo.predicted}" if photo.predicted else ""
+    return f"{case.set}{seen}{f'; best baseline: {best}' if best else ''}", cells

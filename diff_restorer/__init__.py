@@ -2,7 +2,7 @@
 
 from .control import make_hint_conv, zero_init
 from .decoder import aware_decode, encode_with_features, encoder_features
-from .detail import DetailConfig, DetailPath
+from .detail import DetailConfig, DetailPath, tone_quantiles
 from .fusion import FusionBlocks, FusionConfig
 from .local import LocalPooled
 from .prompt_processor import DEFAULT_TYPES, PromptOutput, PromptProcessor, PromptProcessorConfig
@@ -24,5 +24,6 @@ __all__ = [
     "encode_with_features",
     "encoder_features",
     "make_hint_conv",
+    "tone_quantiles",
     "zero_init",
 ]

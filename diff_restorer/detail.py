@@ -190,17 +190,13 @@ class DetailPath(nn.Module):
                     branch.weight.data.mul_(0.2)
                     nn.init.zeros_(branch.bias)
 
-    def condition(self, pooled: Condition, photo: Tensor) -> Condition:
+    def condition(self, pooled: Condition, quantiles: Tensor) -> Condition:
         """What modulates every block, from P_D and the photo's tone; once per photo.
 
         Args:
             pooled: Pooled P_D, (B, context_width), or of each place of the photos.
-            photo: Whole LQ photos, (B, 3, H, W) in [-1, 1].
+            quantiles: `tone_quantiles` of the whole LQ photos, (B, 48).
         """
-        return self.condition_of(pooled, tone_quantiles((photo + 1) / 2))
-
-    def condition_of(self, pooled: Condition, quantiles: Tensor) -> Condition:
-        """`condition` from `tone_quantiles` of the photos, (B, 48)."""
         if isinstance(pooled, LocalPooled):
             tiles = pooled.tiles.movedim(1, -1)  # (B, R, K, C)
             tone = quantiles[:, None, None].expand(*tiles.shape[:-1], -1)

@@ -143,8 +143,8 @@ class FusionBlocks(nn.ModuleDict):
         """VAE levels that are fused, ascending."""
         return tuple(level for level, _ in self.config.channels)
 
-    def condition(self, pooled: Condition, photo: Tensor) -> Condition:
-        """What modulates the blocks: P_D alone, whatever the photos (B, 3, H, W) are."""
+    def condition(self, pooled: Condition, quantiles: Tensor) -> Condition:
+        """What modulates the blocks: P_D alone, whatever the tone of the photos."""
         return pooled
 
     def fuse(self, level: int, encoded: Tensor, decoded: Tensor, pooled: Condition) -> Tensor:

@@ -22,6 +22,7 @@ from ..diff_restorer import (
     aware_decode,
     encode_with_features,
     encoder_features,
+    tone_quantiles,
 )
 from ..diff_restorer.decoder import PIXELS, Features
 from ..diff_restorer.tiled_vae import plan_decode, plan_encode, plan_features
@@ -313,8 +314,8 @@ class AwareDecoder:
         """What modulates the decoder; of whole photos, so that their tiles agree."""
         if not self._fuses:
             return pooled
-        on_device = pooled.to(torch.empty(0, device=self.vae.device))
-        return self.restorer.fusion.model.condition(on_device, pixels.to(self.vae.device))
+        quantiles = tone_quantiles((pixels + 1) / 2).to(self.vae.device)
+        return self.restorer.fusion.model.condition(pooled.to(quantiles), quantiles)
 
     def _check_fusion(self, trunk: VaeTrunk, kind: str) -> None:
         for level, channels in self.restorer.fusion.model.config.channels:

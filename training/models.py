@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from diff_restorer import (
+    DetailPath,
     FusionBlocks,
-    FusionConfig,
     PromptOutput,
     PromptProcessor,
     PromptProcessorConfig,
@@ -35,6 +35,7 @@ from diff_restorer.views import NATIVE, WHOLE
 from .networks import (
     Sizes,
     build_control,
+    build_extension,
     build_time_mlp,
     build_unet,
     build_vae,
@@ -93,18 +94,24 @@ def clip_tokens(vision: nn.Module, view: Tensor) -> Tensor:
 
 
 class AwareDecoder(nn.Module):
-    """The parts that stage 2 trains: fusion blocks and a copy of the VAE's decoder."""
+    """The parts that stage 2 trains: a detail path; or fusion blocks and a copy of the VAE's
+    decoder, through which they work."""
 
-    def __init__(self, vae: Any, fusion: FusionBlocks) -> None:
+    def __init__(self, vae: Any, extension: DetailPath | FusionBlocks) -> None:
         super().__init__()
-        self.fusion = fusion
-        self.decoder: Any = copy.deepcopy(vae.decoder)
-        # A TAESD has none.
-        head: nn.Module = getattr(vae, "post_quant_conv", None) or nn.Identity()
-        self.post_quant_conv: Any = copy.deepcopy(head)
+        self.extension = extension
+        self.decoder: Any = None
+        self.post_quant_conv: Any = None
+        if isinstance(extension, FusionBlocks):
+            self.decoder = copy.deepcopy(vae.decoder)
+            # A TAESD has none.
+            head: nn.Module = getattr(vae, "post_quant_conv", None) or nn.Identity()
+            self.post_quant_conv = copy.deepcopy(head)
 
     def trunk(self, vae: Any) -> VaeTrunk:
-        """`vae` with this decoder in place of its own."""
+        """`vae` with this decoder in place of its own, where there is one."""
+        if self.decoder is None:
+            return VaeTrunk.of(vae)
         view: Any = nn.Module()
         view.encoder, view.quant_conv = vae.encoder, getattr(vae, "quant_conv", None)
         view.decoder, view.post_quant_conv = self.decoder, self.post_quant_conv
@@ -149,7 +156,7 @@ class Models(nn.Module):
                 sizes.vision_width, sizes.prompt_hidden, sizes.context_width, len(self.types)
             )
         )
-        self.decoder = AwareDecoder(self.vae, FusionBlocks(self._fusion_config()))
+        self.decoder = AwareDecoder(self.vae, build_extension(sizes, self.vae))
         self.lay_out()
 
     def lay_out(self) -> None:
@@ -159,26 +166,18 @@ class Models(nn.Module):
             for module in (self.vae, self.decoder):
                 cast(Any, module).to(memory_format=torch.channels_last)
 
-    def _fusion_config(self) -> FusionConfig:
-        sizes, channels = self.sizes, VaeTrunk.of(self.vae).channels
-        return FusionConfig(
-            channels=tuple((level, channels[level]) for level in sizes.fusion_levels),
-            growth=sizes.fusion_growth,
-            depth=sizes.fusion_depth,
-            context_width=sizes.context_width,
-            pixels=(channels[0], sizes.fusion_pixel_width) if sizes.fusion_pixel_width else None,
-        )
-
     def start_decoder(self) -> None:
         """Copy the trained VAE decoder into the aware decoder (start of stage 2).
 
-        The pixel gate starts open: from the photo itself, much damage is a short way to mend.
+        A detail path starts from the photo itself, and so does the pixel gate of fusion blocks.
         """
+        if self.decoder.decoder is None:
+            return
         self.decoder.decoder.load_state_dict(self.vae.decoder.state_dict())
         if not self._vae_is_tiny:
             self.decoder.post_quant_conv.load_state_dict(self.vae.post_quant_conv.state_dict())
         if self.sizes.fusion_pixel_width:
-            gate: Any = self.decoder.fusion["pixels"]
+            gate: Any = cast(Any, self.decoder.extension)["pixels"]
             nn.init.ones_(gate.out.bias[:3])
 
     def start_control(self) -> None:
@@ -299,12 +298,19 @@ class Models(nn.Module):
                 mid_block_additional_residual=suited(self.unet, middle),
             ).sample
 
+    @property
+    def decoder_parts(self) -> tuple[str, ...]:
+        """File prefixes of the aware decoder."""
+        if isinstance(self.decoder.extension, DetailPath):
+            return ("decoder.detail.",)
+        return "decoder.fusion.", "decoder.vae."
+
     def parts(self) -> dict[str, nn.Module]:
         """File prefix -> module whose keys need no renaming."""
         return {
             "prompt_processor.": self.prompt,
             "base.clip_vision.": self.vision,
-            "decoder.fusion.": self.decoder.fusion,
+            self.decoder_parts[0]: self.decoder.extension,
         }
 
     @property
@@ -313,16 +319,19 @@ class Models(nn.Module):
 
     def _renamed_parts(self) -> list[tuple[str, nn.Module, dict[str, str]]]:
         """(file prefix, module, diffusers key -> LDM key) of the parts that diffusers names."""
-        decoder_only = nn.Module()
-        decoder_only.decoder = self.decoder.decoder
-        decoder_only.post_quant_conv = self.decoder.post_quant_conv
         keys_of_vae = tiny_vae_keys if self._vae_is_tiny else vae_keys
-        return [
+        parts = [
             ("base.unet.", self.unet, unet_keys(self.unet.state_dict())),
             ("control.", self.control, unet_keys(self.control.state_dict())),
             ("base.vae.", self.vae, keys_of_vae(self.vae.state_dict())),
-            ("decoder.vae.", decoder_only, keys_of_vae(decoder_only.state_dict())),
         ]
+        if self.decoder.decoder is not None:
+            decoder_only = nn.Module()
+            decoder_only.decoder = self.decoder.decoder
+            decoder_only.post_quant_conv = self.decoder.post_quant_conv
+            keys = keys_of_vae(decoder_only.state_dict())
+            parts.append(("decoder.vae.", decoder_only, keys))
+        return parts
 
     def file_tensors(self, prefixes: Sequence[str], dtype: torch.dtype) -> dict[str, Tensor]:
         """Tensors of the parts whose file prefix is in `prefixes`, under the file's keys."""

@@ -20,7 +20,15 @@ from diffusers.models.embeddings import TimestepEmbedding
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
-from diff_restorer import FusionConfig, PromptProcessorConfig, make_hint_conv
+from diff_restorer import (
+    DetailConfig,
+    DetailPath,
+    FusionBlocks,
+    FusionConfig,
+    PromptProcessorConfig,
+    VaeTrunk,
+    make_hint_conv,
+)
 from diff_restorer.checkpoint import read_checkpoint
 from diff_restorer.control import zero_init
 
@@ -47,6 +55,11 @@ class Sizes:
     vision_patch: int = 16
     vision_head_width: int = 64
     prompt_hidden: int = 384
+    detail_widths: tuple[int, ...] = (64, 112, 192)
+    """Channels of the decoder's detail path at 1/2, 1/4 and 1/8; without any, the decoder has
+    fusion blocks."""
+    detail_depths: tuple[int, ...] = (2, 3, 6, 3, 2)
+    """Blocks of its five groups."""
     fusion_levels: tuple[int, ...] = (1, 2, 3)
     fusion_growth: int = 16
     fusion_depth: int = 3
@@ -65,6 +78,7 @@ SD15 = Sizes(
     vision_image=224,
     vision_patch=14,
     prompt_hidden=1024,
+    detail_widths=(),
     fusion_levels=(1, 2),
     fusion_growth=32,
     fusion_depth=5,
@@ -120,6 +134,40 @@ def build_control(unet: Any) -> Any:
     return control
 
 
+def build_extension(sizes: Sizes, vae: Any) -> DetailPath | FusionBlocks:
+    """What extends the decoder of `vae`: a detail path, or fusion blocks.
+
+    Raises:
+        ValueError: The sizes of a detail path are not those of three levels and five groups.
+    """
+    channels = VaeTrunk.of(vae).channels
+    if not sizes.detail_widths:
+        return FusionBlocks(
+            FusionConfig(
+                channels=tuple((level, channels[level]) for level in sizes.fusion_levels),
+                growth=sizes.fusion_growth,
+                depth=sizes.fusion_depth,
+                context_width=sizes.context_width,
+                pixels=(channels[0], sizes.fusion_pixel_width)
+                if sizes.fusion_pixel_width
+                else None,
+            )
+        )
+    counts = len(sizes.detail_widths), len(sizes.detail_depths)
+    if counts != (3, 5):
+        raise ValueError(
+            f"--model.sizes: detail_widths {sizes.detail_widths} and detail_depths "
+            f"{sizes.detail_depths}; give three widths (1/2, 1/4, 1/8 size) and five depths"
+        )
+    config = DetailConfig(
+        widths=sizes.detail_widths,  # pyright: ignore[reportArgumentType]
+        depths=sizes.detail_depths,  # pyright: ignore[reportArgumentType]
+        vae_channels=(channels[1], channels[2], channels[3]),
+        context_width=sizes.context_width,
+    )
+    return DetailPath(config)
+
+
 def build_time_mlp(unet: Any) -> nn.Module:
     """MLP from pooled P_D to the control module's time embedding, zero at first (an ablation)."""
     width = unet.config["block_out_channels"][0]
@@ -160,6 +208,7 @@ def sizes_of(path: Path, default: Sizes = Sizes()) -> Sizes:
         "base.clip_vision.": vision_sizes,
         "prompt_processor.": _prompt_sizes,
         "decoder.fusion.": _fusion_sizes,
+        "decoder.detail.": _detail_sizes,
     }
     found: dict[str, Any] = {}
     for prefix, read in readers.items():
@@ -230,11 +279,17 @@ def _prompt_sizes(state: Mapping[str, Tensor]) -> dict[str, Any]:
 def _fusion_sizes(state: Mapping[str, Tensor]) -> dict[str, Any]:
     found = FusionConfig.from_state_dict(state)
     return {
+        "detail_widths": (),
         "fusion_levels": tuple(level for level, _ in found.channels),
         "fusion_growth": found.growth,
         "fusion_depth": found.depth,
         "fusion_pixel_width": found.pixels[1] if found.pixels else 0,
     }
+
+
+def _detail_sizes(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    found = DetailConfig.from_state_dict(state)
+    return {"detail_widths": found.widths, "detail_depths": found.depths}
 
 
 def _count(state: Mapping[str, Tensor], key: str) -> int:

@@ -64,13 +64,16 @@ class Config:
     data: DataConfig
     model: ModelConfig = field(default_factory=ModelConfig)
     latents: Path | None = None
-    """File of `sample_decoder_data`; without it all latents are encoded from clean photos."""
+    """File of `sample_decoder_data`; without it latents are encoded from clean photos."""
+    sample_steps: int = 0
+    """Without `latents`: sampling steps of latents that stage 1 samples here and now; 0 for none.
+    Needs no file, and costs a few evaluations of the UNet at each step."""
     sampled_share: float = 0.5
-    """Share of batches that take their latents from `latents`."""
+    """Share of batches whose latents are sampled."""
     latent_noise: float = 0.1
     """Largest standard deviation of the noise on encoded latents (scaled latents have 1)."""
     fusion_first: int = 0
-    """Steps in which the fusion blocks alone train, before the decoder joins them."""
+    """Steps in which fusion blocks alone train, before the decoder joins them."""
     pixel_loss: Literal["l1", "psnr"] = "l1"
     """L1 as in the paper, or minus the PSNR of each photo, which minds small damage more."""
     lpips_weight: float = 0.0
@@ -90,6 +93,10 @@ class Config:
     """Sampling steps of the validation pictures."""
 
 
+SAMPLED = "sampled"
+"""Key of a batch whose latents are to be sampled, of no size."""
+
+
 class DecoderBatches(Dataset[Any]):
     """Fresh batches without latents, and batches with the latents that stage 1 sampled."""
 
@@ -100,13 +107,14 @@ class DecoderBatches(Dataset[Any]):
 
         Args:
             batches: Fresh ones, of the size that the latents were sampled in.
-            latents: File of `sample_decoder_data`.
-            share: Of the batches that take their latents from it.
+            latents: File of `sample_decoder_data`; without it the batches of `share` ask for
+                latents to be sampled.
+            share: Of the batches with sampled latents.
 
         Raises:
             ValueError: As `as_sampled`.
         """
-        self.batches, self.file, self.share = batches, latents, share if latents else 0.0
+        self.batches, self.file, self.share = batches, latents, share
         if latents:
             self.sampled, cached = as_sampled(batches, latents), load_file(latents)
             self.numbers, self.latents = cached["numbers"].tolist(), cached["latents"]
@@ -118,18 +126,21 @@ class DecoderBatches(Dataset[Any]):
         """The same in batches of another size."""
         return type(self)(self.batches.sized(batch_size), self.file, self.share)
 
-    def __getitem__(self, number: int) -> tuple[Item, Tensor | None]:
+    def __getitem__(self, number: int) -> tuple[Item, dict[str, Tensor]]:
         generator = seeded(self.batches.seed, 3, number)
         if float(torch.rand((), generator=generator)) >= self.share:
-            return self.batches[number], None
+            return self.batches[number], {}
+        if self.file is None:
+            return self.batches[number], {SAMPLED: torch.empty(0)}
         place = int(torch.randint(len(self.numbers), (), generator=generator))
-        return self.sampled[self.numbers[place]], self.latents[place]
+        return self.sampled[self.numbers[place]], {"latent": self.latents[place].float()}
 
-    def finish(self, item: tuple[Item, Tensor | None], device: torch.device) -> Batch:
-        """The batch on `device`, with the key `latent`, (B, 4, h, w), where it is sampled."""
-        drawn, latent = item
-        batch = self.batches.finish(drawn, device)
-        return batch if latent is None else batch | {"latent": to_device(latent, device).float()}
+    def finish(self, item: tuple[Item, dict[str, Tensor]], device: torch.device) -> Batch:
+        """The batch on `device`, with the key `latent`, (B, 4, h, w), where it was sampled, and
+        SAMPLED where it is to be."""
+        drawn, more = item
+        moved = {key: to_device(value, device) for key, value in more.items()}
+        return self.batches.finish(drawn, device) | moved
 
 
 def as_sampled(batches: RestorationBatches, latents: Path) -> RestorationBatches:
@@ -174,7 +185,7 @@ class DecoderLoss:
 
     def __init__(self, models: Models, config: Config) -> None:
         self.models, self.config = models, config
-        self.trunk, self.fusion = models.decoder.trunk(models.vae), models.decoder.fusion
+        self.trunk, self.extension = models.decoder.trunk(models.vae), models.decoder.extension
         device = next(models.parameters()).device
         self.perceptual = (
             Perceptual(config.lpips_weights).to(device) if config.lpips_weight else None
@@ -199,9 +210,10 @@ class DecoderLoss:
 
     def begin_step(self, step: int) -> None:
         """Which parts train at this step."""
-        decoder = self.models.decoder
-        for module in (decoder.decoder, decoder.post_quant_conv):
-            module.requires_grad_(step >= self.config.fusion_first)
+        if self.config.fusion_first:
+            decoder = self.models.decoder
+            for module in (decoder.decoder, decoder.post_quant_conv):
+                module.requires_grad_(step >= self.config.fusion_first)
         self.playing = self.discriminator is not None and step >= self.config.gan.start
 
     @torch.no_grad()
@@ -210,7 +222,7 @@ class DecoderLoss:
         photos = torch.cat([photo, degraded])
         with own_precision(self.models.vae):
             moments, features = encode_with_features(
-                self.trunk, suited(self.models.vae, photos), self.fusion.levels
+                self.trunk, suited(self.models.vae, photos), self.extension.levels
             )
         features = features | {PIXELS: photos}
         rows = slice(len(photo), None)
@@ -218,24 +230,46 @@ class DecoderLoss:
         own = {level: value[rows] for level, value in features.items()}
         return mean * self.models.latent_scale, own
 
-    def decode(self, latent: Tensor, features: Features, pooled: Tensor) -> Tensor:
-        """Pixels of a scaled latent."""
-        raw = latent / self.models.latent_scale
-        return aware_decode(self.trunk, self.fusion, raw, features, pooled)
+    def decode(
+        self, latent: Tensor, features: Features, pooled: Tensor, quantiles: Tensor
+    ) -> Tensor:
+        """Pixels of a scaled latent.
+
+        Args:
+            latent: (B, 4, h, w).
+            features: Of the degraded photos.
+            pooled: Pooled P_D, (B, context_width).
+            quantiles: `tone_quantiles` of the whole degraded photos, (B, 48).
+        """
+        raw, condition = latent / self.models.latent_scale, self.extension.condition
+        return aware_decode(self.trunk, self.extension, raw, features, condition(pooled, quantiles))
+
+    def _latent_and_features(
+        self, batch: dict[str, Tensor], generator: torch.Generator
+    ) -> tuple[Tensor, Features]:
+        """Scaled latents to decode, sampled or encoded with noise; and features of LQ."""
+        config, lq = self.config, to_pixels(batch["lq"])
+        if "latent" in batch:
+            return batch["latent"], self._read_fast(lq[:0], lq)[1]
+        if SAMPLED in batch:
+            hint, features = self._read_fast(lq, lq)
+            prompt, part = self.models.read(batch), batch["part"]
+            tokens = prompt.semantic[part], prompt.degradation[part]
+            return sample(self.models, hint, *tokens, config.sample_steps, generator), features
+        target = lq if config.without_diffusion else to_pixels(batch["gt"])
+        encoded, features = self._read_fast(target, lq)
+        place = {"generator": generator, "device": generator.device}
+        most = 0.0 if config.without_diffusion else config.latent_noise
+        level = most * torch.rand(len(encoded), 1, 1, 1, **place).to(encoded.device)
+        return encoded + level * torch.randn(encoded.shape, **place).to(encoded.device), features
 
     def __call__(self, batch: dict[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
-        config, place = self.config, {"generator": generator, "device": generator.device}
+        config, part = self.config, batch["part"]
         with torch.no_grad():
             pooled = self.models.read_pooled(batch)
-        pooled = doubted(pooled, config.doubt, generator)[batch["part"]]
-        target, latent = batch["lq" if config.without_diffusion else "gt"], batch.get("latent")
-        fresh = target[: len(target) if latent is None else 0]
-        encoded, features = self._read_fast(to_pixels(fresh), to_pixels(batch["lq"]))
-        if latent is None:
-            most = 0.0 if config.without_diffusion else config.latent_noise
-            level = most * torch.rand(len(encoded), 1, 1, 1, **place).to(encoded.device)
-            latent = encoded + level * torch.randn(encoded.shape, **place).to(encoded.device)
-        pixels = self._decode_fast(latent, features, pooled).float()
+            latent, features = self._latent_and_features(batch, generator)
+        pooled = doubted(pooled, config.doubt, generator)[part]
+        pixels = self._decode_fast(latent, features, pooled, batch["quantiles"][part]).float()
         image = (pixels + 1) / 2
         l1 = F.l1_loss(image, batch["gt"])
         terms = {"l1": l1}
@@ -277,19 +311,35 @@ def prepare(models: Models, config: Config) -> None:
     models.decoder.requires_grad_(True)
 
 
+def _check_sampling(models: Models, config: Config, found: set[str]) -> None:
+    if config.fusion_first and models.decoder.decoder is None:
+        raise ValueError("--fusion-first: this decoder has a detail path and no fusion blocks")
+    if not config.sample_steps:
+        return
+    if config.latents or config.without_diffusion:
+        other = "--latents" if config.latents else "--without-diffusion"
+        raise ValueError(f"--sample-steps: latents come from {other} already; leave out one")
+    if missing := {"control.", "base.unet."} - found:
+        raise ValueError(f"--sample-steps: no file of --model.init has {sorted(missing)}")
+
+
 def main(config: Config) -> Path:
     """Train, and write the complete file."""
     models, found = open_models(
         config.model, ("base.vae.", "base.clip_vision.", "prompt_processor."), config.loop.seed
     )
-    if "decoder.vae." not in found:
+    if not found & set(models.decoder_parts):
         models.start_decoder()
     prepare(models, config)
+    _check_sampling(models, config, found)
     reads = {"gt", "lq", "quantiles", models.degradation_key}
+    if config.sample_steps:
+        reads.add("clip_view")
     train, fixed = open_data(config.data, models.sizes, config.loop.seed, models.types, reads)
     validation = to_home(fixed)
     train = train.sized(config.loop.batch_size)
-    batches = DecoderBatches(train, config.latents, config.sampled_share)
+    share = config.sampled_share if config.latents or config.sample_steps else 0.0
+    batches = DecoderBatches(train, config.latents, share)
     loss = DecoderLoss(models, config)
 
     @torch.no_grad()
@@ -304,7 +354,8 @@ def main(config: Config) -> Path:
                 latent = sample(models, hint, prompt.semantic, prompt.degradation, steps, generator)
             else:
                 latent = hint
-            images.append((loss.decode(latent, features, prompt.pooled).float() + 1) / 2)
+            pixels = loss.decode(latent, features, prompt.pooled, batch["quantiles"])
+            images.append((pixels.float() + 1) / 2)
         image = torch.cat(images)
         before = psnr(validation["lq"], validation["gt"])
         after = psnr(image, validation["gt"])
@@ -326,7 +377,8 @@ def main(config: Config) -> Path:
             scores[kind] = float(score[rows].mean())
         return scores
 
-    parts = (*sorted(found | {"prompt_processor."}), "decoder.fusion.", "decoder.vae.")
+    others = {prefix for prefix in found if not prefix.startswith("decoder.")}
+    parts = (*sorted(others | {"prompt_processor."}), *models.decoder_parts)
 
     def export(path: Path, settings: dict[str, Any]) -> None:
         models.save(path, parts, checkpoint_info(models, settings), torch.float32)

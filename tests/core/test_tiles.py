@@ -23,6 +23,7 @@ from diff_restorer import (
     aware_decode,
     encode_with_features,
     encoder_features,
+    tone_quantiles,
 )
 from diff_restorer.tiled_vae import plan_decode, plan_encode, plan_features
 from diff_restorer.tiles import Cut, Map, Plan, Stage, Window
@@ -79,7 +80,7 @@ class Decoder:
 
     @property
     def condition(self) -> Tensor | LocalPooled:
-        return self.extension.condition(self.pooled, self.photo)
+        return self.extension.condition(self.pooled, tone_quantiles((self.photo + 1) / 2))
 
     def whole(self, fidelity: float) -> Tensor:
         features = encoder_features(self.trunk, self.photo, self.extension.levels)

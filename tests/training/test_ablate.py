@@ -26,7 +26,8 @@ from training.models import Models, Sizes, to_pixels
 TOY = Sizes(
     unet_channels=(32, 64), unet_attention=(False, True),
     context_width=16, vision_width=64, vision_layers=2, vision_image=32, vision_patch=8,
-    prompt_hidden=24, fusion_levels=(0, 2), fusion_growth=4, fusion_depth=1, fusion_pixel_width=8,
+    prompt_hidden=24, detail_widths=(), fusion_levels=(0, 2), fusion_growth=4, fusion_depth=1,
+    fusion_pixel_width=8,
 )  # fmt: skip
 PREFIXES = (
     "base.unet.", "base.vae.", "base.clip_vision.", "prompt_processor.", "control.",

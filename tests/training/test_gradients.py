@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from diff_restorer import FusionBlocks
 from tests.training import toy_sd15
 from tests.training.test_programs import TOY
 from training import train_control, train_decoder
@@ -34,7 +35,8 @@ def toy_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(params=["nano", "sd15"])
 def models(request: pytest.FixtureRequest, toy_folder: Path) -> Models:
-    """Both layouts at toy width; nothing is zero, or zero convs would stop all gradients."""
+    """Both layouts at toy width, and both decoders: Nano's has a detail path, SD 1.5's fusion
+    blocks. Nothing is zero, or zero convs would stop all gradients."""
     sd15 = request.param == "sd15"
     config = toy_sd15.model_config(toy_folder) if sd15 else ModelConfig(sizes=TOY)
     found, _ = open_models(config)
@@ -52,7 +54,7 @@ def batch_for(models: Models) -> dict[str, Tensor]:
     side = models.sizes.vision_image
     shapes = {
         "gt": (2, 3, 32, 32), "lq": (2, 3, 32, 32), "clip_view": (2, 3, side, side),
-        "native_view": (2, 3, side, side),
+        "native_view": (2, 3, side, side), "quantiles": (2, 48),
     }  # fmt: skip
     batch = {name: torch.rand(shape, generator=generator) for name, shape in shapes.items()}
     kinds = torch.zeros(2, len(models.types))
@@ -269,8 +271,11 @@ def test_each_term_of_stage_2_alone_reaches_the_last_conv(models: Models, term: 
     loss = stage_2(models, lpips_weight=1.0, gan=GanConfig(0.025, start=0, width=8))
     loss.begin_step(0)
     loss(batch_for(models), torch.Generator().manual_seed(2))[term].backward()
-    names = [name for name, _ in models.decoder.decoder.named_parameters()]
-    assert f"decoder.{names[-2]}" in reached(models.decoder)  # the last is its bias
+    last = "extension.out.weight"
+    if models.decoder.decoder is not None:
+        names = [name for name, _ in models.decoder.decoder.named_parameters()]
+        last = f"decoder.{names[-2]}"  # the last is its bias
+    assert last in reached(models.decoder)
     assert loss.discriminator is not None
     assert not reached(loss.discriminator)
 
@@ -294,14 +299,16 @@ def test_the_discriminator_s_term_leaves_the_decoder_alone(models: Models) -> No
 
 
 def test_parts_join_stage_2_at_their_step(models: Models) -> None:
-    loss = stage_2(models, fusion_first=3, gan=GanConfig(0.025, start=5, width=8))
+    tuned = models.decoder.decoder is not None
+    loss = stage_2(models, fusion_first=3 * tuned, gan=GanConfig(0.025, start=5, width=8))
     assert loss.discriminator is not None
     for step, decoder, gan in ((0, False, False), (3, True, False), (5, True, True)):
         loss.trainable.zero_grad()
         loss.begin_step(step)
         loss(batch_for(models), torch.Generator().manual_seed(2))["loss"].backward()
-        assert reached(models.decoder.fusion) == names(models.decoder.fusion)
-        assert bool(reached(models.decoder.decoder)) == decoder
+        assert reached(models.decoder.extension) == names(models.decoder.extension)
+        if tuned:
+            assert bool(reached(models.decoder.decoder)) == decoder
         assert bool(reached(loss.discriminator)) == gan
 
 
@@ -323,9 +330,9 @@ def test_stage_2_decodes_sampled_latents_where_there_are_some(models: Models) ->
     seen: list[torch.Tensor] = []
     decode = loss._decode_fast
 
-    def decoded(latent: Tensor, features: Any, pooled: Tensor) -> Tensor:
+    def decoded(latent: Tensor, *others: Any) -> Tensor:
         seen.append(latent)
-        return decode(latent, features, pooled)
+        return decode(latent, *others)
 
     loss._decode_fast = decoded
     sampled = torch.rand(2, 4, 4, 4, generator=torch.Generator().manual_seed(3))
@@ -342,7 +349,9 @@ def test_crops_of_one_part_share_its_p_d(models: Models) -> None:
     shared = (
         batch | {name: view[:1] for name, view in views.items()} | {"part": torch.zeros(2).long()}
     )
+    shared["quantiles"] = batch["quantiles"][:1]
     own = batch | {name: view[:1].expand_as(view) for name, view in views.items()}
+    own["quantiles"] = batch["quantiles"][:1].expand(2, -1)
     loss = stage_2(models)
     found, expected = (loss(b, torch.Generator().manual_seed(2))["loss"] for b in (shared, own))
     torch.testing.assert_close(found, expected)
@@ -369,6 +378,9 @@ def test_the_decoder_without_p_d_ignores_it(models: Models) -> None:
     assert models.read(batch).logits.any()
     loss.begin_step(0)
     loss(batch, torch.Generator().manual_seed(2))["loss"].backward()
-    film = {n for n in names(models.decoder.fusion) if n.endswith("film.weight")}
+    extension, layer = models.decoder.extension, "norm.weight"
+    if isinstance(extension, FusionBlocks):
+        layer = "film.weight"
+    film = {n for n in names(extension) if n.endswith(layer)}
     assert film
-    assert not film & reached(models.decoder.fusion)
+    assert not film & reached(extension)

@@ -36,10 +36,8 @@ TOY = Sizes(
     vision_patch=8,
     vision_head_width=16,
     prompt_hidden=24,
-    fusion_levels=(0, 2),
-    fusion_growth=4,
-    fusion_depth=1,
-    fusion_pixel_width=8,
+    detail_widths=(8, 12, 16),
+    detail_depths=(1, 1, 2, 1, 1),
 )
 
 
@@ -117,18 +115,36 @@ def test_stage_1_leaves_the_vae_and_the_vision_encoder_alone(files: dict[str, Pa
 def test_stage_2_trains_the_decoder_only(files: dict[str, Path]) -> None:
     for prefix in ("base.", "control.", "prompt_processor."):
         assert changed(files["control"], files["decoder"], prefix) == {False}
-    stock = read_checkpoint(files["base"], required=()).state("base.vae.")
-    tuned = read_checkpoint(files["decoder"]).state("decoder.vae.")
-    assert any(not torch.equal(stock[key], tuned[key]) for key in tuned)
-    fusion = read_checkpoint(files["decoder"]).state("decoder.fusion.")
-    assert fusion["0.out.weight"].any()
-    assert fusion["2.out.weight"].any()
+    decoder = read_checkpoint(files["decoder"])
+    assert decoder.state("decoder.detail.")["out.weight"].any()
+    assert not decoder.has("decoder.vae.")
+    assert not decoder.has("decoder.fusion.")
+
+
+def test_stage_2_samples_latents_where_no_file_has_them(
+    files: dict[str, Path], photos: Path, tmp_path: Path
+) -> None:
+    settings = train_decoder.Config(
+        LoopConfig(out=tmp_path, steps=2, batch_size=2, warmup=1, workers=0),
+        DataConfig(photos, part=48, crop=32, held_out=3, validation_samples=9),
+        ModelConfig(init=(files["control"],), sizes=TOY),
+        sample_steps=2,
+        sampled_share=1.0,
+        validation_steps=2,
+    )
+    made = read_checkpoint(train_decoder.main(settings)).state("decoder.detail.")
+    assert made["out.weight"].any()
+    with pytest.raises(ValueError, match="--sample-steps: latents come from --latents already"):
+        train_decoder.main(replace(settings, latents=files["latents"]))
+    eyes = ModelConfig(init=(files["base"], files["eyes"]), sizes=TOY)
+    with pytest.raises(ValueError, match=r"--sample-steps: no file of --model.init has \['base"):
+        train_decoder.main(replace(settings, model=eyes))
 
 
 def test_the_release_is_complete_and_in_half_precision(files: dict[str, Path]) -> None:
     checkpoint = read_checkpoint(files["release"])
     assert checkpoint.self_contained
-    assert checkpoint.fusion_levels == (0, 2)
+    assert checkpoint.has("decoder.detail.")
     assert checkpoint.info.types[-1] == "clean"
     told = checkpoint.info.config
     assert list(told) == ["nano.vision", "nano.autoencoder", "train_control", "train_decoder"]
@@ -151,11 +167,11 @@ def test_a_weight_that_fp16_cannot_hold_is_named(
 ) -> None:
     source = read_checkpoint(files["decoder"])
     state = source.state("")
-    state["decoder.fusion.0.out.weight"] = state["decoder.fusion.0.out.weight"] + 1e5
+    state["decoder.detail.out.weight"] = state["decoder.detail.out.weight"] + 1e5
     write_checkpoint(tmp_path / "large.safetensors", state, source.info)
     config = ModelConfig(init=(tmp_path / "large.safetensors",), sizes=TOY)
     shots = DataConfig(photos, part=48, crop=32, held_out=3, validation_samples=9)
-    with pytest.raises(ValueError, match=r"decoder\.fusion\.0\.out\.weight is not finite in fp16"):
+    with pytest.raises(ValueError, match=r"decoder\.detail\.out\.weight is not finite in fp16"):
         export.main(export.Config(shots, tmp_path / "never.safetensors", config, samples=128))
     assert not (tmp_path / "never.safetensors").exists()
 
@@ -243,7 +259,7 @@ def test_a_decoder_without_diffusion_is_an_ablation(
 
 def test_the_release_loads_into_other_models(files: dict[str, Path]) -> None:
     models = Models(TOY, read_checkpoint(files["release"]).info.types)
-    assert models.load(files["release"]) >= {"base.unet.", "control.", "decoder.fusion."}
+    assert models.load(files["release"]) >= {"base.unet.", "control.", "decoder.detail."}
     with pytest.raises(ValueError, match="does not fit the configured sizes"):
         Models(Sizes(), models.types).load(files["release"])
 

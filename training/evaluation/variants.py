@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from diff_restorer import PromptOutput, aware_decode, encode_with_features
+from diff_restorer import PromptOutput, aware_decode, encode_with_features, tone_quantiles
 from diff_restorer.decoder import Features
 
 from ..data import seeded
@@ -86,7 +86,7 @@ class Photo:
         return to_pixels(pad_to_8(image)).to(self.models.prompt.prototypes.device)
 
     def _encode(self, pixels: Tensor) -> tuple[Tensor, Features]:
-        levels = self.models.decoder.fusion.levels
+        levels = self.models.decoder.extension.levels
         moments, features = encode_with_features(self.trunk, pixels, levels)
         return moments[:, : self.trunk.latent_channels].float() * self.models.latent_scale, features
 
@@ -103,10 +103,15 @@ class Photo:
         else:
             neutral = self.models.prompt.prototypes.mean(dim=0, keepdim=True)
             pooled = self.prompt.pooled if variant.pooled else neutral
-            fusion = self.models.decoder.fusion
-            raw_latent = latent / self.models.latent_scale
+            extension = self.models.decoder.extension
+            quantiles = tone_quantiles((self.pixels + 1) / 2)
             image = aware_decode(
-                self.trunk, fusion, raw_latent, self.features, pooled, variant.fidelity
+                self.trunk,
+                extension,
+                latent / self.models.latent_scale,
+                self.features,
+                extension.condition(pooled, quantiles),
+                variant.fidelity,
             )
         height, width = self.size
         image = (image.float().cpu()[..., :height, :width] + 1) / 2

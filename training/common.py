@@ -49,6 +49,9 @@ class DataConfig:
     folder does not say it."""
     pair_share: float = 0.5
     """Share of pairs among the photos of a kind that has pairs; with 1 it has no others."""
+    looks: float = 0.0
+    """Share of clean photos that get another exposure, contrast, white balance or no colour before
+    they are degraded, so that a dark, flat or grey photo alone is no sign of damage."""
     softer: float = 0.0
     """Share of clean photos that first lose up to 2.5 times in resolution, so that the soft pixels
     of a camera are not taken for blur; not those that blur is put on."""
@@ -219,6 +222,7 @@ def open_data(
             mixing=config.mixing if place == 0 else None,
             pairs=pairs[place],
             pair_share=config.pair_share,
+            looks=config.looks if place == 0 else 0.0,
             softer=config.softer if place == 0 else 0.0,
             oversample=config.oversample if place == 0 else (),
         )

@@ -18,7 +18,14 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from diff_restorer.degradations import KINDS, PHYSICAL_ORDER, degrade, sample_severity
+from diff_restorer.degradations import (
+    KINDS,
+    PHYSICAL_ORDER,
+    degrade,
+    draw_mix,
+    random_look,
+    sample_severity,
+)
 from diff_restorer.detail import tone_quantiles
 
 from .interruption import leave_group
@@ -61,7 +68,7 @@ class Mixing:
     """How often several degradations meet in one photo; by default never, as in the paper."""
 
     chain: float = 0.0
-    """Share of degraded photos with one or two more kinds, each at any severity."""
+    """Share of degraded photos with two or more kinds, each at any severity, see `draw_mix`."""
     low_res: float = 0.0
     """Share of degraded photos that also lose resolution, which no label tells."""
     second_order: float = 0.0
@@ -77,6 +84,8 @@ class Drawn(NamedTuple):
     """The degraded half of a pair, (3, S, S) uint8."""
     levels: dict[str, float]
     """Severity of each kind."""
+    look: bool = False
+    """Whether it gets another look first."""
 
 
 class Item(NamedTuple):
@@ -84,6 +93,8 @@ class Item(NamedTuple):
 
     clean: Tensor
     """(P, 3, S, S) uint8."""
+    look_rows: Tensor
+    """Parts that get another look before they are degraded, (L,) int64."""
     pair_rows: Tensor
     """Parts that come degraded, (Q,) int64."""
     pair_lq: Tensor
@@ -181,6 +192,7 @@ class RestorationBatches(Dataset[Item]):
         mixing: Mixing | None = None,
         pairs: PairedPhotos | None = None,
         pair_share: float = 0.5,
+        looks: float = 0.0,
         softer: float = 0.0,
         oversample: Sequence[str] = (),
     ) -> None:
@@ -201,6 +213,7 @@ class RestorationBatches(Dataset[Item]):
             pairs: Degraded and clean photos.
             pair_share: Share of the parts of a kind that are pairs, where there are pairs of it;
                 the others are degraded on the fly.
+            looks: Share of clean photos that get a `random_look` before they are degraded.
             softer: Share of clean photos whose pixels are softened, see `cut_clean`; not those for
                 `blur` and `low_res`.
             oversample: Kinds to draw more often; each mention adds a kind's own share once more.
@@ -220,7 +233,7 @@ class RestorationBatches(Dataset[Item]):
         self.part = max(part, crop)
         self.mixing = mixing or Mixing()
         self.pairs = pairs.by_kind() if pairs else {}
-        self.pair_share, self.softer = pair_share, softer
+        self.pair_share, self.looks, self.softer = pair_share, looks, softer
 
     def __len__(self) -> int:
         """Samples of one epoch: as many as there are photos or pairs, whichever are more."""
@@ -259,6 +272,7 @@ class RestorationBatches(Dataset[Item]):
             "crops_per_part": self.crops_per_part,
             "crop": self.crop,
             "clip_size": self.clip_size,
+            "looks": self.looks,
             "softer": self.softer,
             "oversample": list(self.oversample),
         }
@@ -309,6 +323,9 @@ class RestorationBatches(Dataset[Item]):
         """
         generator = torch.Generator().manual_seed(item.seed)
         clean = to_device(item.clean, device).float() / 255
+        if len(item.look_rows):
+            places = to_device(item.look_rows, device)
+            clean[places] = to_8_bit(random_look(clean[places], generator, share=1.0))
         degraded = clean.clone()
         for kind, rows, severity in item.groups:
             places = to_device(rows, device)
@@ -346,23 +363,19 @@ class RestorationBatches(Dataset[Item]):
         order = torch.randperm(len(self.photos), generator=seeded(self.seed, 0, epoch))
         levels = self._draw_levels(kind, generator)
         softer = not levels.keys() & {"blur", "low_res"} and _chance(self.softer, generator)
-        photo = self.photos[int(order[place])]
-        return Drawn(cut_clean(photo, self.part, generator, softer), None, levels)
+        part = cut_clean(self.photos[int(order[place])], self.part, generator, softer)
+        return Drawn(part, None, levels, _chance(self.looks, generator))
 
     def _draw_kind(self, generator: torch.Generator) -> str:
         drawn = self.kinds + self.oversample
         return drawn[int(torch.randint(len(drawn), (), generator=generator))]
 
     def _draw_levels(self, kind: str, generator: torch.Generator) -> dict[str, float]:
-        """The kinds of a part, `kind` and what is mixed in, with their severities."""
+        """The kinds of a part, `kind` alone or a mix, with their severities."""
         if kind == "clean":
             return {"clean": 0.0}
-        kinds = [kind]
-        if _chance(self.mixing.chain, generator):
-            others = [other for other in self.kinds if other not in (kind, "clean")]
-            more = 1 + int(torch.randint(2, (), generator=generator))
-            order = torch.randperm(len(others), generator=generator)[:more]
-            kinds += [others[place] for place in order.tolist()]
+        chain = _chance(self.mixing.chain, generator)
+        kinds = list(draw_mix(self.kinds, generator)) if chain else [kind]
         for extra in ("low_res", "second_order"):
             if _chance(getattr(self.mixing, extra), generator) and extra not in kinds:
                 kinds.append(extra)
@@ -381,6 +394,7 @@ class RestorationBatches(Dataset[Item]):
         places = self.part - self.crop + 1, max(1, self.part - self.clip_size + 1)
         return Item(
             clean=torch.stack([part.clean for part in drawn]),
+            look_rows=torch.tensor([r for r, p in enumerate(drawn) if p.look], dtype=torch.int64),
             pair_rows=torch.tensor(pairs, dtype=torch.int64),
             pair_lq=torch.stack([drawn[row].lq for row in pairs] or [drawn[0].clean])[: len(pairs)],
             groups=groups,

@@ -18,6 +18,7 @@ from diff_restorer.checkpoint import read_checkpoint, write_checkpoint
 from .checkpoints import compare_file, require_space
 from .common import DataConfig, ModelConfig, home, open_data, open_models, to_home
 from .config import run_program
+from .data import Mixing
 from .models import Models
 
 log = logging.getLogger(__name__)
@@ -33,7 +34,8 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     """`--model.init` is the file to finish."""
     samples: int = 256
-    """Training photos, in batches of 16, of which those of one kind alone make the prototypes."""
+    """Training photos, in whole batches of 16 and of one kind each, that the prototypes are
+    averaged over."""
     scores: Path | None = None
     """JSON of evaluation results for the file's metadata."""
 
@@ -62,15 +64,15 @@ def main(config: Config) -> Path:
             f"({', '.join(sorted(models.ablations))}), which the nodes do not run; evaluate it "
             "with training's own programs"
         )
-    data = replace(config.data, crops_per_part=1)
+    # A mix would say little of each of its kinds.
+    data = replace(config.data, crops_per_part=1, mixing=Mixing())
     reads = {models.degradation_key}
     train, validation = open_data(data, models.sizes, 1234, models.types, reads)
     train = train.sized(16)
     numbers = tqdm(range(-(-config.samples // 16)), unit="batch")
     pooled, kinds = pooled_p_d(models, (train.finish(train[n], home()) for n in numbers))
-    alone = kinds.sum(dim=1, keepdim=True) == 1  # a mix says little of each of its kinds
     for index, kind in enumerate(models.types):
-        rows = (kinds * alone)[:, index] > 0
+        rows = kinds[:, index] > 0
         if not rows.any():
             raise ValueError(f"--samples: {config.samples} are too few, none of type {kind!r}")
         models.prompt.prototypes[index] = pooled[rows].mean(dim=0)

@@ -34,6 +34,9 @@ from .progress import Progress
 log = logging.getLogger(__name__)
 FunctionT = TypeVar("FunctionT", bound=Callable[..., Any])
 
+READ_EVERY = 20
+"""A GPU is waited for once in so many steps, to read what they measured; a CPU is never ahead."""
+
 
 @dataclass(frozen=True)
 class LoopConfig:
@@ -207,7 +210,12 @@ class _Run:
             self.checkpoints.prepare()
             record.write(program, config.out / "config.toml")
         learned = [p for p in stage.trainable.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(learned, lr=config.lr, weight_decay=config.weight_decay)
+        gpu = accelerator.device.type == "cuda"
+        optimizer = torch.optim.AdamW(
+            learned, lr=config.lr, weight_decay=config.weight_decay, fused=gpu or None
+        )
+        self.read_every = READ_EVERY if gpu else 1
+        self.unread: list[tuple[int, Tensor]] = []
         self.module, self.optimizer = accelerator.prepare(_LossModule(stage), optimizer)
         _reject_nested_shards(self.module)
         self.average = Average(accelerator.unwrap_model(self.module), config.ema)
@@ -301,56 +309,66 @@ class _Run:
             learned |= {name for name, value in terms.items() if value.requires_grad}
             parts.append({name: value.detach() for name, value in terms.items()})
         accelerator.unscale_gradients()
-        gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
-        values, counts, norm, signs, place = self._share(parts, norm, signs)
-        batch_count = config.accumulate * accelerator.num_processes
-        scaled = accelerator.scaler is not None  # fp16 overflows now and then, and skips the step
-        if counts["loss"] < batch_count or not (math.isfinite(norm) or scaled):
-            raise NonFiniteError(describe(step, parts, learned, batch, self.stage.trainable))
-        if 0 < config.clip < norm < math.inf:
-            for side in self.stage.opponents or (self.stage.trainable,):
-                torch.nn.utils.clip_grad_norm_(side.parameters(), config.clip)
+        sides = self.stage.opponents or (self.stage.trainable,)
+        norms = [_gradient_norm(side) for side in sides]
+        row, signs, place = self._share(_measured(parts, norms), signs)
+        self.unread.append((step, row))
+        if len(self.unread) >= self.read_every or any(signs) or (step + 1) % config.log_every == 0:
+            self._read(parts, learned, batch)
+        for side, norm in zip(sides, norms, strict=True):
+            if config.clip > 0:
+                torch.nn.utils.clip_grads_with_norm_(side.parameters(), config.clip, norm)
         self.optimizer.step()
         if not self.optimizer.step_was_skipped:
             self.average.update()
         elif accelerator.scaler is not None and accelerator.scaler.get_scale() < 1:
             raise NonFiniteError(describe(step, parts, learned, batch, self.stage.trainable))
         self.optimizer.zero_grad(set_to_none=True)
-        for name in values:
-            self.progress.means.add(name, values[name], counts[name])
-        if math.isfinite(norm):
-            self.progress.means.add("grad_norm", norm, 1)
         self.course.advance(signs.ends, place)
+        if self.course.finished:
+            self._read(parts, learned, batch)
         self.progress.advance()
         return signs
 
-    def _share(
-        self, parts: list[dict[str, Tensor]], norm: Tensor, signs: _Signs
-    ) -> tuple[dict[str, float], dict[str, float], float, _Signs, float]:
-        """Sums and counts of the finite values of each term over all batches and processes, the
-        norm, what any process wants, and the place that the main one has reached; all in one
-        transfer, as each one waits."""
-        names = list(parts[0])
-        if isinstance(norm, DTensor):
-            norm = norm.full_tensor()
-        terms = torch.stack([torch.stack([part[n].float() for n in names]) for part in parts])
-        known = terms.isfinite()
-        place = self.course.reached() if self.accelerator.is_main_process else 0.0
-        told = torch.tensor([*signs, place], device=terms.device)
-        row = torch.cat(
-            [torch.where(known, terms, 0).sum(dim=0), known.sum(dim=0), norm[None], told]
-        )
-        row = cast(Tensor, self.accelerator.reduce(row, "sum")).tolist()
-        sums, counts = row[: len(names)], row[len(names) : 2 * len(names)]
-        norm_sum, *wanted, place = row[2 * len(names) :]
-        return (
-            dict(zip(names, sums, strict=True)),
-            dict(zip(names, counts, strict=True)),
-            norm_sum / self.accelerator.num_processes,
-            _Signs(*(value > 0 for value in wanted)),
-            place,
-        )
+    def _share(self, row: Tensor, signs: _Signs) -> tuple[Tensor, _Signs, float]:
+        """The sum of a step's `row` over all processes, what any process wants, and the place that
+        the main one has reached; all in one transfer, as each one waits."""
+        accelerator = self.accelerator
+        place = self.course.reached() if accelerator.is_main_process else 0.0
+        if accelerator.num_processes == 1:
+            return row, signs, place
+        told = torch.tensor([*signs, place], device=row.device)
+        shared = cast(Tensor, accelerator.reduce(torch.cat([row, told]), "sum"))
+        *wanted, place = shared[len(row) :].tolist()
+        return shared[: len(row)], _Signs(*(value > 0 for value in wanted)), place
+
+    def _read(self, parts: list[dict[str, Tensor]], learned: set[str], batch: Batch) -> None:
+        """Takes in what the steps since the last reading measured, on all processes.
+
+        Args:
+            parts: Terms of each batch of the last of these steps.
+            learned: Terms that have a gradient.
+            batch: Its last one.
+
+        Raises:
+            NonFiniteError: In one of the steps the loss or a gradient was not finite.
+        """
+        names, means = list(parts[0]), self.progress.means
+        processes = self.accelerator.num_processes
+        scaled = self.accelerator.scaler is not None  # fp16 overflows, and then skips the step
+        rows = torch.stack([row for _, row in self.unread]).tolist() if self.unread else []
+        for (step, _), row in zip(self.unread, rows, strict=True):
+            norm = row[-1] / processes
+            taken = dict(zip(names, zip(row, row[len(names) :], strict=False), strict=False))
+            if taken["loss"][1] < self.config.accumulate * processes or not (
+                math.isfinite(norm) or scaled
+            ):
+                raise NonFiniteError(describe(step, parts, learned, batch, self.stage.trainable))
+            for name, (total, count) in taken.items():
+                means.add(name, total, count)
+            if math.isfinite(norm):
+                means.add("grad_norm", norm, 1)
+        self.unread.clear()
 
     def _validate(self, *, again: bool = False) -> None:
         """Validate and export with averaged weights, on the main process."""
@@ -371,6 +389,21 @@ class _Run:
                     self.progress.validated(step, scores)
                     draw_curves([out], out / "curves.png")
             self.accelerator.wait_for_everyone()
+
+
+def _gradient_norm(side: nn.Module) -> Tensor:
+    return torch.nn.utils.get_total_norm([p.grad for p in side.parameters() if p.grad is not None])
+
+
+def _measured(parts: list[dict[str, Tensor]], norms: list[Tensor]) -> Tensor:
+    """Sums of the finite values of each term over the batches of a step, their counts, and the
+    norm of all gradients, (2 * terms + 1,)."""
+    terms = torch.stack([torch.stack([v.float() for v in part.values()]) for part in parts])
+    known = terms.isfinite()
+    whole = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
+    norm = torch.linalg.vector_norm(torch.stack(whole)) if len(whole) > 1 else whole[0]
+    sums = torch.where(known, terms, 0).sum(dim=0)
+    return torch.cat([sums, known.sum(dim=0), norm.to(sums.device)[None]])
 
 
 def _course(config: LoopConfig, step: int, extra: dict[str, Any]) -> Course:

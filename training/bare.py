@@ -3,9 +3,9 @@
 python3 training/bare.py --wheels wheels --out result -- --minutes 9.5 --pack photos.pack
 
 What is after `--` goes to `training.nano` (see `--help` there). The machine has Python and the
-packages of `PRESENT`; the wheels are those of training/requirements-bare.txt, which says how they are
-collected. They are unpacked into a folder that is gone afterwards. The result folder has the finished
-file, log.txt, and a folder per stage with its tables, curves and sheets.
+packages of `PRESENT`; the wheels are those of training/requirements-bare.txt, which says how they
+are collected. They are unpacked into a folder that is gone afterwards. The result folder has the
+finished file, log.txt, and a folder per stage with its tables, curves and sheets.
 """
 
 from __future__ import annotations

@@ -60,6 +60,17 @@ class Average:
             for owner, name, live in changed:
                 owner._parameters[name] = live
 
+    @torch.no_grad()
+    def copied(self) -> dict[str, Tensor]:
+        """The averages as they are now, for `adopt`."""
+        return {name: value.clone() for name, value in self._averages.items()}
+
+    @torch.no_grad()
+    def adopt(self, averages: Mapping[str, Tensor] | None = None) -> None:
+        """The module's weights become the averages, those of now or earlier ones."""
+        for name, value in (averages or self._averages).items():
+            self._live[name].copy_(value)
+
     def state_dict(self) -> dict[str, Any]:
         """Whole tensors; all processes must call it."""
         averages = {name: _whole(value) for name, value in self._averages.items()}

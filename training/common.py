@@ -19,7 +19,7 @@ from diff_restorer.native import has_native_bf16
 from diff_restorer.prompt_processor import DEFAULT_TYPES
 from diff_restorer.views import WHOLE
 
-from .data import PICTURES, Mixing, RestorationBatches
+from .data import PICTURES, Mixing, RestorationBatches, split
 from .models import CLIP_MEAN, CLIP_STD, NANO, SD15, Models, check_base
 from .networks import Sizes, sizes_of
 from .pairs import PairedPhotos
@@ -250,15 +250,8 @@ def _check(config: DataConfig, sizes: Sizes) -> None:
 
 
 def in_batches(batch: dict[str, Tensor], size: int) -> Iterator[dict[str, Tensor]]:
-    """Validation samples, `size` at a time: what trains in memory must also be validated in it.
-
-    Args:
-        batch: Of one crop per part.
-        size: Most samples at once.
-    """
-    for start in range(0, len(batch["part"]), size):
-        some = {key: value[start : start + size] for key, value in batch.items()}
-        yield some | {"part": some["part"] - start}
+    """Samples, at most `size` at a time: what trains in memory must also be validated in it."""
+    return split(batch, -(-len(batch["part"]) // size))
 
 
 def checkpoint_info(models: Models, config: dict[str, Any]) -> CheckpointInfo:

@@ -135,15 +135,17 @@ class TimeCourse(Course):
 
     unit = "s"
 
-    def __init__(self, minutes: float, decay: bool, step: int, state: Mapping[str, Any]) -> None:
-        """Goes on with the time that `state` leaves."""
+    def __init__(
+        self, minutes: float, decay: bool, step: int, state: Mapping[str, Any], began: float
+    ) -> None:
+        """Goes on with the time that `state` leaves, from `began` on (of `time.perf_counter`)."""
         length = 60 * minutes
         super().__init__(step, length, WARMUP_SHARE * length, decay)
         self._minutes, self._fresh = minutes, step == 0
         self._spent = float(state.get("seconds", 0.0))
         self._ended = state.get("ended", 0.0) >= length  # of a shorter box: goes on
         self._costs: dict[str, float] = dict(state.get("costs", {}))
-        self._began = self._step_began = time.perf_counter()
+        self._began = self._step_began = began
         self._steps: deque[float] = deque(maxlen=8)
         self._place = self._at(self._spent)
 

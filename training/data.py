@@ -35,6 +35,8 @@ from .photos import fingerprint
 
 Batch = dict[str, Tensor]
 
+PER_CROP = frozenset({"part", "gt", "lq", "latent"})
+"""What a batch holds a row of for each crop; of the rest it is one for each part."""
 UNKNOWN_SEVERITY = -1.0
 """In `severities`, of the kind of a pair."""
 PICTURES = frozenset({"gt", "lq", "clip_view", "native_view", "tone", "quantiles"})
@@ -413,6 +415,23 @@ class RestorationBatches(Dataset[Item]):
             "severities": torch.tensor([[level or 0.0 for level in row] for row in named]),
             "label": rank.argmax(dim=1),
         }
+
+
+def split(batch: Batch, pieces: int) -> Iterator[Batch]:
+    """A batch in `pieces` of nearly the same size; at most as many as it has crops.
+
+    A part whose crops come into two pieces is in both.
+    """
+    if pieces == 1:  # asks nothing of the device
+        yield batch
+        return
+    size = len(batch["part"])
+    for piece in range(pieces):
+        crops = slice(piece * size // pieces, (piece + 1) * size // pieces)
+        part = batch["part"][crops]
+        parts = slice(int(part[0]), int(part[-1]) + 1)
+        some = {k: value[crops if k in PER_CROP else parts] for k, value in batch.items()}
+        yield some | {"part": part - parts.start}
 
 
 def windows(photo: Tensor, side: int, rows: Tensor, corners: Tensor) -> Tensor:

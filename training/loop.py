@@ -5,37 +5,31 @@ from __future__ import annotations
 import logging
 import math
 import signal
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs, set_seed
 from safetensors import SafetensorError
-from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
+from torch import nn
 
 from . import config as record
-from .average import Average
 from .checkpoints import Checkpoints, state_bytes, write_failure
 from .common import Precision, mixed_precision
 from .course import GAP_SECONDS, Course, Rhythm, StepCourse, TimeCourse, require_one_length
-from .data import Batch, Batches, BatchNumbers, load, seeded
-from .errors import NonFiniteError
+from .data import Batch, Batches, BatchNumbers, load
 from .interruption import Interruption
-from .nonfinite import describe
 from .plots import draw_curves
-from .progress import Progress
+from .progress import Progress, peak_memory
+from .stepping import Loss, Signs, Stepper
 
 log = logging.getLogger(__name__)
 FunctionT = TypeVar("FunctionT", bound=Callable[..., Any])
-
-READ_EVERY = 20
-"""A GPU is waited for once in so many steps, to read what they measured; a CPU is never ahead."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +93,7 @@ class Stage:
 
     trainable: nn.Module
     """Moved, wrapped and saved by the loop; parameters without `requires_grad` stay as they are."""
-    loss: Callable[[Batch, torch.Generator], dict[str, Tensor]]
+    loss: Loss
     """(batch, generator), both on the module's device -> {"loss": ..., other scalars to log}. A
     scalar other than `loss` may be NaN where the batch says nothing of it: it is left out."""
     validate: Callable[[int, Path], dict[str, float]]
@@ -115,18 +109,6 @@ class Stage:
     limited by itself. None: the norm of the whole is."""
     check: Callable[[Path], None] | None = None
     """Raises an error that names the file where it reads back other than it was exported."""
-
-
-class _LossModule(nn.Module):
-    """The trainable module whose forward is the loss: what DDP and FSDP can synchronise."""
-
-    def __init__(self, stage: Stage) -> None:
-        super().__init__()
-        self.trainable = stage.trainable
-        self._loss = stage.loss
-
-    def forward(self, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
-        return self._loss(batch, generator)
 
 
 def count_steps(config: LoopConfig, photos: int, processes: int) -> LoopConfig:
@@ -151,7 +133,13 @@ def maybe_compile(function: FunctionT, config: LoopConfig) -> FunctionT:
     return cast(FunctionT, torch.compile(function)) if config.compile else function
 
 
-def run(stage: Stage, data: Batches, config: LoopConfig, program: Any = None) -> Path:
+def run(
+    stage: Stage,
+    data: Batches,
+    config: LoopConfig,
+    program: Any = None,
+    began: float | None = None,
+) -> Path:
     """Train `stage`; resume from the newest checkpoint in `config.out` if there is one.
 
     Under `accelerate launch`, processes share each step: W processes see and compute what one
@@ -162,6 +150,7 @@ def run(stage: Stage, data: Batches, config: LoopConfig, program: Any = None) ->
         data: Batches of any number.
         config: Settings of the loop.
         program: The program's whole config dataclass, for config.toml and the exported file.
+        began: When the time box began, of `time.perf_counter`; now.
 
     Returns:
         Path of the exported file.
@@ -173,74 +162,126 @@ def run(stage: Stage, data: Batches, config: LoopConfig, program: Any = None) ->
         ValueError: The time box is too short for one step.
         SystemExit: The run was interrupted (Ctrl-C, SIGTERM); its state is saved.
     """
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    logging.getLogger("accelerate").setLevel(logging.WARNING)  # a line per file and checkpoint
-    set_seed(config.seed)
-    accelerator = _start_accelerate(config)
-    config = count_steps(config, len(data), accelerator.num_processes)
-    return _Run(accelerator, stage, config, program or config).train(data)
+    trained = _Run(stage, data, config, program or config, in_files=True)
+    trained.train(began or time.perf_counter())
+    return trained.exported
 
 
-class _Signs(NamedTuple):
-    """What is to happen after a step: by one process, or by any."""
+def fit(
+    stage: Stage,
+    data: Batches,
+    config: LoopConfig,
+    program: Any = None,
+    began: float | None = None,
+) -> Spent:
+    """Train `stage` as `run` does, but keep all in memory: `stage.trainable` becomes the average.
 
-    stop: bool
-    """Save and end, as the user asked."""
-    save: bool
-    look: bool
-    """Validate."""
-    ends: bool
-    """No step fits after it."""
+    The run folder gets the tables, curves and sheets alone. After an error or an interruption, the
+    weights are the averages of the last validation.
+
+    Returns:
+        Where the time went.
+    """
+    trained = _Run(stage, data, config, program or config, in_files=False)
+    return trained.train(began or time.perf_counter())
+
+
+@dataclass(frozen=True)
+class Spent:
+    """Where the time of a run went."""
+
+    seconds: float
+    """In all."""
+    parts: dict[str, float]
+    """Seconds of data, forward and backward, optimizer, validation, export."""
+    steps: int
+    samples: int
+    """That were trained on."""
+    peak_bytes: float
+    """Largest use of memory by the process so far."""
 
 
 class _Run:
     """One run: a stage as `accelerator` wraps it, and the run folder."""
 
     def __init__(
-        self, accelerator: Accelerator, stage: Stage, config: LoopConfig, program: Any
+        self, stage: Stage, data: Batches, config: LoopConfig, program: Any, *, in_files: bool
     ) -> None:
-        self.accelerator, self.stage, self.config = accelerator, stage, config
-        self.settings = record.settings(program)
-        self.told = {record.table_name(type(program)): self.settings}  # in the exported file
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        logging.getLogger("accelerate").setLevel(logging.WARNING)  # a line per file and checkpoint
+        set_seed(config.seed)
+        self.accelerator = accelerator = _start_accelerate(config)
+        config = count_steps(config, len(data), accelerator.num_processes)
+        self.stage, self.data, self.config = stage, data, config
+        settings = record.settings(program)
+        self.told = {record.table_name(type(program)): settings}  # in the exported file
         self.exported = config.out / "export.safetensors"
         size = state_bytes(stage.trainable)
-        self.checkpoints = Checkpoints(accelerator, config.out, size, self.settings)
+        checkpoints = Checkpoints(accelerator, config.out, size, settings) if in_files else None
+        self.checkpoints = checkpoints
         if accelerator.is_main_process:
-            self.checkpoints.prepare()
+            if checkpoints is not None:
+                checkpoints.prepare()
+            config.out.mkdir(parents=True, exist_ok=True)
             record.write(program, config.out / "config.toml")
-        learned = [p for p in stage.trainable.parameters() if p.requires_grad]
-        gpu = accelerator.device.type == "cuda"
-        optimizer = torch.optim.AdamW(
-            learned, lr=config.lr, weight_decay=config.weight_decay, fused=gpu or None
+        self.stepper = Stepper(
+            *(accelerator, stage.trainable, stage.loss),
+            lr=config.lr,
+            weight_decay=config.weight_decay,
+            ema=config.ema,
+            clip=config.clip,
+            accumulate=config.accumulate,
+            seed=config.seed,
+            opponents=stage.opponents,
         )
-        self.read_every = READ_EVERY if gpu else 1
-        self.unread: list[tuple[int, Tensor]] = []
-        self.module, self.optimizer = accelerator.prepare(_LossModule(stage), optimizer)
-        _reject_nested_shards(self.module)
-        self.average = Average(accelerator.unwrap_model(self.module), config.ema)
+        self.average, self.clock = self.stepper.average, self.stepper.clock
+        self.kept = {} if in_files else self.average.copied()
         accelerator.register_for_checkpointing(self.average)
+        self.batch = config.batch_size * config.accumulate * accelerator.num_processes
 
-    def train(self, data: Batches) -> Path:
+    def train(self, began: float) -> Spent:
         """All steps that are still to be done."""
-        config, accelerator = self.config, self.accelerator
-        start, extra = self.checkpoints.resume()
-        self.course = course = _course(config, start, extra)
+        config = self.config
+        start, extra = self.checkpoints.resume() if self.checkpoints is not None else (0, {})
+        self.course = course = _course(config, start, extra, began)
+        self.stepper.means.state = extra.get("means", {})
         self.progress = Progress(
             config.out,
-            main=accelerator.is_main_process,
+            main=self.accelerator.is_main_process,
             course=course,
-            samples_per_step=config.batch_size * config.accumulate * accelerator.num_processes,
-            device=accelerator.device,
+            samples_per_step=self.batch,
+            device=self.accelerator.device,
+            means=self.stepper.means,
+            clock=self.clock,
             tensorboard=config.tensorboard,
-            means=extra.get("means"),
         )
         if course.finished and not self.exported.exists():
             self._validate(again=True)
         elif isinstance(course, TimeCourse) and not course.opened:
             self._validate(again=start > 0)
             self._save()
-        batches = self._batches(data, start)
+        try:
+            self._steps()
+        except BaseException:
+            if self.checkpoints is None:
+                self.average.adopt(self.kept)
+            raise
+        self.progress.close()
+        if self.checkpoints is None:
+            self.average.adopt()
+        return Spent(
+            seconds=time.perf_counter() - began,
+            parts=self.clock.seconds(),
+            steps=course.step - start,
+            samples=(course.step - start) * self.batch,
+            peak_bytes=peak_memory(self.accelerator.device),
+        )
+
+    def _steps(self) -> None:
+        """To the end, with validations and checkpoints where they are due."""
+        config, course = self.config, self.course
+        batches = self._batches()
         gap = GAP_SECONDS if config.minutes else 0.0
         looks = Rhythm(config.validate_every, config.validate_minutes, gap)
         saves = Rhythm(config.checkpoint_every, config.checkpoint_minutes, gap)
@@ -248,167 +289,103 @@ class _Run:
             while not course.finished:
                 done = course.step + 1
                 stop = bool(interruption.signal)
-                signs = _Signs(stop, saves.due(done), looks.due(done), course.ends())
-                signs, last = self._step(batches, signs), course.finished
+                signs = Signs(stop, saves.due(done), looks.due(done), course.ends())
+                taken = self._step(batches, signs)
+                if taken is None:
+                    batches = self._batches()
+                    continue
+                signs, last = taken, course.finished
                 if done % config.log_every == 0 or last:
-                    self.progress.log(self.optimizer.param_groups[0]["lr"])
+                    self.progress.log(self.stepper.lr)
                 # Before the checkpoint: a run that goes on from it has this row already.
-                if signs.look or last:
+                if signs.look or last or (signs.stop and self.checkpoints is None):
                     self._validate()
                     looks.done()
                 if signs.save or signs.stop or last:
                     self._save()
                     saves.done()
                 if signs.stop and not last:
+                    told = f"is saved in {config.out}: the same command goes on from there"
                     log.warning(
-                        "interrupted at %s, which is saved in %s: the same command goes on from "
-                        "there",
-                        *(course, config.out),
+                        "interrupted at %s, which %s",
+                        course,
+                        told if self.checkpoints is not None else "is kept",
                     )
                     raise SystemExit(128 + (interruption.signal or signal.SIGTERM))
-        self.progress.close()
-        return self.exported
+
+    def _step(self, batches: Iterator[Batch], signs: Signs) -> Signs | None:
+        """One optimizer step; nothing where the GPU had no room for its batch."""
+        course, stepper = self.course, self.stepper
+        if self.stage.begin_step is not None:
+            self.stage.begin_step(course.step)
+        try:
+            signs, place = stepper.take(course.step, course.rate(), batches, signs, course.reached)
+        except torch.OutOfMemoryError:
+            if self.accelerator.num_processes > 1 or 2 * stepper.pieces > self.config.batch_size:
+                raise
+        else:
+            course.advance(signs.ends, place)
+            self.progress.advance()
+            return signs
+        stepper.split()  # out of `except`, whose traceback holds the batch
+        torch.cuda.empty_cache()
+        log.warning(
+            "out of memory: each batch of %d is computed in %d pieces from now on; "
+            "--loop.batch-size %d with --loop.accumulate %d would do the same from the start",
+            *(self.config.batch_size, stepper.pieces, self.config.batch_size // stepper.pieces),
+            stepper.pieces * self.config.accumulate,
+        )
+        return None
 
     def _save(self) -> None:
-        """A checkpoint."""
-        extra = {"means": self.progress.means.state, "course": self.course.state}
-        with self.progress.paused(), self.course.closing("checkpoint"):
+        """A checkpoint, where there are files."""
+        if self.checkpoints is None:
+            return
+        extra = {"means": self.stepper.means.state, "course": self.course.state}
+        timed = self.clock.part("checkpoint")
+        with self.progress.paused(), self.course.closing("checkpoint"), timed:
             self.checkpoints.save(self.course.step, extra)
 
-    def _batches(self, data: Batches, start: int) -> Iterator[Batch]:
-        """Endless batches on the device, from the first of step `start` on."""
+    def _batches(self) -> Iterator[Batch]:
+        """Endless batches on the device, from the first of the step to come on."""
         config, accelerator = self.config, self.accelerator
-        numbers = BatchNumbers(
-            start * config.accumulate, accelerator.process_index, accelerator.num_processes
-        )
-        return load(data.sized(config.batch_size), numbers, accelerator.device, config.workers)
-
-    def _step(self, batches: Iterator[Batch], signs: _Signs) -> _Signs:
-        """One optimizer step; returns what any process wants to happen after it."""
-        config, accelerator, step = self.config, self.accelerator, self.course.step
-        for group in self.optimizer.param_groups:
-            group["lr"] = config.lr * self.course.rate()
-        if self.stage.begin_step is not None:
-            self.stage.begin_step(step)
-        parts: list[dict[str, Tensor]] = []
-        learned: set[str] = set()  # terms that have a gradient
-        batch: Batch = {}
-        accelerator.step = 0  # counts batches, also those of a run with another `accumulate`
-        for micro in range(config.accumulate):
-            with self.progress.waiting():
-                batch = next(batches)
-            # The same numbers however a step's batches are shared out to processes.
-            place = micro * accelerator.num_processes + accelerator.process_index
-            seed = seeded(config.seed, 2, step, place).initial_seed()
-            generator = torch.Generator(accelerator.device).manual_seed(seed)
-            torch.manual_seed(seed)  # dropout
-            with accelerator.accumulate(self.module):
-                with accelerator.autocast():
-                    terms: dict[str, Tensor] = self.module(batch, generator)
-                accelerator.backward(terms["loss"])
-            learned |= {name for name, value in terms.items() if value.requires_grad}
-            parts.append({name: value.detach() for name, value in terms.items()})
-        accelerator.unscale_gradients()
-        sides = self.stage.opponents or (self.stage.trainable,)
-        norms = [_gradient_norm(side) for side in sides]
-        row, signs, place = self._share(_measured(parts, norms), signs)
-        self.unread.append((step, row))
-        if len(self.unread) >= self.read_every or any(signs) or (step + 1) % config.log_every == 0:
-            self._read(parts, learned, batch)
-        for side, norm in zip(sides, norms, strict=True):
-            if config.clip > 0:
-                torch.nn.utils.clip_grads_with_norm_(side.parameters(), config.clip, norm)
-        self.optimizer.step()
-        if not self.optimizer.step_was_skipped:
-            self.average.update()
-        elif accelerator.scaler is not None and accelerator.scaler.get_scale() < 1:
-            raise NonFiniteError(describe(step, parts, learned, batch, self.stage.trainable))
-        self.optimizer.zero_grad(set_to_none=True)
-        self.course.advance(signs.ends, place)
-        if self.course.finished:
-            self._read(parts, learned, batch)
-        self.progress.advance()
-        return signs
-
-    def _share(self, row: Tensor, signs: _Signs) -> tuple[Tensor, _Signs, float]:
-        """The sum of a step's `row` over all processes, what any process wants, and the place that
-        the main one has reached; all in one transfer, as each one waits."""
-        accelerator = self.accelerator
-        place = self.course.reached() if accelerator.is_main_process else 0.0
-        if accelerator.num_processes == 1:
-            return row, signs, place
-        told = torch.tensor([*signs, place], device=row.device)
-        shared = cast(Tensor, accelerator.reduce(torch.cat([row, told]), "sum"))
-        *wanted, place = shared[len(row) :].tolist()
-        return shared[: len(row)], _Signs(*(value > 0 for value in wanted)), place
-
-    def _read(self, parts: list[dict[str, Tensor]], learned: set[str], batch: Batch) -> None:
-        """Takes in what the steps since the last reading measured, on all processes.
-
-        Args:
-            parts: Terms of each batch of the last of these steps.
-            learned: Terms that have a gradient.
-            batch: Its last one.
-
-        Raises:
-            NonFiniteError: In one of the steps the loss or a gradient was not finite.
-        """
-        names, means = list(parts[0]), self.progress.means
-        processes = self.accelerator.num_processes
-        scaled = self.accelerator.scaler is not None  # fp16 overflows, and then skips the step
-        rows = torch.stack([row for _, row in self.unread]).tolist() if self.unread else []
-        for (step, _), row in zip(self.unread, rows, strict=True):
-            norm = row[-1] / processes
-            taken = dict(zip(names, zip(row, row[len(names) :], strict=False), strict=False))
-            if taken["loss"][1] < self.config.accumulate * processes or not (
-                math.isfinite(norm) or scaled
-            ):
-                raise NonFiniteError(describe(step, parts, learned, batch, self.stage.trainable))
-            for name, (total, count) in taken.items():
-                means.add(name, total, count)
-            if math.isfinite(norm):
-                means.add("grad_norm", norm, 1)
-        self.unread.clear()
+        first = self.course.step * config.accumulate
+        numbers = BatchNumbers(first, accelerator.process_index, accelerator.num_processes)
+        return load(self.data.sized(config.batch_size), numbers, accelerator.device, config.workers)
 
     def _validate(self, *, again: bool = False) -> None:
         """Validate and export with averaged weights, on the main process."""
-        out, exported, step = self.config.out, self.exported, self.course.step
+        out, step = self.config.out, self.course.step
         with self.progress.paused(), self.course.closing("validation"), self.average.applied():
             if self.accelerator.is_main_process:
-                with self.accelerator.autocast():
+                with self.clock.part("validation"), self.accelerator.autocast():
                     scores = self.stage.validate(step, out / "sheets")
-                try:
-                    with self.checkpoints.writing() as folder:
-                        self.stage.export(folder / exported.name, self.told)
-                        if self.stage.check is not None:
-                            self.stage.check(folder / exported.name)
-                        (folder / exported.name).replace(exported)
-                except (OSError, SafetensorError) as error:
-                    raise write_failure(out, exported.name, error) from error
+                if self.checkpoints is not None:
+                    with self.clock.part("export"):
+                        self._export(self.checkpoints)
                 if not again:
-                    self.progress.validated(step, scores)
-                    draw_curves([out], out / "curves.png")
+                    with self.clock.part("validation"):
+                        self.progress.validated(step, scores)
+                        draw_curves([out], out / "curves.png")
             self.accelerator.wait_for_everyone()
+        if self.checkpoints is None:
+            self.kept = self.average.copied()
+
+    def _export(self, checkpoints: Checkpoints) -> None:
+        exported = self.exported
+        try:
+            with checkpoints.writing() as folder:
+                self.stage.export(folder / exported.name, self.told)
+                if self.stage.check is not None:
+                    self.stage.check(folder / exported.name)
+                (folder / exported.name).replace(exported)
+        except (OSError, SafetensorError) as error:
+            raise write_failure(self.config.out, exported.name, error) from error
 
 
-def _gradient_norm(side: nn.Module) -> Tensor:
-    return torch.nn.utils.get_total_norm([p.grad for p in side.parameters() if p.grad is not None])
-
-
-def _measured(parts: list[dict[str, Tensor]], norms: list[Tensor]) -> Tensor:
-    """Sums of the finite values of each term over the batches of a step, their counts, and the
-    norm of all gradients, (2 * terms + 1,)."""
-    terms = torch.stack([torch.stack([v.float() for v in part.values()]) for part in parts])
-    known = terms.isfinite()
-    whole = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
-    norm = torch.linalg.vector_norm(torch.stack(whole)) if len(whole) > 1 else whole[0]
-    sums = torch.where(known, terms, 0).sum(dim=0)
-    return torch.cat([sums, known.sum(dim=0), norm.to(sums.device)[None]])
-
-
-def _course(config: LoopConfig, step: int, extra: dict[str, Any]) -> Course:
+def _course(config: LoopConfig, step: int, extra: dict[str, Any], began: float) -> Course:
     if config.minutes:
-        return TimeCourse(config.minutes, config.decay, step, extra.get("course", {}))
+        return TimeCourse(config.minutes, config.decay, step, extra.get("course", {}), began)
     return StepCourse(config.steps, config.warmup, config.decay, step)
 
 
@@ -428,13 +405,3 @@ def _start_accelerate(config: LoopConfig) -> Accelerator:
     if plugin is not None:
         plugin.mixed_precision_policy = None  # autocast decides, as without FSDP
     return accelerator
-
-
-def _reject_nested_shards(module: nn.Module) -> None:
-    parts = dict(module.named_modules()).items()
-    nested = [name for name, part in parts if name and isinstance(part, FSDPModule)]
-    if nested:
-        raise ValueError(
-            f"fsdp_auto_wrap_policy: found {len(nested)} separately wrapped parts ({nested[0]}, "
-            "...); give NO_WRAP, so that the main process can validate by itself"
-        )

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from .clock import Clock
 from .course import Course
 
 try:
@@ -97,18 +98,19 @@ class Progress:
         course: Course,
         samples_per_step: int,
         device: torch.device,
+        means: Means,
+        clock: Clock,
         tensorboard: bool = False,
-        means: Mapping[str, Any] | None = None,
     ) -> None:
         """Opens the tables where `course` stands.
 
         Raises:
             ValueError: `tensorboard` is asked for and not installed.
         """
-        self.means, self.course, self.device, self.main = Means(means), course, device, main
+        self.means, self.course, self.device, self.main = means, course, device, main
         self._samples, start = samples_per_step, course.step
         self._since = time.perf_counter()
-        self._waited, self._window = 0.0, 0
+        self._clock, self._waited, self._window = clock, 0.0, 0
         self._said = 0.0
         self._board: Any = None
         self._bar = tqdm(
@@ -121,13 +123,6 @@ class Progress:
             self._validation = Table(out / "validation.csv", last_step=start)
             if tensorboard:
                 self._board = _board(out / "tensorboard", start)
-
-    @contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Counts the time of the block as waiting for data."""
-        began = time.perf_counter()
-        yield
-        self._waited += time.perf_counter() - began
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -143,16 +138,17 @@ class Progress:
 
     def log(self, lr: float) -> None:
         """Write the row of the step that is done."""
+        waited = self._clock.seconds().get("data", 0.0)
         step, now = self.course.step, time.perf_counter()
         elapsed = max(now - self._since, 1e-9)
         row = self.means.take() | {
             "lr": lr,
             "samples_per_s": self._window * self._samples / elapsed,
-            "wait_share": self._waited / elapsed,
+            "wait_share": (waited - self._waited) / elapsed,
             "peak_gb": peak_memory(self.device) / 1e9,
             "eta_s": self.course.seconds_left(),
         }
-        self._since, self._waited, self._window = now, 0.0, 0
+        self._since, self._waited, self._window = now, waited, 0
         if not self.main:
             return
         self._metrics.append({"step": step} | _rounded(row))

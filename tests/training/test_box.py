@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import signal
@@ -12,14 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from torch import Tensor
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
 from training import loop
 from training.course import WARMUP_SHARE, Rhythm
-from training.loop import Stage, run
+from training.errors import NonFiniteError
+from training.loop import Stage, fit, run
 from training.progress import read_table
 
-from .toys import Points, config, stage
+from .toys import Points, config, same, stage
 
 SLACK = 1.5
 """Seconds that this machine may lose to other work."""
@@ -64,8 +68,8 @@ def told(out: Path) -> dict[str, Any]:
 
 
 def test_validation_export_and_checkpoint_are_inside_the_box(tmp_path: Path) -> None:
-    taken = timed(lambda: boxed(slow(0.05, validation=2), tmp_path, 7))
-    assert 5 < taken < 7 + SLACK
+    taken = timed(lambda: boxed(slow(0.05, validation=2), tmp_path, 9))
+    assert 6 < taken < 9 + SLACK
     rows = read_table(tmp_path / "metrics.csv")
     validations = [row["step"] for row in read_table(tmp_path / "validation.csv")]
     assert validations == ["0", rows[-1]["step"]]
@@ -76,14 +80,14 @@ def test_validation_export_and_checkpoint_are_inside_the_box(tmp_path: Path) -> 
 
 
 def test_the_learning_rate_goes_by_time(tmp_path: Path) -> None:
-    boxed(slow(0.02), tmp_path, 3, lr=1.0, warmup=10**9)
+    boxed(slow(0.02), tmp_path, 4, lr=1.0, warmup=10**9)
     rows = read_table(tmp_path / "metrics.csv")
     rates = [float(row["lr"]) for row in rows]
     peak = rates.index(max(rates))
-    assert 3 - float(rows[peak]["eta_s"]) < 3 * WARMUP_SHARE + 1.5  # the opening comes before it
+    assert 4 - float(rows[peak]["eta_s"]) < 4 * WARMUP_SHARE + 2  # the opening comes before it
     assert rates[peak:] == sorted(rates[peak:], reverse=True)
     assert rates[-1] < 0.1
-    spent = [3 - float(row["eta_s"]) for row in rows[:-1]]
+    spent = [4 - float(row["eta_s"]) for row in rows[:-1]]
     half = next(place for place, seconds in enumerate(spent) if seconds > spent[-1] / 2)
     assert rates[half] == pytest.approx(0.5, abs=0.15)
 
@@ -95,13 +99,13 @@ def test_an_interrupted_box_has_the_time_that_was_left(tmp_path: Path) -> None:
 
     def first() -> None:
         with pytest.raises(SystemExit):
-            boxed(slow(0.05, at_step=interrupt), tmp_path, 4)
+            boxed(slow(0.05, at_step=interrupt), tmp_path, 6)
 
     before = timed(first)
     assert 1 < told(tmp_path)["seconds"] < before
-    after = timed(lambda: boxed(slow(0.05), tmp_path, 4))
-    assert 3 < before + after < 4 + 2 * SLACK
-    assert told(tmp_path)["ended"] == pytest.approx(4)
+    after = timed(lambda: boxed(slow(0.05), tmp_path, 6))
+    assert 4 < before + after < 6 + 2 * SLACK
+    assert told(tmp_path)["ended"] == pytest.approx(6)
 
 
 def test_a_killed_box_goes_on_from_its_last_checkpoint(
@@ -123,16 +127,16 @@ def test_a_killed_box_goes_on_from_its_last_checkpoint(
 
 
 def test_a_box_of_the_past_is_not_trained_again_but_a_longer_one_goes_on(tmp_path: Path) -> None:
-    boxed(stage(), tmp_path, 2)
+    boxed(stage(), tmp_path, 4)
     last = max(tmp_path.glob("step_*"))
-    boxed(stage(stop_at=1), tmp_path, 2)
+    boxed(stage(stop_at=1), tmp_path, 4)
     assert max(tmp_path.glob("step_*")) == last
-    boxed(stage(), tmp_path, 3)
+    boxed(stage(), tmp_path, 6)
     assert max(tmp_path.glob("step_*")) > last
 
 
 def test_a_box_validates_and_saves_at_most_once_a_minute(tmp_path: Path) -> None:
-    boxed(stage(), tmp_path, 2, checkpoint_every=1, validate_every=1, validate_minutes=1e-9)
+    boxed(stage(), tmp_path, 4, checkpoint_every=1, validate_every=1, validate_minutes=1e-9)
     assert len(read_table(tmp_path / "validation.csv")) == 2
     assert len(list(tmp_path.glob("step_*"))) == 2
 
@@ -159,3 +163,82 @@ def test_a_box_too_short_for_one_step_says_what_to_give(tmp_path: Path) -> None:
     enough = 60 * float(found[2])
     assert timed(lambda: boxed(slow(0.5), tmp_path, enough)) < enough + SLACK
     assert len(read_table(tmp_path / "metrics.csv")) > 5
+
+
+def test_in_memory_the_weights_become_the_average_and_no_file_is_between(tmp_path: Path) -> None:
+    settings = config(tmp_path / "files", steps=9)
+    exported = load_file(run(stage(), Points(), settings))
+    kept = stage()
+    spent = fit(kept, Points(), config(tmp_path / "memory", steps=9))
+    assert same(kept.trainable.state_dict(), exported)
+    names = {path.name for path in (tmp_path / "memory").iterdir()}
+    assert names == {"config.toml", "metrics.csv", "validation.csv", "curves.png"}
+    assert (spent.steps, spent.samples) == (9, 18)
+    parts = {"data", "forward and backward", "optimizer", "validation"}
+    assert spent.parts.keys() == parts
+    assert 0 < sum(spent.parts.values()) < spent.seconds
+
+
+def test_an_error_in_memory_costs_no_more_than_since_the_last_validation(tmp_path: Path) -> None:
+    def bad_from(step: int) -> Stage:
+        made = stage()
+        loss, seen = made.loss, 0
+
+        def broken(batch: dict[str, Tensor], generator: Any) -> dict[str, Tensor]:
+            nonlocal seen
+            seen += 1
+            terms = loss(batch, generator)
+            return terms | {"loss": terms["loss"] * (torch.nan if seen > step else 1)}
+
+        made.loss = broken
+        return made
+
+    expected = stage()
+    fit(expected, Points(), config(tmp_path / "good", steps=6, validate_every=3, decay=False))
+    broken = bad_from(8)
+    with pytest.raises(NonFiniteError, match="step 8: loss is not finite"):
+        fit(broken, Points(), config(tmp_path / "bad", steps=99, validate_every=3, decay=False))
+    assert same(broken.trainable.state_dict(), expected.trainable.state_dict())
+
+
+class Counted(Points):
+    """Points that say which part each is, as photos do."""
+
+    def finish(self, item: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+        return super().finish(item, device) | {"part": torch.arange(self.batch_size)}
+
+
+def test_a_batch_without_room_is_halved_once_announced(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The steps stay those of whole batches."""
+
+    def plain(room: int) -> Stage:
+        model = nn.Linear(4, 1)
+        with torch.no_grad():
+            model.weight.fill_(0.5)
+            model.bias.zero_()
+
+        def loss(batch: dict[str, Tensor], _: Any) -> dict[str, Tensor]:
+            if len(batch["x"]) > room:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return {"loss": (model(batch["x"]) - batch["y"]).square().mean()}
+
+        def export(path: Path, _: dict[str, Any]) -> None:
+            save_file(model.state_dict(), path)
+
+        return Stage(model, loss, lambda *_: {"x": 0.0}, export)
+
+    settings = {"batch_size": 8, "accumulate": 2, "workers": 1}
+    whole = load_file(run(plain(8), Counted(), config(tmp_path / "whole", **settings)))
+    with caplog.at_level(logging.WARNING, "training"):
+        halved = load_file(run(plain(2), Counted(), config(tmp_path / "halved", **settings)))
+    told = [line for line in caplog.messages if line.startswith("out of memory")]
+    assert len(told) == 2
+    assert told[-1].endswith(
+        "each batch of 8 is computed in 4 pieces from now on; --loop.batch-size 2 with "
+        "--loop.accumulate 8 would do the same from the start"
+    )
+    torch.testing.assert_close(halved, whole, rtol=0, atol=1e-6)
+    with pytest.raises(torch.OutOfMemoryError):
+        run(plain(0), Counted(), config(tmp_path / "none", **settings))

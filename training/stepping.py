@@ -1,0 +1,261 @@
+"""One optimizer step: its batches, its gradients, and what all processes want after it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, cast
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+from .average import Average
+from .clock import Clock
+from .data import Batch, seeded, split, to_device
+from .errors import NonFiniteError
+from .nonfinite import describe
+from .progress import Means
+
+Loss = Callable[[Batch, torch.Generator], dict[str, Tensor]]
+
+
+class Signs(NamedTuple):
+    """What is to happen after a step: by one process, or by any."""
+
+    stop: bool
+    """Save and end, as the user asked."""
+    save: bool
+    look: bool
+    """Validate."""
+    ends: bool
+    """No step fits after it."""
+
+
+class _LossModule(nn.Module):
+    """The trainable module whose forward is the loss: what DDP and FSDP can synchronise."""
+
+    def __init__(self, trainable: nn.Module, loss: Loss) -> None:
+        super().__init__()
+        self.trainable = trainable
+        self._loss = loss
+
+    def forward(self, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
+        return self._loss(batch, generator)
+
+
+class Stepper:
+    """What takes the steps of a run.
+
+    On a GPU the update and the next batch are queued before anything of a step is read, so that the
+    GPU never waits for the host.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        trainable: nn.Module,
+        loss: Loss,
+        *,
+        lr: float,
+        weight_decay: float,
+        ema: float,
+        clip: float,
+        accumulate: int,
+        seed: int,
+        opponents: tuple[nn.Module, ...] = (),
+    ) -> None:
+        """Wraps the module for `accelerator`; arguments are those of `LoopConfig` and `Stage`."""
+        self._accelerator, self._trainable = accelerator, trainable
+        self._lr, self._clip, self._seed = lr, clip, seed
+        self._accumulate, self._sides = accumulate, opponents or (trainable,)
+        self.pieces = 1
+        """Parts of a batch that are computed one after the other."""
+        on_gpu = accelerator.device.type == "cuda"
+        self._ahead = on_gpu and accelerator.scaler is None
+        self._next: Batch | None = None
+        learned = [p for p in trainable.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(
+            learned, lr=lr, weight_decay=weight_decay, fused=True if on_gpu else None
+        )
+        module = _LossModule(trainable, loss)
+        self._module, self._optimizer = accelerator.prepare(module, optimizer)
+        _reject_nested_shards(self._module)
+        self.average = Average(accelerator.unwrap_model(self._module), ema)
+        self.clock = Clock(accelerator.device)
+        self.means = Means()
+
+    @property
+    def lr(self) -> float:
+        """Of the last step."""
+        return self._optimizer.param_groups[0]["lr"]
+
+    def split(self) -> None:
+        """Compute half as much of a batch at once from now on, and start the step again."""
+        self._optimizer.zero_grad(set_to_none=True)
+        self.pieces *= 2
+        self._accelerator.gradient_accumulation_steps = self._accumulate * self.pieces
+        self._next = None
+
+    def take(
+        self,
+        step: int,
+        rate: float,
+        batches: Iterator[Batch],
+        signs: Signs,
+        reached: Callable[[], float],
+    ) -> tuple[Signs, float]:
+        """Take a step.
+
+        Args:
+            step: Its number.
+            rate: Learning rate as a share of the peak.
+            batches: From its first batch on.
+            signs: What this process wants after it.
+            reached: Tells the place of the course after it, by this process's clock.
+
+        Returns:
+            What any process wants, and the main process's place.
+
+        Raises:
+            NonFiniteError: Names what is not finite.
+        """
+        for group in self._optimizer.param_groups:
+            group["lr"] = self._lr * rate
+        parts: list[dict[str, Tensor]] = []
+        learned: set[str] = set()  # terms that have a gradient
+        batch: Batch = {}
+        self._accelerator.step = 0  # counts batches, also those of another `accumulate`
+        for micro in range(self._accumulate):
+            batch = self._batch(batches)
+            with self.clock.part("forward and backward"):
+                for piece, some in enumerate(split(batch, self.pieces)):
+                    terms = self._gradients(some, step, micro, piece)
+                    learned |= {name for name, value in terms.items() if value.requires_grad}
+                    parts.append({name: value.detach() for name, value in terms.items()})
+        with self.clock.part("optimizer"):
+            self._accelerator.unscale_gradients()
+            norms = [_gradient_norm(side) for side in self._sides]
+            told = _Reading(self._row(parts, norms, signs, reached))
+            if self._ahead:
+                self._update(norms)
+        if self._ahead:
+            self._next = self._batch(batches)
+        names, count = list(parts[0]), len(parts) * self._accelerator.num_processes
+        values, counts, norm_now, signs, place = self._read(told.wait(), names)
+        scaled = self._accelerator.scaler is not None  # fp16 overflows now and then, and skips
+        if counts["loss"] < count or not (math.isfinite(norm_now) or scaled):
+            blamed = nn.Module() if self._ahead else self._trainable  # its update is done
+            raise NonFiniteError(describe(step, parts, learned, batch, blamed))
+        if not self._ahead:
+            with self.clock.part("optimizer"):
+                self._update(norms)
+            if self._optimizer.step_was_skipped and self._accelerator.scaler.get_scale() < 1:
+                raise NonFiniteError(describe(step, parts, learned, batch, self._trainable))
+        self._optimizer.zero_grad(set_to_none=True)
+        for name in values:
+            self.means.add(name, values[name], counts[name])
+        if math.isfinite(norm_now):
+            self.means.add("grad_norm", norm_now, 1)
+        return signs, place
+
+    def _batch(self, batches: Iterator[Batch]) -> Batch:
+        """The next one, which may be there already."""
+        if self._next is not None:
+            batch, self._next = self._next, None
+            return batch
+        with self.clock.part("data"):
+            return next(batches)
+
+    def _gradients(self, batch: Batch, step: int, micro: int, piece: int) -> dict[str, Tensor]:
+        """Adds those of one piece of a batch; returns its terms."""
+        accelerator = self._accelerator
+        # The same numbers however a step's batches are shared out to processes.
+        place = micro * accelerator.num_processes + accelerator.process_index
+        more = (piece,) if self.pieces > 1 else ()
+        seed = seeded(self._seed, 2, step, place, *more).initial_seed()
+        generator = torch.Generator(accelerator.device).manual_seed(seed)
+        torch.manual_seed(seed)  # dropout
+        with accelerator.accumulate(self._module):
+            with accelerator.autocast():
+                terms: dict[str, Tensor] = self._module(batch, generator)
+            accelerator.backward(terms["loss"])
+        return terms
+
+    def _update(self, norms: list[Tensor]) -> None:
+        """Limits each side's gradients, whose norms are known, and takes in the step."""
+        if self._clip:
+            for side, norm in zip(self._sides, norms, strict=True):
+                torch.nn.utils.clip_grads_with_norm_(side.parameters(), self._clip, norm)
+        self._optimizer.step()
+        if not self._optimizer.step_was_skipped:
+            self.average.update()
+
+    def _row(
+        self,
+        parts: list[dict[str, Tensor]],
+        norms: list[Tensor],
+        signs: Signs,
+        reached: Callable[[], float],
+    ) -> Tensor:
+        """Sums and counts of the finite values of each term over all batches and processes, the
+        norm, what any process wants, and the place of the main one, which alone tells it."""
+        names = list(parts[0])
+        whole = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
+        norm = whole[0] if len(whole) == 1 else torch.stack(whole).square().sum().sqrt()
+        terms = torch.stack([torch.stack([part[n].float() for n in names]) for part in parts])
+        known = terms.isfinite()
+        place = reached() if self._accelerator.is_main_process else 0.0
+        told = torch.tensor([*signs, place])
+        told = to_device(told.pin_memory() if terms.is_cuda else told, terms.device)
+        row = torch.cat(
+            [torch.where(known, terms, 0).sum(dim=0), known.sum(dim=0), norm[None], told]
+        )
+        return cast(Tensor, self._accelerator.reduce(row, "sum"))
+
+    def _read(
+        self, row: list[float], names: list[str]
+    ) -> tuple[dict[str, float], dict[str, float], float, Signs, float]:
+        """Inverse of `_row`."""
+        sums, counts = row[: len(names)], row[len(names) : 2 * len(names)]
+        norm, *wanted, place = row[2 * len(names) :]
+        return (
+            dict(zip(names, sums, strict=True)),
+            dict(zip(names, counts, strict=True)),
+            norm / self._accelerator.num_processes,
+            Signs(*(value > 0 for value in wanted)),
+            place,
+        )
+
+
+class _Reading:
+    """A row of numbers on its way from the device to the host."""
+
+    def __init__(self, row: Tensor) -> None:
+        self._row, self._arrived = row, cast(Any, None)
+        if row.is_cuda:
+            self._row = torch.empty(row.shape, pin_memory=True).copy_(row, non_blocking=True)
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
+
+    def wait(self) -> list[float]:
+        """The numbers."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return self._row.tolist()
+
+
+def _gradient_norm(side: nn.Module) -> Tensor:
+    return torch.nn.utils.get_total_norm([p.grad for p in side.parameters() if p.grad is not None])
+
+
+def _reject_nested_shards(module: nn.Module) -> None:
+    parts = dict(module.named_modules()).items()
+    nested = [name for name, part in parts if name and isinstance(part, FSDPModule)]
+    if nested:
+        raise ValueError(
+            f"fsdp_auto_wrap_policy: found {len(nested)} separately wrapped parts ({nested[0]}, "
+            "...); give NO_WRAP, so that the main process can validate by itself"
+        )

@@ -25,7 +25,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import tyro
 
@@ -55,12 +55,11 @@ from .evaluation.restoring import (
 )
 from .evaluation.scoring import add_fid, score_all
 from .evaluation.sheets import draw_sheets
-from .evaluation.testsets import Case, Cases, suite_of, synthetic
+from .evaluation.testsets import SUITES, Case, Cases, Suite, suite_of, synthetic
 from .models import NANO, SD15
 from .pretrained import Sd15Config
 
 log = logging.getLogger(__name__)
-Suite = Literal["own", "independent", "mixes", "harm", "pairs"]
 TITLES = {NANO: "Nano", SD15: "Diff-Restorer"}
 
 
@@ -75,7 +74,7 @@ class PhotoSets:
     harm: tuple[Path, ...] = ()
     """Folders for the harm table, by default `clean`: of clean photos, or with `lq` and `gt`
     inside, of mild real pairs."""
-    suites: tuple[Suite, ...] = ("own", "independent", "mixes", "harm", "pairs")
+    suites: tuple[Suite, ...] = SUITES
     """What to measure, as far as its photos are named: the project's own degradations, those that
     others wrote, mixes of two and three, near-clean photos, real pairs."""
     limit: int = 0
@@ -129,7 +128,7 @@ def open_cases(config: Config) -> Cases:
     if not (data.clean or data.pairs or data.harm):
         raise ValueError("name test photos: --data.clean, --data.pairs or --data.harm FOLDER")
     clean = [] if data.clean is None else [data.clean]
-    sources: dict[str, tuple[Callable[..., Cases], Sequence[Path], tuple[int, ...]]] = {
+    sources: dict[Suite, tuple[Callable[..., Cases], Sequence[Path], tuple[int, ...]]] = {
         "own": (synthetic, clean, (data.limit, data.seed)),
         "independent": (suites.by_others, clean, (data.limit_untouched, data.seed)),
         "mixes": (suites.mixes, clean, (data.limit_untouched, data.seed)),

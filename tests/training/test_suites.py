@@ -95,6 +95,14 @@ def test_a_variant_of_others_degrades_and_is_a_function_of_its_seed(
     assert 6 < lost < 36, f"{kind}: {lost:.1f} dB is no degradation to restore"
 
 
+def test_a_photo_that_is_too_small_is_named(tmp_path: Path, photo: Image.Image):
+    (tmp_path / "clean").mkdir()
+    photo.resize((31, 40)).save(tmp_path / "clean/tiny.png")
+    found = suites.by_others(tmp_path / "clean", tmp_path / "out", 0, 0)
+    assert found.cases == []
+    assert "found 31 x 40" in found.failed["independent/noise/tiny"]
+
+
 def test_every_kind_has_variants_and_photos_draw_different_ones():
     assert set(independent.VARIANTS) == set(KINDS[:-1])
     drawn = [independent.draw("noise", name, 0) for name in "abcdefghijkl"]

@@ -31,6 +31,7 @@ from .testsets import MissingPackageError, Recipe
 Package = Literal["albumentations", "imagecorruptions"]
 Levels = NDArray[np.uint8]
 """(H, W, 3), 0 to 255."""
+_SMALLEST = 32
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,11 @@ def apply(variant: Variant, photo: Levels, seed: int) -> Levels:
 
     Raises:
         MissingPackageError: The package is not installed.
+        ValueError: The photo is too small.
     """
+    if min(photo.shape[:2]) < _SMALLEST:
+        found = f"{photo.shape[1]} x {photo.shape[0]}"
+        raise ValueError(f"others' degradations need {_SMALLEST} px on each side, found {found}")
     package = open_package(variant.package)
     if variant.package == "albumentations":
         parts = [getattr(package, name)(**more, p=1) for name, more in variant.steps.items()]

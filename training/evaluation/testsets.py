@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -33,17 +34,20 @@ SEVERITIES = (0.25, 0.75)
 """The other kinds draw their severity uniformly from here."""
 REAL = "pairs/"
 """What the names of sets of real pairs begin with."""
-SUITES = ("own", "independent", "mixes", "harm", "pairs")
+Suite = Literal["own", "independent", "mixes", "harm", "pairs"]
+SUITES: tuple[Suite, ...] = get_args(Suite)
 """Suites in the order of the report; but for `own`, their sets are named `<suite>/<name>`."""
 DECIDED_ON: Mapping[str, int] = {"CBSD68": 34}
 """Folder of clean photos -> how many of them, in order of names, guided decisions while Nano
 was trained. By this convention all real pairs did, too, and no other photo."""
 
 
-def suite_of(name: str) -> str:
+def suite_of(name: str) -> Suite:
     """The suite that a set belongs to, by its name."""
-    suite, slash, _ = name.partition("/")
-    return suite if slash else "own"
+    for suite in SUITES:
+        if name.startswith(f"{suite}/"):
+            return suite
+    return "own"
 
 
 @dataclass(frozen=True)
@@ -200,6 +204,9 @@ def from_recipes(
                     degraded, severity = recipe.make(image, photo.name, seed)
                 except MissingPackageError as error:
                     made.missing[error.args] += 1
+                    continue
+                except ValueError as error:
+                    made.failed[f"{recipe.set}/{photo.name}"] = str(error)
                     continue
                 note = {"key": wanted, "severity": severity}
                 save_picture(lq, to_picture(degraded), note)

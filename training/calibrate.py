@@ -99,9 +99,9 @@ def main(config: Config) -> Path:
             "has nothing to turn to where it is not sure"
         )
     rows = measure(config, open_file(config.file, config.sd15))
-    gains = Gains.of(rows)
-    if not gains.near_clean.any() or gains.near_clean.all():
+    if not rows:
         raise ValueError(f"--photos: {config.photos} has no photo of {SMALLEST} px or more")
+    gains = Gains.of(rows)
     found = fit(gains, start_for(info.types, info.classification == ONE_KIND), config.loss)
     log.info("%s", report(gains, found))
     out = config.out or config.file

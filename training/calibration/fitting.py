@@ -13,7 +13,7 @@ from diff_restorer.abstention import CLEAN, Abstention
 
 CEILING = 40.0
 """dB: what is nearer to the clean photo than this is as good as the photo."""
-GRID = (0.0, 0.2, 0.4, 0.6, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.998, 0.999, 1.0)
+GRID = (0.0, 0.2, 0.4, 0.6, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.998, 0.999, 0.9995, 1.0)
 """Candidates for thresholds; finer where softmax is sure, as its mistakes lie there, too."""
 SWEEPS = 4
 

@@ -16,6 +16,9 @@ CATEGORY = "restoration/diff-restorer"
 PRESENT = 0.5
 """Probability from which on a kind is there, where any number of kinds may be."""
 
+ACTS = 0.1
+"""Trust from which on a restoration changes what can be seen."""
+
 DiffRestorerSocket = io.Custom("DIFF_RESTORER")
 """Carries a `nodes.host_models.DiffRestorer`."""
 
@@ -88,5 +91,5 @@ class Degradation:
     def degraded(self) -> list[bool]:
         """Per photo: whether a restoration takes it for anything but clean."""
         if self.abstention is not None:
-            return (self.abstention.trust(self.probabilities) > 0).tolist()
+            return (self.abstention.trust(self.probabilities) >= ACTS).tolist()
         return [names != (CLEAN,) for names in self.kinds]

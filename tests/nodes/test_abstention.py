@@ -176,7 +176,11 @@ def test_thresholds_say_what_is_there(several) -> None:
     rows[:, 0] = torch.tensor([0.21, 0.19])
     found = replace(several.read, probabilities=rows, abstention=abstention)
     assert found.kinds == [("noise",), ("clean",)]
-    assert found.degraded == [True, True], "restored a little from 0.1 on"
+    assert found.degraded == [False, False], "noise is one of eight, and the others are in doubt"
+    rows[:, 1:] = 0
+    assert replace(found, probabilities=rows).degraded == [True, True], (
+        "of 0.1 to 0.3 they are half"
+    )
 
 
 @pytest.mark.parametrize("mode", ["mix", "add"])

@@ -21,7 +21,7 @@ from torch import Tensor
 CLEAN = "clean"
 TONE = ("low_light", "haze")
 """Kinds whose removal changes the tone of a whole photo: the most harmful ones to imagine."""
-AGREEMENT = (1 / 3, 1 / 2)
+AGREEMENT = (1 / 4, 1 / 3)
 """Share of a large photo's tiles that must show a change of tone before any of them may be
 restored from it, and from which on each may."""
 
@@ -125,8 +125,8 @@ class Abstention:
     def agreement(self, tiles: Tensor, photo: Tensor) -> Tensor:
         """Upper bound of the belief in each type for the tiles of large photos, (B, N).
 
-        Noise may be in one corner; a change of tone must show in a third to half of the tiles, or
-        in the photo as a whole. Else a sandy beach is taken for haze and its tiles turn dark.
+        Noise may be in one corner; a change of tone must show in a quarter to a third of the tiles,
+        or in the photo as a whole. Else a sandy beach is taken for haze and its tiles turn dark.
 
         Args:
             tiles: Probabilities of each tile of each photo, (tiles, B, N).

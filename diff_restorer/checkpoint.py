@@ -15,6 +15,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file  # pyright: ignore[reportUnknownVariableType]
 from torch import Tensor
 
+from .abstention import Abstention
+
 EPSILON, V_PREDICTION = "epsilon", "v_prediction"
 ONE_KIND, ANY_KINDS = "ce", "bce"
 FORMAT = "diff-restorer"
@@ -92,10 +94,13 @@ class CheckpointInfo:
     """Revision of the training code."""
     scores: Mapping[str, Any] = field(default_factory=dict[str, Any])
     """Evaluation results."""
+    abstention: Abstention | None = None
+    """How sure the classifier must be before it is acted on; None acts on whatever it says."""
     format_version: int = FORMAT_VERSION
 
     def to_metadata(self) -> dict[str, str]:
         """Metadata as safetensors stores it: strings only."""
+        optional = {} if self.abstention is None else {"abstention": self.abstention.to_json()}
         return {
             "format": FORMAT,
             "format_version": str(self.format_version),
@@ -108,6 +113,7 @@ class CheckpointInfo:
             "config": json.dumps(dict(self.config)),
             "git_revision": self.git_revision,
             "scores": json.dumps(dict(self.scores)),
+            **optional,
         }
 
     @classmethod
@@ -139,8 +145,11 @@ class CheckpointInfo:
                 f"metadata 'classification' is {classification!r}, not {ONE_KIND!r} or "
                 f"{ANY_KINDS!r}"
             )
+        types = tuple(str(name) for name in parsed("types", list))
+        abstention = metadata.get("abstention")  # likewise
+        exclusive = classification == ONE_KIND
         return cls(
-            types=tuple(str(name) for name in parsed("types", list)),
+            types=types,
             base_model=metadata["base_model"],
             clip=parsed("clip", dict),
             latent_scale=float(metadata["latent_scale"]),
@@ -149,6 +158,9 @@ class CheckpointInfo:
             config=parsed("config", dict),
             git_revision=metadata["git_revision"],
             scores=parsed("scores", dict),
+            abstention=(
+                None if abstention is None else Abstention.from_json(abstention, types, exclusive)
+            ),
             format_version=int(metadata["format_version"]),
         )
 

@@ -60,8 +60,9 @@ class DiffRestorerDegradationClassifier(io.ComfyNode):
                 io.Boolean.Output(
                     display_name="degraded",
                     tooltip=(
-                        "Whether any of the photos is seen as something else than clean; for "
-                        "Switch Image. Always true if the file does not know clean photos."
+                        "Whether any of the photos is evidently something else than clean, so "
+                        "that a restoration acts on it; for Switch Image. Always true if the file "
+                        "does not know clean photos."
                     ),
                 ),
             ],
@@ -75,9 +76,10 @@ class DiffRestorerDegradationClassifier(io.ComfyNode):
         rows = degradation.as_dicts()
         text = json.dumps(rows[0] if len(rows) == 1 else rows)
         confidence, best = degradation.probabilities.mean(dim=0).max(dim=0)
-        charts = torch.stack([bar_chart(row) for row in rows])
+        kinds = degradation.kinds
+        charts = torch.stack([bar_chart(*pair) for pair in zip(rows, kinds, strict=True)])
         # The front end takes one dictionary: pictures for the node, text for /history.
         shown = ui.PreviewImage(charts, cls=cls).as_dict() | ui.PreviewText(text).as_dict()
         label = degradation.types[int(best)]
-        degraded = any(next(iter(row)) != "clean" for row in rows)
+        degraded = any(degradation.degraded)
         return io.NodeOutput(label, float(confidence), text, degradation, degraded, ui=shown)

@@ -11,6 +11,8 @@ import torch
 from comfy_api.latest import io, ui
 from torch import Tensor
 
+from ..diff_restorer.abstention import CLEAN
+from ..diff_restorer.checkpoint import ANY_KINDS
 from ..diff_restorer.degradations import ALL_KINDS, degrade
 from .host import check_interrupt
 from .images import common_batch, split_alpha, to_batch
@@ -99,10 +101,16 @@ class DiffRestorerEditDegradation(io.ComfyNode):
         prototype, sure = degradation.prototypes[place], torch.zeros(len(degradation.types))
         sure[place] = 1
         if mode == ADD:
-            return io.NodeOutput(_edited(degradation, lambda p: p + weight * (prototype - average)))
-        mixed = _edited(degradation, lambda p: p + weight * (prototype - p))
-        probabilities = torch.lerp(mixed.probabilities, sure.to(mixed.probabilities), weight)
-        return io.NodeOutput(replace(mixed, probabilities=probabilities))
+            edited = _edited(degradation, lambda p: p + weight * (prototype - average))
+        else:
+            edited = _edited(degradation, lambda p: p + weight * (prototype - p))
+        if degradation.classification == ANY_KINDS:
+            probabilities = _told(degradation, type, weight)
+        elif mode == MIX:
+            probabilities = torch.lerp(edited.probabilities, sure.to(edited.probabilities), weight)
+        else:
+            return io.NodeOutput(edited)
+        return io.NodeOutput(replace(edited, probabilities=probabilities))
 
 
 def _edited(degradation: Degradation, edit: Callable[[Tensor], Tensor]) -> Degradation:
@@ -112,6 +120,20 @@ def _edited(degradation: Degradation, edit: Callable[[Tensor], Tensor]) -> Degra
         local = replace(local, tiles=edit(local.tiles.movedim(1, -1)).movedim(-1, 1))
     tokens = degradation.tokens + (pooled - degradation.pooled)[:, None]
     return replace(degradation, tokens=tokens, pooled=pooled, local=local)
+
+
+def _told(degradation: Degradation, type: str, weight: float) -> Tensor:
+    """Probabilities (B, N) of independent kinds, one of which is told to be there, or not to be.
+
+    The others stay as they were, but that a photo is not clean with it, nor with others if clean.
+    """
+    known, share = degradation.probabilities, min(1.0, abs(weight))
+    there = torch.tensor([name == type for name in degradation.types], device=known.device)
+    clean = torch.tensor([name == CLEAN for name in degradation.types], device=known.device)
+    if weight < 0:
+        return torch.where(there, torch.lerp(known, torch.zeros_like(known), share), known)
+    changed = torch.lerp(known, there.to(known), share)
+    return torch.where(there | clean | (type == CLEAN), changed, known)
 
 
 class DiffRestorerSimulateDegradation(io.ComfyNode):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..diff_restorer import PromptOutput, PromptProcessorConfig
+from ..diff_restorer.abstention import CLEAN, draw
 from ..diff_restorer.checkpoint import Checkpoint, read_checkpoint
 from ..diff_restorer.views import NATIVE, WHOLE, native_views
 from .host import check_interrupt
@@ -35,18 +36,26 @@ class DiffRestorer:
     host computes in.
     """
 
-    def __init__(self, checkpoint: Checkpoint, control_dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        control_dtype: torch.dtype | None = None,
+        abstain: bool = True,
+    ) -> None:
         """Build all parts of the file.
 
         Args:
             checkpoint: The opened file.
             control_dtype: Number format of the control module; None leaves it to the host.
+            abstain: Leave photos alone that are not surely damaged, where the file tells how sure
+                is sure.
 
         Raises:
             CheckpointKeysError: Tensors are missing, left over or of the wrong size.
         """
         self.path = checkpoint.path
         self.info = checkpoint.info
+        self.abstention = checkpoint.info.abstention if abstain else None
         self.latent_format = comfy.latent_formats.SD15(scale_factor=self.info.latent_scale)
         self.prompt_processor = build_prompt_processor(checkpoint)
         self.control = build_control(checkpoint, self.latent_format, control_dtype)
@@ -63,33 +72,61 @@ class DiffRestorer:
         """Widths and number of types, as read from the file."""
         return self.prompt_processor.model.config
 
-    def read(
-        self, clip_vision: Any, rgb: Tensor, remember: bool = True
-    ) -> tuple[Tensor, Degradation]:
+    def read(self, clip_vision: Any, rgb: Tensor) -> tuple[Tensor, Degradation]:
         """P_S (B, T, C) and the degradation of photos (B, H, W, 3) in [0, 1].
 
-        What is read is remembered for the graph's next node, unless told otherwise. The photos are
-        recognised by their bytes, which costs a thousandth of the vision model.
+        What is read is remembered for the graph's next node. The photos are recognised by their
+        bytes, which costs a thousandth of the vision model.
 
         Raises:
             ValueError: `clip_vision` is not the model that the file was trained with.
         """
+        out = self._recall(clip_vision, rgb, remember=True)
+        return out.semantic, self._degradation(out)
+
+    def read_tiles(
+        self, clip_vision: Any, tiles: Tensor, whole: Degradation
+    ) -> tuple[Tensor, Degradation]:
+        """`read` for tiles (tiles * B, h, w, 3) of B photos, of which `whole` was read.
+
+        What changes tone must agree over a photo, see `Abstention.agreement`.
+        """
+        out = self._recall(clip_vision, tiles, remember=False)  # a lone tile is the photo
+        if self.abstention is None:
+            return out.semantic, self._degradation(out)
+        photos = whole.probabilities
+        found = out.probabilities(self.info.classification).unflatten(0, (-1, len(photos)))
+        limit = self.abstention.agreement(found, photos).expand_as(found).flatten(0, 1)
+        return out.semantic, self._degradation(out, limit)
+
+    def _degradation(self, out: PromptOutput, limit: Tensor | None = None) -> Degradation:
+        """What the nodes go by; the only place where abstention acts."""
+        prototypes = self.prompt_processor.model.prototypes.to(out.pooled.device, torch.float32)
+        probabilities = out.probabilities(self.info.classification)
+        tokens, pooled = out.degradation, out.pooled
+        if self.abstention is not None:
+            trust = self.abstention.trust(probabilities, limit)
+            clean = prototypes[self.info.types.index(CLEAN)]
+            tokens, pooled = draw(tokens, pooled, clean, trust)
+        return Degradation(
+            tokens=tokens,
+            pooled=pooled,
+            probabilities=probabilities,
+            types=self.info.types,
+            prototypes=prototypes,
+            classification=self.info.classification,
+            abstention=self.abstention,
+        )
+
+    def _recall(self, clip_vision: Any, rgb: Tensor, remember: bool) -> PromptOutput:
+        """What was read from these photos last, else a new look."""
         photo = digest(rgb)
         if self._last is not None and self._last[0]() is clip_vision and self._last[1] == photo:
-            out = self._last[2]
-        else:
-            out = self._look(clip_vision, rgb)
-            if remember:
-                self._last = weakref.ref(clip_vision), photo, out
-        prototypes = self.prompt_processor.model.prototypes
-        degradation = Degradation(
-            tokens=out.degradation,
-            pooled=out.pooled,
-            probabilities=out.probabilities(self.info.classification),
-            types=self.info.types,
-            prototypes=prototypes.to(out.pooled.device, torch.float32),
-        )
-        return out.semantic, degradation
+            return self._last[2]
+        out = self._look(clip_vision, rgb)
+        if remember:
+            self._last = weakref.ref(clip_vision), photo, out
+        return out
 
     def _look(self, clip_vision: Any, rgb: Tensor) -> PromptOutput:
         """What the Prompt Processor reads from photos, some at a time, as memory is finite.
@@ -139,13 +176,17 @@ class DiffRestorer:
             )
 
 
-def load_restorer(path: Path) -> DiffRestorer:
+def load_restorer(path: Path, abstain: bool = True) -> DiffRestorer:
     """Read a Diff-Restorer file for use with models of the user's own.
+
+    Args:
+        path: The file.
+        abstain: See `DiffRestorer`.
 
     Raises:
         CheckpointError: The file cannot be used; the message says why.
     """
-    return DiffRestorer(read_checkpoint(path))
+    return DiffRestorer(read_checkpoint(path), abstain=abstain)
 
 
 def _clip_hint(width: int, name: str) -> str:

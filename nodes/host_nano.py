@@ -56,8 +56,12 @@ class _NanoLatent(comfy.latent_formats.LatentFormat):
         self.latent_channels = channels
 
 
-def load_nano(path: Path) -> tuple[Any, Any, Any, DiffRestorer]:
+def load_nano(path: Path, abstain: bool = True) -> tuple[Any, Any, Any, DiffRestorer]:
     """MODEL, CLIP_VISION, VAE and DIFF_RESTORER of one self-contained file.
+
+    Args:
+        path: The file.
+        abstain: See `DiffRestorer`.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -70,7 +74,7 @@ def load_nano(path: Path) -> tuple[Any, Any, Any, DiffRestorer]:
             "Open it with Load Diff-Restorer."
         )
     dtype = nano_unet_dtype()
-    restorer = DiffRestorer(checkpoint, control_dtype=dtype)
+    restorer = DiffRestorer(checkpoint, dtype, abstain)
     for_cpu(restorer.control.network, dtype)
     return _unet(checkpoint, dtype), _clip_vision(checkpoint), _vae(checkpoint), restorer
 

@@ -14,6 +14,20 @@ from .sockets import CATEGORY, DiffRestorerSocket
 NO_FILE = "(put a .safetensors file into models/diff_restorer)"
 
 
+def _abstain_input() -> io.Boolean.Input:
+    """The switch of both loaders; graphs from before it go without."""
+    return io.Boolean.Input(
+        "abstain",
+        default=True,
+        optional=True,
+        tooltip=(
+            "Leave photos alone where damage is not evident, and change their tone only where the "
+            "whole photo asks for it. Off: act on whatever the Classifier says. Files that do not "
+            "tell how sure is sure are not changed by it."
+        ),
+    )
+
+
 class DiffRestorerLoader(io.ComfyNode):
     """Load Diff-Restorer: the parts that the paper adds to Stable Diffusion 1.5."""
 
@@ -37,6 +51,7 @@ class DiffRestorerLoader(io.ComfyNode):
                         "folder of extra_model_paths.yaml). Press R to refresh the list."
                     ),
                 ),
+                _abstain_input(),
             ],
             outputs=[
                 DiffRestorerSocket.Output(
@@ -47,12 +62,12 @@ class DiffRestorerLoader(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, file: str) -> str:
+    def fingerprint_inputs(cls, file: str, abstain: bool = True) -> str:
         return file if file == NO_FILE else host.file_stamp(host.model_path(file))
 
     @classmethod
-    def execute(cls, file: str) -> io.NodeOutput:
-        return io.NodeOutput(load_restorer(host.model_path(file)))
+    def execute(cls, file: str, abstain: bool = True) -> io.NodeOutput:
+        return io.NodeOutput(load_restorer(host.model_path(file), abstain))
 
 
 class DiffRestorerNanoLoader(io.ComfyNode):
@@ -69,7 +84,7 @@ class DiffRestorerNanoLoader(io.ComfyNode):
                 "runs on a CPU. Nothing else has to be downloaded. Its parts only work with each "
                 "other, not with Stable Diffusion files."
             ),
-            inputs=[],
+            inputs=[_abstain_input()],
             outputs=[
                 io.Model.Output(
                     display_name="model", tooltip="Nano's diffusion model, for any sampler."
@@ -90,11 +105,11 @@ class DiffRestorerNanoLoader(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls) -> str:
+    def fingerprint_inputs(cls, abstain: bool = True) -> str:
         return host.file_stamp(host.NANO_FILE) if host.NANO_FILE.is_file() else "missing"
 
     @classmethod
-    def execute(cls) -> io.NodeOutput:
+    def execute(cls, abstain: bool = True) -> io.NodeOutput:
         if not host.NANO_FILE.is_file():
             remedy = "They come with the pack: install it again."
             if os.environ.get(host.NANO_VARIABLE):
@@ -102,4 +117,4 @@ class DiffRestorerNanoLoader(io.ComfyNode):
             raise FileNotFoundError(
                 f"Nano's weights are missing: there is no {host.NANO_FILE.absolute()}. {remedy}"
             )
-        return io.NodeOutput(*load_nano(host.NANO_FILE))
+        return io.NodeOutput(*load_nano(host.NANO_FILE, abstain))

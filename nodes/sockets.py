@@ -8,8 +8,16 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..diff_restorer import LocalPooled
+from ..diff_restorer.abstention import CLEAN, Abstention
+from ..diff_restorer.checkpoint import ONE_KIND
 
 CATEGORY = "restoration/diff-restorer"
+
+PRESENT = 0.5
+"""Probability from which on a kind is there, where any number of kinds may be."""
+
+ACTS = 0.1
+"""Trust from which on a restoration changes what can be seen."""
 
 DiffRestorerSocket = io.Custom("DIFF_RESTORER")
 """Carries a `nodes.host_models.DiffRestorer`."""
@@ -34,6 +42,10 @@ class Degradation:
     """(N, C): pooled P_D of each type, averaged over the training photos."""
     local: LocalPooled | None = None
     """Pooled P_D of each place, where Tiled Diffusion has looked at parts of the photos."""
+    classification: str = ONE_KIND
+    """Whether probabilities exclude each other, see `CheckpointInfo`."""
+    abstention: Abstention | None = None
+    """By which P_D was drawn towards that of clean photos; None if it is as it was read."""
 
     def repeated(self, batch: int) -> Degradation:
         """That of one photo for a batch of them."""
@@ -54,3 +66,30 @@ class Degradation:
         """Per photo: type -> probability, most probable first."""
         rows = (zip(self.types, row.tolist(), strict=True) for row in self.probabilities)
         return [dict(sorted(row, key=lambda entry: -entry[1])) for row in rows]
+
+    @property
+    def kinds(self) -> list[tuple[str, ...]]:
+        """Per photo: what it suffers from, most probable first; `clean` where it is nothing.
+
+        Of kinds that exclude each other the first one, else all with evidence enough: `PRESENT`,
+        or half way between the thresholds of the file.
+        """
+        rows = [tuple(row) for row in self.as_dicts()]
+        if self.classification == ONE_KIND:
+            return [row[:1] for row in rows]
+        if self.abstention is None:
+            there = self.probabilities >= PRESENT
+        else:
+            there = self.abstention.belief(self.probabilities) >= PRESENT
+        found: list[tuple[str, ...]] = []
+        for row, evident in zip(rows, there.tolist(), strict=True):
+            names = dict(zip(self.types, evident, strict=True))
+            found.append(tuple(name for name in row if names[name] and name != CLEAN) or (CLEAN,))
+        return found
+
+    @property
+    def degraded(self) -> list[bool]:
+        """Per photo: whether a restoration takes it for anything but clean."""
+        if self.abstention is not None:
+            return (self.abstention.trust(self.probabilities) >= ACTS).tolist()
+        return [names != (CLEAN,) for names in self.kinds]

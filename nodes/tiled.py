@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,15 +11,11 @@ from torch import Tensor
 
 from .chart import degradation_map
 from .conditioning import check_degradation
-from .host import check_interrupt
 from .host_models import DiffRestorer
 from .host_tiled import Grid, LocalView, TiledDiffusion
 from .host_vae import SCALE
 from .images import common_batch, pad_to_multiple, split_alpha
 from .sockets import CATEGORY, Degradation, DegradationSocket, DiffRestorerSocket
-
-_AT_ONCE = 16
-"""Tiles that the vision model sees at once."""
 
 
 class DiffRestorerTiledDiffusion(io.ComfyNode):
@@ -140,21 +135,15 @@ class DiffRestorerTiledDiffusion(io.ComfyNode):
         check_degradation(edited, diff_restorer)
         common_batch(image=len(rgb), degradation=edited.batch)
         change = edited.pooled - whole.pooled
-        semantic, read = [], []
-        for some in crops.split(_AT_ONCE):
-            check_interrupt()
-            p_s, p_d = diff_restorer.read(clip_vision, some, remember=False)
-            semantic.append(p_s)
-            read.append(p_d)
+        p_s, read = diff_restorer.read_tiles(clip_vision, crops, whole)
 
-        def by_tile(rows: Sequence[Tensor]) -> Tensor:
-            return torch.cat(list(rows)).unflatten(0, (len(parts), len(padded)))
+        def by_tile(rows: Tensor) -> Tensor:
+            return rows.unflatten(0, (len(parts), len(padded)))
 
-        tokens = by_tile([each.tokens for each in read]) + change[:, None]
-        view = LocalView(by_tile(semantic), tokens)
-        seen = by_tile([each.probabilities for each in read])
+        view = LocalView(by_tile(p_s), by_tile(read.tokens) + change[:, None])
+        seen = by_tile(read.probabilities)
         if len(parts) > 1 and locality > 0:
-            pooled = by_tile([each.pooled for each in read]) + change
+            pooled = by_tile(read.pooled) + change
             local = grid.local(torch.lerp(edited.pooled.expand_as(pooled), pooled, locality))
             edited = replace(edited.repeated(pooled.shape[1]), local=local)
         types = diff_restorer.info.types

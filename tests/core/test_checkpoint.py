@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from diff_restorer.abstention import Abstention
 from diff_restorer.checkpoint import (
     CheckpointError,
     CheckpointInfo,
@@ -55,6 +57,25 @@ def test_tensors_and_metadata_survive(tmp_path: Path, sizes: dict) -> None:
     state = checkpoint.state("control.")
     assert all(torch.equal(tensors[f"control.{key}"], tensor) for key, tensor in state.items())
     assert not checkpoint.self_contained
+
+
+def test_abstention_is_an_entry_that_old_files_lack(tmp_path: Path) -> None:
+    tensors = toy_weights.restorer_tensors(types=("noise", "clean"))
+    info = toy_weights.info(types=("noise", "clean"))
+    path = tmp_path / "a.safetensors"
+    write_checkpoint(path, tensors, info)
+    assert "abstention" not in info.to_metadata()
+    assert read_checkpoint(path).info.abstention is None
+    abstention = Abstention(
+        types=("noise", "clean"), exclusive=True, thresholds={"noise": (0.25, 0.75)}
+    )
+    write_checkpoint(path, tensors, replace(info, abstention=abstention))
+    assert read_checkpoint(path).info.abstention == abstention
+    assert read_checkpoint(path).info.format_version == info.format_version
+    metadata = replace(info, abstention=abstention).to_metadata() | {"abstention": "[]"}
+    save_file(tensors, path, metadata=metadata)
+    with pytest.raises(UnsupportedCheckpointError, match=r"a\.safetensors: abstention: '\[\]'"):
+        read_checkpoint(path)
 
 
 def test_self_contained(nano: Path) -> None:

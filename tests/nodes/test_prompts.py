@@ -296,7 +296,11 @@ def test_classifier_shows_pictures_and_text(toy, pack: ModuleType, photo, comfyu
 
 
 def test_chart_bars_are_as_long_as_the_probabilities(pack) -> None:
-    chart = pack.nodes.chart.bar_chart({"noise": 0.75, "low_light": 0.25, "haze": 0.0})
+    shown = {"noise": 0.75, "low_light": 0.25, "haze": 0.0}
+    chart = pack.nodes.chart.bar_chart(shown, ("noise",))
+    both = pack.nodes.chart.bar_chart(shown, ("noise", "low_light"))
+    assert torch.equal(both[:42], chart[:42])
+    assert both[60, 140].tolist() == chart[30, 140].tolist() != chart[60, 140].tolist()
 
     def coloured(row: int) -> int:
         line = chart[12 + 30 * row + 10, 132:404]

@@ -13,12 +13,12 @@ pytestmark = pytest.mark.comfy
 NODES = {
     "DiffRestorerLoader": (
         "Load Diff-Restorer",
-        {"file": "COMBO"},
+        {"file": "COMBO", "abstain": "BOOLEAN"},
         {"diff_restorer": "DIFF_RESTORER"},
     ),
     "DiffRestorerNanoLoader": (
         "Load Diff-Restorer Nano",
-        {},
+        {"abstain": "BOOLEAN"},
         {
             "model": "MODEL",
             "clip_vision": "CLIP_VISION",
@@ -141,6 +141,8 @@ NODES = {
 }
 SHOWING = ("DiffRestorerDegradationClassifier", "DiffRestorerMeasure")
 OPTIONAL = {
+    ("DiffRestorerLoader", "abstain"),
+    ("DiffRestorerNanoLoader", "abstain"),
     ("DiffRestorerPromptProcessor", "text"),
     ("DiffRestorerAwareVAEDecode", "tiling"),
     ("DiffRestorerMeasure", "lq"),

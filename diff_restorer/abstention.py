@@ -1,0 +1,155 @@
+"""Abstention: where damage is not evident, P_D is drawn towards that of clean photos.
+
+A kind is believed by its odds against `clean`, from not at all at a lower threshold to fully at an
+upper one. A photo is trusted as much as the kinds that explain its damage are believed on average,
+weighted by their probabilities: a photo that is surely damaged is restored even where it is not
+clear by which of two kinds, but not where one of them is a change of tone that is in doubt.
+
+Ours: the paper acts on whatever P_D it reads.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+CLEAN = "clean"
+TONE = ("low_light", "haze")
+"""Kinds whose removal changes the tone of a whole photo: the most harmful ones to imagine."""
+AGREEMENT = (1 / 4, 1 / 3)
+"""Share of a large photo's tiles that must show a change of tone before any of them may be
+restored from it, and from which on each may."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Abstention:
+    """How sure a classifier must be, as fitted by `training.calibrate`."""
+
+    types: tuple[str, ...]
+    """Names of the N types, in the order of the probabilities."""
+    exclusive: bool
+    """Whether the types exclude each other (softmax), so that probabilities add up to 1."""
+    thresholds: Mapping[str, tuple[float, float]]
+    """Per type but `clean`: evidence in [0, 1] up to which it counts nothing, and from which on
+    fully."""
+    tone: tuple[str, ...] = TONE
+    """Types that all of a photo must share, see `agreement`."""
+
+    def __post_init__(self) -> None:
+        if CLEAN not in self.types:
+            raise ValueError(
+                f"abstention: the types are {', '.join(self.types)}, without {CLEAN!r} to turn to"
+            )
+        if set(self.thresholds) != set(self._damages):
+            raise ValueError(
+                f"abstention: thresholds for {', '.join(self.thresholds)}, expected one each for "
+                f"{', '.join(self._damages)}"
+            )
+        for name in self.tone:
+            if name not in self._damages and name not in TONE:
+                raise ValueError(
+                    f"abstention: tone {name!r}, expected some of {', '.join(self._damages)}"
+                )
+        for name, (low, high) in self.thresholds.items():
+            if not 0 <= low < high <= 1:
+                raise ValueError(
+                    f"abstention: thresholds {low} and {high} for {name!r}, expected "
+                    "0 <= low < high <= 1"
+                )
+
+    @property
+    def _damages(self) -> tuple[str, ...]:
+        return tuple(name for name in self.types if name != CLEAN)
+
+    def to_json(self) -> str:
+        """The entry of a file's metadata."""
+        entry = {"thresholds": {k: list(v) for k, v in self.thresholds.items()}, "tone": self.tone}
+        return json.dumps(entry)
+
+    @classmethod
+    def from_json(cls, text: str, types: tuple[str, ...], exclusive: bool) -> Abstention:
+        """Inverse of `to_json` for the types of the same file.
+
+        Raises:
+            ValueError: It is not JSON, or does not suit the types.
+        """
+        try:
+            entry: Any = json.loads(text)
+            thresholds = {
+                str(name): (float(low), float(high))
+                for name, (low, high) in entry["thresholds"].items()
+            }
+            tone = tuple(str(name) for name in entry["tone"])
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise ValueError(f"abstention: {text[:80]!r} cannot be read ({error!r})") from error
+        return cls(types=types, exclusive=exclusive, thresholds=thresholds, tone=tone)
+
+    def evidence(self, probabilities: Tensor) -> Tensor:
+        """(..., N) in [0, 1]: each type against `clean` alone, as if there were no others.
+
+        Softmax splits its mass where two kinds meet; their odds against `clean` it keeps.
+
+        Args:
+            probabilities: (..., N) in [0, 1].
+        """
+        if not self.exclusive:
+            return probabilities
+        clean = probabilities[..., self.types.index(CLEAN), None]
+        return probabilities / (probabilities + clean).clamp_min(1e-12)
+
+    def belief(self, probabilities: Tensor) -> Tensor:
+        """(..., N) in [0, 1]: how far the evidence lies between the thresholds; 0 for `clean`."""
+        bounds = [self.thresholds.get(name, (2.0, 3.0)) for name in self.types]
+        low, high = probabilities.new_tensor(bounds).unbind(-1)
+        return ((self.evidence(probabilities) - low) / (high - low)).clamp(0, 1)
+
+    def trust(self, probabilities: Tensor, limit: Tensor | None = None) -> Tensor:
+        """(...) in [0, 1]: how far what is read from a photo is to be acted on.
+
+        Args:
+            probabilities: (..., N) in [0, 1].
+            limit: Upper bound of the belief in each type, broadcast to it; from `agreement`.
+        """
+        belief = self.belief(probabilities)
+        if limit is not None:
+            belief = belief.minimum(limit)
+        damages = [name != CLEAN for name in self.types]
+        weight = probabilities * torch.tensor(damages, device=probabilities.device)
+        return (belief * weight).sum(dim=-1) / weight.sum(dim=-1).clamp_min(1e-12)
+
+    def agreement(self, tiles: Tensor, photo: Tensor) -> Tensor:
+        """Upper bound of the belief in each type for the tiles of large photos, (B, N).
+
+        Noise may be in one corner; a change of tone must show in a quarter to a third of the tiles,
+        or in the photo as a whole. Else a sandy beach is taken for haze and its tiles turn dark.
+
+        Args:
+            tiles: Probabilities of each tile of each photo, (tiles, B, N).
+            photo: Those of the whole photos, (B, N).
+        """
+        first, last = AGREEMENT
+        share = self.belief(tiles).mean(dim=0)
+        shared = ((share - first) / (last - first)).clamp(0, 1).maximum(self.belief(photo))
+        free = torch.tensor([name not in self.tone for name in self.types], device=tiles.device)
+        return shared.masked_fill(free, 1.0)
+
+
+def draw(tokens: Tensor, pooled: Tensor, clean: Tensor, trust: Tensor) -> tuple[Tensor, Tensor]:
+    """P_D as it is where `trust` is 1, and around the prototype of clean photos where it is 0.
+
+    Args:
+        tokens: P_D, (B, T, C).
+        pooled: Its mean over tokens, (B, C).
+        clean: Prototype of `clean`, (C,).
+        trust: (B,) in [0, 1].
+
+    Returns:
+        Tokens and pooled; tokens keep their differences, as in Edit Degradation.
+    """
+    shift = (1 - trust)[:, None] * (clean - pooled)
+    return tokens + shift[:, None], pooled + shift

@@ -5,6 +5,7 @@ from contextlib import nullcontext
 
 import torch
 from torch import Tensor
+from torch.amp.autocast_mode import is_autocast_available
 
 from .codec import jpeg, jpeg_codec, low_res
 from .looks import random_look
@@ -87,13 +88,9 @@ def degrade(
         )
     if not ((level >= 0) & (level <= 1)).all():
         raise ValueError(f"severity: expected numbers in [0, 1], found {severity}")
-    kind_of_device = image.device.type
-    exact = (
-        torch.autocast(kind_of_device, enabled=False)
-        if torch.amp.is_autocast_available(kind_of_device)
-        else nullcontext()
-    )
-    with torch.no_grad(), exact:
+    device = image.device.type
+    castable = is_autocast_available(device)
+    with torch.no_grad(), torch.autocast(device, enabled=False) if castable else nullcontext():
         return _FUNCTIONS[kind](image, level.expand(len(image)), generator)
 
 

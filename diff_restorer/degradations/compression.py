@@ -97,8 +97,9 @@ def _through_blocks(planes: Tensor, steps: Tensor) -> Tensor:
     height, width = planes.shape[-2:]
     padded = F.pad(planes, (0, -width % 8, 0, -height % 8), mode="replicate")
     dct = _DCT.to(planes.device, non_blocking=True)
-    stripes = padded.unflatten(2, (-1, 8))
-    blocks = (dct @ stripes).unflatten(4, (-1, 8))
+    batch, count, rows, columns = padded.shape
+    stripes = dct @ padded.view(batch, count, rows // 8, 8, columns)
+    blocks = stripes.view(*stripes.shape[:4], columns // 8, 8)
     # libjpeg's coefficients come in eighths, so halves are common; it rounds them away from zero.
     eighths = (blocks @ dct.T).mul_(8).round_()
     steps = steps[:, :, None, :, None]

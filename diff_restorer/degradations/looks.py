@@ -50,9 +50,9 @@ def random_look(image: Tensor, generator: torch.Generator, share: float = 0.65) 
     pivot = torch.where(flat, draw.per_sample(draw.uniform(0.35, 0.97)), pivot)
     look = pivot + contrast * (look - pivot)
 
-    luma = sum(weight * look[:, index] for index, weight in enumerate(_LUMA))
+    luma = (look * draw.send(torch.tensor(_LUMA))[:, None, None]).sum(1, keepdim=True)
     toned = draw.per_sample(draw.chance(0.2))
     factors = draw.send(torch.tensor(_SEPIA))[:, None, None]
-    paper = torch.stack((luma, luma, luma), 1) * torch.where(toned, factors, 1.0)
+    paper = luma * torch.where(toned, factors, 1.0)
     look = torch.where(draw.per_sample(draw.chance(0.15)), paper, look)
     return torch.where(changed, (look.clamp(0, 1) * 255).round() / 255, image)

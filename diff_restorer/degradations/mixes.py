@@ -54,6 +54,6 @@ def draw_mix(kinds: Sequence[str], generator: torch.Generator) -> tuple[str, ...
     else:
         count = 2 + int(torch.randint(2, (), generator=generator))
         order = torch.randperm(len(known), generator=generator)[:count]
-        mix = tuple(known[place] for place in order.tolist())
+        mix = tuple(known[int(place)] for place in order)
     ends = torch.rand((), generator=generator) < _JPEG_LAST
     return (*mix, "jpeg") if ends and "jpeg" in known and "jpeg" not in mix else mix

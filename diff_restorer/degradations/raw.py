@@ -85,8 +85,10 @@ def _developed_noise(image: Tensor, severity: Tensor, draw: Draw) -> Tensor:
     mosaic = _mosaic(colour_planes, shift)
     variance = draw.per_sample(shot) * mosaic + draw.per_sample(read)
     noise = _demosaicked(variance.sqrt_() * draw.noise(*mosaic.shape), shift)
-    noise = (draw.send(torch.linalg.inv(to_raw)) @ noise.flatten(2)).view_as(linear)
-    noise = _encoded((linear + noise).clamp_(0, 1)) - photo
+    noise = (draw.send(to_raw.inverse()) @ noise.flatten(2)).view_as(linear)
+    # Half the difference of both signs: the curves would darken the mean, which cameras calibrate.
+    brighter, darker = ((linear + sign * noise).clamp_(0, 1) for sign in (1, -1))
+    noise = (_encoded(brighter) - _encoded(darker)) / 2
     noise = _cleaned(noise, draw)
     if photo is image:
         return noise

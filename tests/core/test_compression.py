@@ -8,6 +8,8 @@ from torch.nn import functional as F
 
 from diff_restorer.degradations import jpeg_codec
 from diff_restorer.degradations.compression import compress_jpeg
+from diff_restorer.degradations.draw import Draw
+from diff_restorer.degradations.resampling import rescale
 
 
 @pytest.fixture(scope="module")
@@ -53,3 +55,19 @@ def test_the_real_codec_has_its_quality(photos: Tensor) -> None:
     both = photos[:1].expand(2, -1, -1, -1)
     error = psnr(jpeg_codec(both, torch.tensor([90.0, 10.0])), both)
     assert error[0] > error[1] + 5
+
+
+@pytest.mark.parametrize("cubic", [False, True])
+@pytest.mark.parametrize("factor", [0.3, 0.5, 0.77, 1.0])
+def test_matrices_resize_as_torch_does(factor: float, cubic: bool, photos: Tensor) -> None:
+    """Next to a sample of another factor, which makes the matrices larger than its own."""
+    image = photos[:2, :, :120, :161]
+    size = [round(side * factor) for side in image.shape[-2:]]
+    mode = "bicubic" if cubic else "bilinear"
+    small = F.interpolate(image[:1], size=size, mode=mode, antialias=True)
+    expected = F.interpolate(small, size=(120, 161), mode=mode, antialias=True)
+    yes = torch.ones(2).bool()
+    factors, use = torch.tensor([factor, 1.0]), yes if cubic else ~yes
+    found = rescale(image, factors, (120, 161), Draw(image, torch.Generator()), use, yes)
+    torch.testing.assert_close(found[:1], expected, rtol=0, atol=2e-4)
+    torch.testing.assert_close(found[1:], image[1:], rtol=0, atol=1e-5)

@@ -15,6 +15,7 @@ from diff_restorer.degradations import (
     add_gaussian_noise,
     degrade,
     degrade_chain,
+    random_look,
     sample_severity,
 )
 from diff_restorer.degradations.filters import convolve, gaussian_blur
@@ -244,6 +245,7 @@ def test_nothing_waits_for_the_device(kind: str) -> None:
             degraded = degrade(kind, image, torch.linspace(0, 1, 8), seeded(seed))
             assert degraded.shape == image.shape
             assert degraded.device.type == "meta"
+            assert random_look(image, seeded(seed)).shape == image.shape
 
 
 def test_what_waits_is_found() -> None:

@@ -6,17 +6,22 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .draw import Draw, geometric, lerp
+from .draw import Draw, geometric, lerp, members, presence
 from .filters import convolve, gaussian_blur
 from .kernels import disk_kernels, gaussian_kernels, motion_kernels
 
 _MAX_DROPS = 72
 
 
+_UNEVEN = 0.35
+_CLIPPED = 0.96
+
+
 def blur(image: Tensor, severity: Tensor, generator: torch.Generator) -> Tensor:
     """Motion, defocus, Gaussian or anisotropic Gaussian blur.
 
-    Lengths are in pixels of a picture whose short side is about 320.
+    Lengths are in pixels of a picture whose short side is about 320. Over a third of the photos are
+    blurred as a camera does it, `_uneven`, the others by one kernel.
     """
     draw = Draw(image, generator)
     mode = draw.choice(0.5, 0.2, 0.15, 0.15)
@@ -28,7 +33,40 @@ def blur(image: Tensor, severity: Tensor, generator: torch.Generator) -> Tensor:
     skewed = gaussian_kernels(1.4 * sigma, narrow, draw.uniform(0, math.pi))
     stack = torch.stack((motion, disk, gauss, skewed))
     kernel = stack[mode, torch.arange(draw.batch)]
-    return convolve(image, draw.send(kernel)).clamp(0, 1)
+    uneven = draw.chance(_UNEVEN)
+    blurred = torch.empty_like(image)
+    if len(chosen := members(uneven, 0)):
+        place = draw.send(chosen)
+        blurred[place] = convolve(image[place], draw.send(kernel[chosen]))
+    if len(chosen := members(uneven, 1)):
+        place, defocus = draw.send(chosen), mode[chosen] == 1
+        blurred[place] = _uneven(image[place], kernel[chosen], defocus, severity[chosen], generator)
+    return blurred.clamp_(0, 1)
+
+
+def _uneven(
+    image: Tensor, kernel: Tensor, defocus: Tensor, severity: Tensor, generator: torch.Generator
+) -> Tensor:
+    """Two kernels, each for its part of the photo, in linear light with clipped highlights.
+
+    The second is another path (the camera rolls, an object moves on its own) or, with `defocus`,
+    another depth. Light adds up in linear space, and what was clipped was brighter than it looks,
+    so that bright spots become streaks.
+    """
+    draw = Draw(image, generator)
+    weaker = severity * draw.uniform(0.4, 1.0)
+    path = motion_kernels(draw, geometric(4.0, 34.0, weaker, faint=0.7))
+    depth = disk_kernels(geometric(1.2, 8.0, weaker, faint=0.6))
+    other = torch.where(defocus[:, None, None], depth, path)
+    # Soft borders where the camera rolls, sharp ones around an object.
+    border = draw.per_sample(geometric(1.0, 20.0, draw.rand(draw.batch)))
+    share = torch.sigmoid(border * (draw.field(2) + draw.per_sample(draw.uniform(-0.8, 0.8))))
+    headroom = draw.per_sample(draw.uniform(0.0, 3.0) * presence(severity))
+    linear = image**2.2
+    peak = image.amax(1, keepdim=True)
+    linear = linear * (1 + headroom * ((peak - _CLIPPED) / (1 - _CLIPPED)).clamp(min=0))
+    both = (convolve(linear, draw.send(which)) for which in (kernel, other))
+    return torch.lerp(*both, share).clamp_(0, 1) ** (1 / 2.2)
 
 
 def raindrop(image: Tensor, severity: Tensor, generator: torch.Generator) -> Tensor:

@@ -19,6 +19,8 @@ from diff_restorer.degradations import (
     sample_severity,
 )
 from diff_restorer.degradations.filters import convolve, gaussian_blur
+from diff_restorer.degradations.kernels import disk_kernels
+from diff_restorer.degradations.optics import _uneven
 from diff_restorer.degradations.sensor import _developed
 
 DEGRADING = tuple(kind for kind in ALL_KINDS if kind != "clean")
@@ -275,6 +277,18 @@ def test_a_gpu_gives_the_same_picture_but_for_noise(kind: str, photo: Tensor) ->
     error = (found.cpu() - expected).abs().mean()
     # 8-bit roundings inside may fall to the other side.
     assert error < (0.2 if kind in ("noise", "low_light", "second_order") else 1e-3)
+
+
+def test_uneven_blur_adds_light_and_differs_over_the_photo() -> None:
+    """A bright point of white, brighter than it looks, keeps more light than its encoded value."""
+    image = torch.full((6, 3, 96, 128), 0.2)
+    image[..., ::16, ::16] = 1
+    kernel = disk_kernels(torch.full((6,), 2.5))
+    found = _uneven(image, kernel, torch.ones(6).bool(), torch.full((6,), 0.8), seeded())
+    even = convolve(image, kernel)
+    assert (found.mean((1, 2, 3)) > even.mean((1, 2, 3))).all()
+    sharpness = (found - found.roll(1, -1)).square().mean((1, 2)).view(6, 8, 16).mean(2)
+    assert (sharpness.amax(1) > 1.2 * sharpness.amin(1)).float().mean() > 0.5
 
 
 def test_convolve_gives_each_sample_its_own_kernel_and_mirrors_the_edges(photo: Tensor) -> None:

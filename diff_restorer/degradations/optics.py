@@ -65,8 +65,8 @@ def _uneven(
     linear = image**2.2
     peak = image.amax(1, keepdim=True)
     linear = linear * (1 + headroom * ((peak - _CLIPPED) / (1 - _CLIPPED)).clamp(min=0))
-    both = (convolve(linear, draw.send(which)) for which in (kernel, other))
-    return torch.lerp(*both, share).clamp_(0, 1) ** (1 / 2.2)
+    first, second = (convolve(linear, draw.send(which)) for which in (kernel, other))
+    return torch.lerp(first, second, share).clamp_(0, 1) ** (1 / 2.2)
 
 
 def raindrop(image: Tensor, severity: Tensor, generator: torch.Generator) -> Tensor:

@@ -97,6 +97,7 @@ class Abstention:
         Args:
             probabilities: (..., N) in [0, 1].
         """
+        probabilities = probabilities.float()  # half formats cannot tell thresholds near 1 apart
         if not self.exclusive:
             return probabilities
         clean = probabilities[..., self.types.index(CLEAN), None]
@@ -105,7 +106,7 @@ class Abstention:
     def belief(self, probabilities: Tensor) -> Tensor:
         """(..., N) in [0, 1]: how far the evidence lies between the thresholds; 0 for `clean`."""
         bounds = [self.thresholds.get(name, (2.0, 3.0)) for name in self.types]
-        low, high = probabilities.new_tensor(bounds).unbind(-1)
+        low, high = torch.tensor(bounds, device=probabilities.device).unbind(-1)
         return ((self.evidence(probabilities) - low) / (high - low)).clamp(0, 1)
 
     def trust(self, probabilities: Tensor, limit: Tensor | None = None) -> Tensor:
@@ -119,7 +120,7 @@ class Abstention:
         if limit is not None:
             belief = belief.minimum(limit)
         damages = [name != CLEAN for name in self.types]
-        weight = probabilities * torch.tensor(damages, device=probabilities.device)
+        weight = probabilities.float() * torch.tensor(damages, device=probabilities.device)
         return (belief * weight).sum(dim=-1) / weight.sum(dim=-1).clamp_min(1e-12)
 
     def agreement(self, tiles: Tensor, photo: Tensor) -> Tensor:

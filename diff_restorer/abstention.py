@@ -1,9 +1,9 @@
 """Abstention: where damage is not evident, P_D is drawn towards that of clean photos.
 
 A kind is believed by its odds against `clean`, from not at all at a lower threshold to fully at an
-upper one. A photo is trusted as much as the kinds that explain its damage are believed on average,
-weighted by their probabilities: a photo that is surely damaged is restored even where it is not
-clear by which of two kinds, but not where one of them is a change of tone that is in doubt.
+upper one. A photo is trusted as its most believed kind is, less the share of its damage that is put
+down to changes of tone which are not believed. So a photo that is surely damaged is restored, even
+where it is not clear by which of two kinds, unless the tone of all of it might change for nothing.
 
 Ours: the paper acts on whatever P_D it reads.
 """
@@ -66,6 +66,10 @@ class Abstention:
     def _damages(self) -> tuple[str, ...]:
         return tuple(name for name in self.types if name != CLEAN)
 
+    def _are(self, names: tuple[str, ...], like: Tensor) -> Tensor:
+        """Which types are among `names`, (N,)."""
+        return torch.tensor([name in names for name in self.types], device=like.device)
+
     def to_json(self) -> str:
         """The entry of a file's metadata."""
         entry = {"thresholds": {k: list(v) for k, v in self.thresholds.items()}, "tone": self.tone}
@@ -97,6 +101,7 @@ class Abstention:
         Args:
             probabilities: (..., N) in [0, 1].
         """
+        probabilities = probabilities.float()  # half formats cannot tell thresholds near 1 apart
         if not self.exclusive:
             return probabilities
         clean = probabilities[..., self.types.index(CLEAN), None]
@@ -105,7 +110,7 @@ class Abstention:
     def belief(self, probabilities: Tensor) -> Tensor:
         """(..., N) in [0, 1]: how far the evidence lies between the thresholds; 0 for `clean`."""
         bounds = [self.thresholds.get(name, (2.0, 3.0)) for name in self.types]
-        low, high = probabilities.new_tensor(bounds).unbind(-1)
+        low, high = torch.tensor(bounds, device=probabilities.device).unbind(-1)
         return ((self.evidence(probabilities) - low) / (high - low)).clamp(0, 1)
 
     def trust(self, probabilities: Tensor, limit: Tensor | None = None) -> Tensor:
@@ -118,9 +123,10 @@ class Abstention:
         belief = self.belief(probabilities)
         if limit is not None:
             belief = belief.minimum(limit)
-        damages = [name != CLEAN for name in self.types]
-        weight = probabilities * torch.tensor(damages, device=probabilities.device)
-        return (belief * weight).sum(dim=-1) / weight.sum(dim=-1).clamp_min(1e-12)
+        damage = probabilities.float() * self._are(self._damages, belief)
+        share = damage / damage.sum(dim=-1, keepdim=True).clamp_min(1e-12)
+        doubt = (share * (1 - belief) * self._are(self.tone, belief)).sum(dim=-1)
+        return belief.amax(dim=-1) * (1 - doubt)
 
     def agreement(self, tiles: Tensor, photo: Tensor) -> Tensor:
         """Upper bound of the belief in each type for the tiles of large photos, (B, N).
@@ -135,8 +141,7 @@ class Abstention:
         first, last = AGREEMENT
         share = self.belief(tiles).mean(dim=0)
         shared = ((share - first) / (last - first)).clamp(0, 1).maximum(self.belief(photo))
-        free = torch.tensor([name not in self.tone for name in self.types], device=tiles.device)
-        return shared.masked_fill(free, 1.0)
+        return shared.where(self._are(self.tone, shared), 1.0)
 
 
 def draw(tokens: Tensor, pooled: Tensor, clean: Tensor, trust: Tensor) -> tuple[Tensor, Tensor]:

@@ -179,7 +179,8 @@ def restore_twice(models: Models, sample: Sample, photo: str, config: Config) ->
     def to_gt(image: Tensor) -> float:
         return round(float(psnr(image, sample.gt)), 4)
 
-    probabilities = as_read.prompt.probabilities(models.classification)[0].tolist()
+    in_full = as_read.prompt._replace(logits=as_read.prompt.logits.float())
+    probabilities = in_full.probabilities(models.classification)[0].tolist()
     return Row(
         photo,
         sample.name,

@@ -51,6 +51,16 @@ def test_a_tone_in_doubt_holds_back_what_is_sure_of_the_rest() -> None:
     assert trust(0.81, 0.0, 0.09, 0.1) == pytest.approx(0.9)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_thresholds_that_half_formats_round_to_one(dtype: torch.dtype) -> None:
+    strict = Abstention(
+        types=TYPES, exclusive=True, thresholds=THRESHOLDS | {"blur": (0.9995, 0.99999)}
+    )
+    sure = torch.tensor([0.0, 1.0, 0.0, 0.0], dtype=dtype)
+    assert float(strict.trust(sure)) == 1
+    assert float(strict.trust(torch.tensor([0.0, 0.0, 0.0, 1.0], dtype=dtype))) == 0
+
+
 def test_independent_kinds_are_their_own_evidence() -> None:
     assert trust(0.9, 0.0, 0.0, 0.9, exclusive=False) == pytest.approx(1)
     belief = abstention(exclusive=False).belief(torch.tensor([0.3, 0.5, 0.95, 1.0]))

@@ -135,6 +135,7 @@ __all__ = [
     "MIXES",
     "PHYSICAL_ORDER",
     "add_gaussian_noise",
+    "blur",
     "degrade",
     "degrade_chain",
     "draw_mix",

@@ -11,17 +11,16 @@ from .filters import convolve, gaussian_blur
 from .kernels import disk_kernels, gaussian_kernels, motion_kernels
 
 _MAX_DROPS = 72
-
-
-_UNEVEN = 0.35
 _CLIPPED = 0.96
 
 
-def blur(image: Tensor, severity: Tensor, generator: torch.Generator) -> Tensor:
+def blur(
+    image: Tensor, severity: Tensor, generator: torch.Generator, uneven_share: float = 0.35
+) -> Tensor:
     """Motion, defocus, Gaussian or anisotropic Gaussian blur.
 
-    Lengths are in pixels of a picture whose short side is about 320. Over a third of the photos are
-    blurred as a camera does it, `_uneven`, the others by one kernel.
+    Lengths are in pixels of a picture whose short side is about 320. A share of the photos is
+    blurred as a camera does it, `_uneven`, the others by one kernel, as in the test sets.
     """
     draw = Draw(image, generator)
     mode = draw.choice(0.5, 0.2, 0.15, 0.15)
@@ -33,7 +32,7 @@ def blur(image: Tensor, severity: Tensor, generator: torch.Generator) -> Tensor:
     skewed = gaussian_kernels(1.4 * sigma, narrow, draw.uniform(0, math.pi))
     stack = torch.stack((motion, disk, gauss, skewed))
     kernel = stack[mode, torch.arange(draw.batch)]
-    uneven = draw.chance(_UNEVEN)
+    uneven = draw.chance(uneven_share)
     blurred = torch.empty_like(image)
     if len(chosen := members(uneven, 0)):
         place = draw.send(chosen)

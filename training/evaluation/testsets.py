@@ -18,6 +18,7 @@ import diff_restorer.degradations
 from diff_restorer.degradations import (
     KINDS,
     add_gaussian_noise,
+    blur,
     degrade,
     jpeg_codec,
 )
@@ -172,6 +173,8 @@ def make_lq(kind: str, image: Tensor, name: str, seed: int) -> tuple[Tensor, flo
         return image, None
     low, high = SEVERITIES
     severity = low + (high - low) * float(torch.rand((), generator=generator))
+    if kind == "blur":  # one kernel over the photo, as in the sets that were published first
+        return blur(image, torch.tensor([severity]), generator, uneven_share=0.0), severity
     return degrade(kind, image, severity, generator), severity
 
 

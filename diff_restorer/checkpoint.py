@@ -6,7 +6,7 @@ import json
 import os
 import tempfile
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
@@ -20,7 +20,10 @@ from .abstention import Abstention
 EPSILON, V_PREDICTION = "epsilon", "v_prediction"
 ONE_KIND, ANY_KINDS = "ce", "bce"
 FORMAT = "diff-restorer"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""Newest that this code reads: 2 has a decoder with a detail path, which code for 1 would leave out
+without a word."""
+DETAIL_PREFIX = "decoder.detail."
 REQUIRED_PREFIXES = ("prompt_processor.", "control.")
 BASE_PREFIXES = ("base.unet.", "base.vae.", "base.clip_vision.")
 
@@ -96,7 +99,8 @@ class CheckpointInfo:
     """Evaluation results."""
     abstention: Abstention | None = None
     """How sure the classifier must be before it is acted on; None acts on whatever it says."""
-    format_version: int = FORMAT_VERSION
+    format_version: int = 1
+    """The oldest that its tensors can do with; `write_checkpoint` raises it."""
 
     def to_metadata(self) -> dict[str, str]:
         """Metadata as safetensors stores it: strings only."""
@@ -260,6 +264,8 @@ def write_checkpoint(path: Path | str, tensors: Mapping[str, Tensor], info: Chec
     os.close(handle)
     try:
         contiguous = {key: tensor.detach().contiguous() for key, tensor in tensors.items()}
+        needed = 2 if any(key.startswith(DETAIL_PREFIX) for key in tensors) else 1
+        info = replace(info, format_version=max(needed, info.format_version))
         save_file(contiguous, temporary, metadata=info.to_metadata())
         # mkstemp makes the file private to its owner; a model is as readable as its folder.
         os.chmod(temporary, 0o644)

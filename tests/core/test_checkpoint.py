@@ -78,6 +78,14 @@ def test_abstention_is_an_entry_that_old_files_lack(tmp_path: Path) -> None:
         read_checkpoint(path)
 
 
+def test_a_detail_path_asks_for_the_second_format(tmp_path: Path) -> None:
+    """So that older packs refuse the file, instead of decoding without it."""
+    for name, version in (("decoder.fusion.1.film.bias", 1), ("decoder.detail.out.bias", 2)):
+        tensors = {name: torch.zeros(1)}
+        write_checkpoint(tmp_path / "made.safetensors", tensors, toy_weights.info())
+        assert read_checkpoint(tmp_path / "made.safetensors", ()).info.format_version == version
+
+
 def test_self_contained(nano: Path) -> None:
     checkpoint = read_checkpoint(nano)
     assert checkpoint.self_contained

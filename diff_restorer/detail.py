@@ -15,7 +15,7 @@ from .local import Condition, LocalPooled, film
 
 QUANTILES = 16
 """Brightness quantiles per colour channel that tell a photo's tone."""
-_MOST_ROWS = 256
+_MOST_ROWS = 128
 """Rows and columns of a photo that its quantiles are read from."""
 
 
@@ -26,13 +26,17 @@ def tone_quantiles(photo: Tensor) -> Tensor:
         photo: (B, 3, H, W) in [0, 1].
 
     Returns:
-        (B, 48) in [0, 1]: 16 quantiles of R, of G and of B, from 0.5 to 99.5 %.
+        (B, 48) in [0, 1], in steps of 1/255: 16 quantiles of R, of G and of B, from 0.5 to 99.5 %.
     """
     rows, columns = (max(1, side // _MOST_ROWS) for side in photo.shape[-2:])
-    ordered = photo[..., ::rows, ::columns].float().flatten(2).sort(dim=2).values
+    pixels = photo[..., ::rows, ::columns].float().flatten(2).clamp(0, 1)
+    # Counting the levels takes a tenth of the time of sorting the pixels.
+    counts = pixels.new_zeros(*pixels.shape[:2], 256)
+    counts.scatter_add_(2, (pixels * 255).round().long(), torch.ones_like(pixels))
     share = torch.linspace(0.005, 0.995, QUANTILES, device=photo.device)
-    places = (share * (ordered.shape[2] - 1)).round().long()
-    return ordered[:, :, places].flatten(1)
+    places = (share * (pixels.shape[2] - 1)).round() + 0.5
+    wanted = places.expand(*pixels.shape[:2], -1).contiguous()
+    return torch.searchsorted(counts.cumsum(dim=2), wanted).flatten(1) / 255
 
 
 @dataclass(frozen=True)

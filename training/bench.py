@@ -225,7 +225,7 @@ def measure(variant: Variant) -> dict[str, Any]:
     return asdict(variant) | found
 
 
-def measure_data(photos: Path, crops_per_part: int, batches: int = 40) -> dict[str, Any]:
+def measure_data(photos: Path, crops_per_part: int, batches: int = 60) -> dict[str, Any]:
     """Crops per second, and per second of processor time, that stage 2 is given: 16 of 128 px and
     the P_D view of each part in a batch, all kinds, photos decoded before."""
     torch.set_num_threads(1)

@@ -62,7 +62,7 @@ def clip_view(image: Tensor, size: int) -> Tensor:
 
 def to_8_bit(image: Tensor) -> Tensor:
     """Rounds [0, 1] pixels to steps of 1/255, as saving and loading a file does."""
-    return (image * 255).clamp(0, 255).round() / 255
+    return (image * 255).clamp_(0, 255).round_().div_(255)
 
 
 @dataclass(frozen=True)

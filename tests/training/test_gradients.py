@@ -345,13 +345,10 @@ def test_stage_2_decodes_sampled_latents_where_there_are_some(models: Models) ->
 def test_crops_of_one_part_share_its_p_d(models: Models) -> None:
     """As if each crop had brought the view of its part with it."""
     batch = batch_for(models)
-    views = {name: batch[name] for name in ("clip_view", "native_view")}
-    shared = (
-        batch | {name: view[:1] for name, view in views.items()} | {"part": torch.zeros(2).long()}
-    )
-    shared["quantiles"] = batch["quantiles"][:1]
-    own = batch | {name: view[:1].expand_as(view) for name, view in views.items()}
-    own["quantiles"] = batch["quantiles"][:1].expand(2, -1)
+    of_parts = {key: batch[key] for key in batch.keys() - {"gt", "lq", "part"}}
+    shared = batch | {key: value[:1] for key, value in of_parts.items()}
+    shared["part"] = torch.zeros(2, dtype=torch.int64)
+    own = batch | {key: value[:1].expand_as(value) for key, value in of_parts.items()}
     loss = stage_2(models)
     found, expected = (loss(b, torch.Generator().manual_seed(2))["loss"] for b in (shared, own))
     torch.testing.assert_close(found, expected)

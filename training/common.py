@@ -172,6 +172,7 @@ def open_data(
     seed: int,
     kinds: Sequence[str] = KINDS,
     reads: Set[str] = PICTURES,
+    store: PhotoStore | None = None,
 ) -> tuple[RestorationBatches, dict[str, Tensor]]:
     """Training batches and one fixed validation batch from photos that training never sees.
 
@@ -184,6 +185,7 @@ def open_data(
         seed: Of all draws.
         kinds: Types of degradations.
         reads: What the program reads in training; the rest is not made. Validation has it all.
+        store: Photos that are decoded already, and those that will be.
 
     Raises:
         ValueError: There is neither a photo nor a pair, nothing is left for one of both parts, or
@@ -192,7 +194,7 @@ def open_data(
     _check(config, sizes)
     if not config.photos and not config.pairs:
         raise ValueError("--data.photos or --data.pairs: give clean photos, paired sets, or both")
-    store = PhotoStore(config.memory_mb)
+    store = store or PhotoStore(config.memory_mb)
     pairs = (
         PairedPhotos(config.pairs, store, kinds).split(config.held_out)
         if config.pairs

@@ -2,7 +2,7 @@
 
 A TOML file has a table per program (`[train_control]`, `[nano.autoencoder]`), whose keys are the
 program's options (`[train_control.loop]` holds `--loop.*`), and may have a table `[common]` that
-is merged under each.
+is merged under each. `base = "nano"` before all tables starts from those of another preset.
 """
 
 from __future__ import annotations
@@ -152,16 +152,7 @@ def _preset_names() -> list[str]:
 
 def _table(kind: type[Any], preset: str) -> dict[str, Any]:
     """The preset's table for `kind`, with `[common]` merged under it."""
-    path = Path(preset) if preset.endswith(".toml") else PRESETS / f"{preset}.toml"
-    try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(
-            f"--config {preset}: no such preset or file; give {', '.join(_preset_names())} "
-            "or a path that ends in .toml"
-        ) from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"--config {preset}: {path} is not TOML: {error}") from error
+    tables = _tables(preset)
     common = tables.pop("common", {})
     for name in tables:
         if not _is_program(name):
@@ -178,6 +169,22 @@ def _table(kind: type[Any], preset: str) -> dict[str, Any]:
     shared = {k: v for k, v in common.items() if k in fields or k not in _SHARED}
     _reject_unknown(kind, shared, f"{preset}: [common]")
     return _merged(shared, own)
+
+
+def _tables(preset: str) -> dict[str, Any]:
+    """All tables of a preset, over those of the one that it names as its `base`."""
+    path = Path(preset) if preset.endswith(".toml") else PRESETS / f"{preset}.toml"
+    try:
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(
+            f"--config {preset}: no such preset or file; give {', '.join(_preset_names())} "
+            "or a path that ends in .toml"
+        ) from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"--config {preset}: {path} is not TOML: {error}") from error
+    base = tables.pop("base", None)
+    return tables if base is None else _merged(_tables(base), tables)
 
 
 def _is_program(name: str) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from diff_restorer.checkpoint import read_checkpoint, write_checkpoint
+from diff_restorer.checkpoint import CheckpointInfo, read_checkpoint, write_checkpoint
 
 from .checkpoints import compare_file, require_space
 from .common import DataConfig, ModelConfig, home, open_data, open_models, to_home
 from .config import run_program
 from .data import Mixing
 from .models import Models
+from .photos import PhotoStore
 
 log = logging.getLogger(__name__)
 
@@ -64,12 +65,44 @@ def main(config: Config) -> Path:
             f"({', '.join(sorted(models.ablations))}), which the nodes do not run; evaluate it "
             "with training's own programs"
         )
+    source = read_checkpoint(config.model.init[-1])
+    scores = source.info.scores if scores is None else scores
+    parts = sorted({_part(key) for key in source.keys})
+    fixed, written = write(models, parts, replace(source.info, scores=scores), config)
+    del models  # SD 1.5 twice would be much
+    return read_back(config, fixed, written)
+
+
+def write(
+    models: Models,
+    parts: Sequence[str],
+    info: CheckpointInfo,
+    config: Config,
+    store: PhotoStore | None = None,
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Give models their class prototypes, and write them.
+
+    Args:
+        models: Are changed.
+        parts: File prefixes to write.
+        info: Metadata, whose paths are shortened.
+        config: Settings.
+        store: Photos that are decoded already.
+
+    Returns:
+        A validation batch and its pooled P_D, for `read_back`.
+
+    Raises:
+        ValueError: No sample of some type was drawn, a weight is too large for fp16, or the file
+            reads back other than it was written.
+        DiskError: There is too little room for the file.
+    """
     # A mix would say little of each of its kinds.
     data = replace(config.data, crops_per_part=1, mixing=Mixing())
     reads = {models.degradation_key}
-    train, validation = open_data(data, models.sizes, 1234, models.types, reads)
+    train, validation = open_data(data, models.sizes, 1234, models.types, reads, store)
     train = train.sized(16)
-    numbers = tqdm(range(-(-config.samples // 16)), unit="batch")
+    numbers = tqdm(range(-(-config.samples // 16)), unit="batch", disable=None)
     pooled, kinds = pooled_p_d(models, (train.finish(train[n], home()) for n in numbers))
     for index, kind in enumerate(models.types):
         rows = kinds[:, index] > 0
@@ -77,25 +110,27 @@ def main(config: Config) -> Path:
             raise ValueError(f"--samples: {config.samples} are too few, none of type {kind!r}")
         models.prompt.prototypes[index] = pooled[rows].mean(dim=0)
 
-    source = read_checkpoint(config.model.init[-1])
-    prefixes = sorted({_part(key) for key in source.keys})
-    scores = source.info.scores if scores is None else scores
-    info = replace(source.info, scores=scores, config=without_folders(source.info.config))
-    tensors = models.file_tensors(prefixes, torch.float16)
+    tensors = models.file_tensors(parts, torch.float16)
     for name, value in tensors.items():
         if value.is_floating_point() and not value.isfinite().all():
-            raise ValueError(f"--model.init: {source.path}: {name} is not finite in fp16")
+            raise ValueError(f"{config.out}: {name} is not finite in fp16")
     config.out.parent.mkdir(parents=True, exist_ok=True)
     needed = sum(value.nbytes for value in tensors.values()) + 2**20
     require_space(config.out.parent, needed, "its tensors")
-    write_checkpoint(config.out, tensors, info)
+    write_checkpoint(config.out, tensors, replace(info, config=without_folders(info.config)))
     compare_file(config.out, tensors)
-
     validation = to_home(validation)
-    written = pooled_p_d(models, [validation])[0]
-    del models  # SD 1.5 twice would be much
-    again, _ = open_models(replace(config.model, init=(config.out,)))
-    difference = (pooled_p_d(again, [validation])[0] - written).abs().max()
+    return validation, pooled_p_d(models, [validation])[0]
+
+
+def read_back(config: Config, fixed: dict[str, Tensor], written: Tensor) -> Path:
+    """Check that the file reads P_D as training did; returns its path.
+
+    Raises:
+        ValueError: It does not.
+    """
+    models, _ = open_models(replace(config.model, init=(config.out,)))
+    difference = (pooled_p_d(models, [fixed])[0] - written).abs().max()
     if difference > 0.05:
         raise ValueError(f"{config.out}: P_D read back differs by {difference:.3f} from training")
     size = config.out.stat().st_size / 1e6

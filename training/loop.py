@@ -43,9 +43,8 @@ class LoopConfig:
     epochs: float = 0.0
     """Passes over the photos."""
     minutes: float = 0.0
-    """A time box, from the first validation to the last file, on whatever machine: warm-up and
-    decay go by time, and a run that goes on has the time that was left. Reading the photos comes
-    before it."""
+    """A time box, from reading the photos to the last file, on whatever machine: warm-up and decay
+    go by time, and a run that goes on has the time that was left."""
     batch_size: int = 8
     """Samples per process and batch."""
     accumulate: int = 1
@@ -109,6 +108,8 @@ class Stage:
     limited by itself. None: the norm of the whole is."""
     check: Callable[[Path], None] | None = None
     """Raises an error that names the file where it reads back other than it was exported."""
+    parts: tuple[str, ...] = ()
+    """File prefixes of what the file holds."""
 
 
 def count_steps(config: LoopConfig, photos: int, processes: int) -> LoopConfig:
@@ -182,6 +183,7 @@ def fit(
     Returns:
         Where the time went.
     """
+    torch.backends.cudnn.benchmark = True  # faster; nothing has to come out the same again
     trained = _Run(stage, data, config, program or config, in_files=False)
     return trained.train(began or time.perf_counter())
 

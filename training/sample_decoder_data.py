@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import shutil
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -24,10 +26,11 @@ from diff_restorer.checkpoint import open_safetensors
 from .checkpoints import require_space
 from .common import DataConfig, ModelConfig, Precision, half, home, open_data, open_models
 from .config import run_program
-from .data import load, seeded
+from .data import RestorationBatches, load, seeded
 from .diffusion import sample
 from .evaluation.pictures import file_digest
 from .models import Models, to_pixels
+from .photos import PhotoStore
 
 log = logging.getLogger(__name__)
 
@@ -58,8 +61,12 @@ class Config:
     """Data processes."""
 
 
-def main(config: Config) -> Path:
+def main(config: Config, until: float = math.inf) -> Path:
     """Sample and write, with a progress bar; goes on where a killed run was.
+
+    Args:
+        config: Settings.
+        until: When to stop with what there is, of `time.perf_counter`.
 
     Raises:
         ValueError: The latents or parts that are there belong to other settings, or several
@@ -79,7 +86,7 @@ def main(config: Config) -> Path:
         log.info("%s is complete", config.out)
         return config.out
     parts.mkdir(parents=True, exist_ok=True)
-    numbers = range(config.first_batch, config.first_batch - (-config.samples // config.batch_size))
+    numbers = batch_numbers(config)
     latents = len(numbers) * config.batch_size
     needed = 2 * latents * 2 * 4 * (config.data.crop // 8) ** 2 + 2**20
     require_space(parts, needed, "latents")
@@ -91,9 +98,10 @@ def main(config: Config) -> Path:
     os.replace(temporary, record)
 
     if missing := [number for number in numbers if not _part(parts, number).exists()]:
-        _sample(config, parts, missing, latents)
-    found = [load_file(_part(parts, number))["latents"] for number in numbers]
-    joined = {"numbers": torch.tensor(numbers), "latents": torch.stack(found)}
+        _sample(config, parts, missing, latents, until)
+    done = [number for number in numbers if _part(parts, number).exists()]
+    found = [load_file(_part(parts, number))["latents"] for number in done]
+    joined = {"numbers": torch.tensor(done), "latents": torch.stack(found)}
     with open_safetensors(_part(parts, numbers[0])) as file:
         origin = file.metadata()["origin"]
     _save(config.out, joined, {"settings": settings, "origin": origin})
@@ -102,26 +110,48 @@ def main(config: Config) -> Path:
 
 
 @torch.no_grad()
-def _sample(config: Config, parts: Path, numbers: list[int], total: int) -> None:
+def _sample(config: Config, parts: Path, numbers: list[int], total: int, until: float) -> None:
     models, _ = open_models(
         config.model, ("base.vae.", "base.clip_vision.", "base.unet.", "control.")
     )
-    dtype = half(config.precision)
-    models.freeze(dtype)
-    reads = {"lq", "clip_view", models.degradation_key}
-    train, _ = open_data(config.data, models.sizes, config.seed, models.types, reads)
-    train = train.sized(config.batch_size)
+    models.freeze(half(config.precision))
+    train = open_batches(models, config)
     origin = json.dumps(train.origin())
-    batches = load(train, numbers, home(), config.workers)
     done = total - len(numbers) * config.batch_size
     with tqdm(total=total, initial=done, unit="latent", smoothing=0.05) as bar:
-        for number, batch in zip(numbers, batches, strict=True):
-            noise = seeded(config.seed, 2, number)
-            with torch.autocast(home().type, dtype, enabled=dtype != torch.float32):
-                latents = _restore(models, batch, config.steps, noise)
-            part = {"latents": latents.half().cpu().contiguous()}
-            _save(_part(parts, number), part, {"origin": origin})
+        for number, latents in sampled(models, train, numbers, config):
+            _save(_part(parts, number), {"latents": latents}, {"origin": origin})
             bar.update(config.batch_size)
+            if time.perf_counter() > until:
+                break
+
+
+def open_batches(
+    models: Models, config: Config, store: PhotoStore | None = None
+) -> RestorationBatches:
+    """The batches that latents are sampled for, with what stage 1 reads."""
+    reads = {"lq", "clip_view", models.degradation_key}
+    train, _ = open_data(config.data, models.sizes, config.seed, models.types, reads, store)
+    return train.sized(config.batch_size)
+
+
+@torch.no_grad()
+def sampled(
+    models: Models, batches: RestorationBatches, numbers: Sequence[int], config: Config
+) -> Iterator[tuple[int, Tensor]]:
+    """Number and latents, (B, 4, h, w) fp16, of each batch, one after the other."""
+    dtype = half(config.precision)
+    loaded = load(batches, numbers, home(), config.workers)
+    for number, batch in zip(numbers, loaded, strict=True):
+        noise = seeded(config.seed, 2, number)
+        with torch.autocast(home().type, dtype, enabled=dtype != torch.float32):
+            latents = _restore(models, batch, config.steps, noise)
+        yield number, latents.half().cpu().contiguous()
+
+
+def batch_numbers(config: Config) -> range:
+    """Those of the batches, as many as have all samples."""
+    return range(config.first_batch, config.first_batch - (-config.samples // config.batch_size))
 
 
 def _restore(

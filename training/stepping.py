@@ -152,7 +152,8 @@ class Stepper:
         if not self._ahead:
             with self.clock.part("optimizer"):
                 self._update(norms)
-            if self._optimizer.step_was_skipped and self._accelerator.scaler.get_scale() < 1:
+            scaler = self._accelerator.scaler
+            if scaler is not None and self._optimizer.step_was_skipped and scaler.get_scale() < 1:
                 raise NonFiniteError(describe(step, parts, learned, batch, self._trainable))
         self._optimizer.zero_grad(set_to_none=True)
         for name in values:

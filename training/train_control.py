@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -13,23 +13,23 @@ from torch.nn import functional as F
 
 from diff_restorer.checkpoint import V_PREDICTION
 
-from .checkpoints import compare_file
 from .common import (
     DataConfig,
     ModelConfig,
-    checkpoint_info,
     half,
     in_batches,
     open_data,
-    open_models,
     to_home,
 )
 from .config import run_program
+from .data import Batches
 from .diffusion import TIMESTEPS, first_step_noise, sample, scheduler
-from .loop import LoopConfig, Stage, maybe_compile, run
+from .loop import LoopConfig, Stage, maybe_compile
 from .losses import Classification, band_means, kind_loss, kind_scores
 from .models import SD15, Models, psnr, to_pixels
+from .photos import PhotoStore
 from .sheets import save_sheet
+from .stages import run_stage, stage_of
 
 Loss = Callable[[dict[str, Tensor], torch.Generator], dict[str, Tensor]]
 
@@ -157,12 +157,20 @@ def main(config: Config) -> Path:
     needed = ("base.vae.", "base.clip_vision.")
     if not config.train_degradation:
         needed += ("prompt_processor.",)
-    models, found = open_models(config.model, needed, config.loop.seed)
+    return run_stage(build, config, needed)
+
+
+def build(
+    models: Models, found: set[str], config: Config, store: PhotoStore | None = None
+) -> tuple[Stage, Batches]:
+    """The stage, and its data from the photos of `store`."""
     if "control." not in found:
         models.start_control()
     trainable = prepare(models, config)
     reads = {"gt", "lq", "clip_view", models.degradation_key}
-    train, fixed = open_data(config.data, models.sizes, config.loop.seed, models.types, reads)
+    train, fixed = open_data(
+        config.data, models.sizes, config.loop.seed, models.types, reads, store
+    )
     validation = to_home(fixed)
 
     @torch.no_grad()
@@ -193,14 +201,7 @@ def main(config: Config) -> Path:
 
     made = sorted(found | {"base.unet.", "control.", "prompt_processor."})
 
-    def export(path: Path, settings: dict[str, Any]) -> None:
-        models.save(path, made, checkpoint_info(models, settings), torch.float32)
-
-    def check(path: Path) -> None:
-        compare_file(path, models.file_tensors(made, torch.float32))
-
-    stage = Stage(trainable, make_loss(models, config), validate, export, check=check)
-    return run(stage, train, config.loop, config)
+    return stage_of(models, made, trainable, make_loss(models, config), validate), train
 
 
 if __name__ == "__main__":

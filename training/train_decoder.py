@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, NamedTuple, Self
 
 import torch
 from safetensors.torch import load_file
@@ -17,21 +17,18 @@ from diff_restorer import aware_decode, encode_with_features
 from diff_restorer.checkpoint import open_safetensors
 from diff_restorer.decoder import PIXELS, Features
 
-from .checkpoints import compare_file
 from .common import (
     DataConfig,
     ModelConfig,
-    checkpoint_info,
     half,
     in_batches,
     open_data,
-    open_models,
     to_home,
 )
 from .config import run_program
-from .data import Batch, Item, RestorationBatches, seeded, to_device
+from .data import Batch, Batches, Item, RestorationBatches, seeded, to_device
 from .diffusion import sample
-from .loop import LoopConfig, Stage, maybe_compile, run
+from .loop import LoopConfig, Stage, maybe_compile
 from .losses import (
     PatchDiscriminator,
     Perceptual,
@@ -41,7 +38,9 @@ from .losses import (
     psnr_loss,
 )
 from .models import Models, own_precision, psnr, psnr_gain, suited, to_pixels
+from .photos import PhotoStore
 from .sheets import save_sheet
+from .stages import run_stage, stage_of
 
 
 @dataclass(frozen=True)
@@ -97,43 +96,54 @@ SAMPLED = "sampled"
 """Key of a batch whose latents are to be sampled, of no size."""
 
 
+class Sampled(NamedTuple):
+    """Latents that stage 1 sampled."""
+
+    numbers: list[int]
+    """Of their batches."""
+    latents: Tensor
+    """(M, B, 4, h, w), scaled."""
+    seed: int
+    """Of the batches."""
+
+
 class DecoderBatches(Dataset[Any]):
     """Fresh batches without latents, and batches with the latents that stage 1 sampled."""
 
     def __init__(
-        self, batches: RestorationBatches, latents: Path | None = None, share: float = 0.0
+        self, batches: RestorationBatches, sampled: Sampled | None = None, share: float = 0.0
     ) -> None:
-        """Opens the sampled latents.
+        """Puts both together.
 
         Args:
             batches: Fresh ones, of the size that the latents were sampled in.
-            latents: File of `sample_decoder_data`; without it the batches of `share` ask for
-                latents to be sampled.
+            sampled: Latents; without them the batches of `share` ask for latents to be sampled.
             share: Of the batches with sampled latents.
-
-        Raises:
-            ValueError: As `as_sampled`.
         """
-        self.batches, self.file, self.share = batches, latents, share
-        if latents:
-            self.sampled, cached = as_sampled(batches, latents), load_file(latents)
-            self.numbers, self.latents = cached["numbers"].tolist(), cached["latents"]
+        self.batches, self.sampled, self.share = batches, sampled, share
+        self.again = batches.with_seed(sampled.seed) if sampled else batches
 
     def __len__(self) -> int:
         return len(self.batches)
 
     def sized(self, batch_size: int) -> Self:
-        """The same in batches of another size."""
-        return type(self)(self.batches.sized(batch_size), self.file, self.share)
+        """The same in batches of another size, which sampled ones cannot have."""
+        if self.sampled and batch_size != self.batches.batch_size:
+            raise ValueError(
+                f"--loop.batch-size: found {batch_size}, but the latents were sampled in batches "
+                f"of {self.batches.batch_size}"
+            )
+        return type(self)(self.batches.sized(batch_size), self.sampled, self.share)
 
     def __getitem__(self, number: int) -> tuple[Item, dict[str, Tensor]]:
         generator = seeded(self.batches.seed, 3, number)
         if float(torch.rand((), generator=generator)) >= self.share:
             return self.batches[number], {}
-        if self.file is None:
+        if self.sampled is None:
             return self.batches[number], {SAMPLED: torch.empty(0)}
-        place = int(torch.randint(len(self.numbers), (), generator=generator))
-        return self.sampled[self.numbers[place]], {"latent": self.latents[place].float()}
+        place = int(torch.randint(len(self.sampled.numbers), (), generator=generator))
+        latent = self.sampled.latents[place].float()
+        return self.again[self.sampled.numbers[place]], {"latent": latent}
 
     def finish(self, item: tuple[Item, dict[str, Tensor]], device: torch.device) -> Batch:
         """The batch on `device`, with the key `latent`, (B, 4, h, w), where it was sampled, and
@@ -143,8 +153,8 @@ class DecoderBatches(Dataset[Any]):
         return self.batches.finish(drawn, device) | moved
 
 
-def as_sampled(batches: RestorationBatches, latents: Path) -> RestorationBatches:
-    """The batches that a file's latents were sampled from: those of its seed.
+def read_sampled(batches: RestorationBatches, latents: Path) -> Sampled:
+    """Latents of a file, which must belong to these photos and settings.
 
     Raises:
         ValueError: They came from other photos or settings, so that latents and photos would not
@@ -157,14 +167,14 @@ def as_sampled(batches: RestorationBatches, latents: Path) -> RestorationBatches
             f"--latents: {latents} does not tell what its photos were; make it anew with "
             "training.sample_decoder_data"
         )
-    batches = batches.with_seed(told["seed"])
-    for name, found in batches.origin().items():
+    for name, found in batches.with_seed(told["seed"]).origin().items():
         if told.get(name) != found:
             raise ValueError(
                 f"--latents: {latents} was sampled with {name} {told.get(name)}, this run has "
                 f"{found}; give both programs the same --data and batch size"
             )
-    return batches
+    held = load_file(latents)
+    return Sampled(held["numbers"].tolist(), held["latents"], told["seed"])
 
 
 def doubted(pooled: Tensor, share: float, generator: torch.Generator) -> Tensor:
@@ -325,9 +335,28 @@ def _check_sampling(models: Models, config: Config, found: set[str]) -> None:
 
 def main(config: Config) -> Path:
     """Train, and write the complete file."""
-    models, found = open_models(
-        config.model, ("base.vae.", "base.clip_vision.", "prompt_processor."), config.loop.seed
-    )
+    return run_stage(build, config, ("base.vae.", "base.clip_vision.", "prompt_processor."))
+
+
+def build(
+    models: Models,
+    found: set[str],
+    config: Config,
+    store: PhotoStore | None = None,
+    sampled: Sampled | None = None,
+) -> tuple[Stage, Batches]:
+    """The stage, and its data from the photos of `store`.
+
+    Args:
+        models: Are changed.
+        found: File prefixes that they have.
+        config: Settings of the program.
+        store: Photos that are decoded already.
+        sampled: Latents of stage 1, where they are in no file.
+
+    Raises:
+        ValueError: As `prepare` and `read_sampled`.
+    """
     if not found & set(models.decoder_parts):
         models.start_decoder()
     prepare(models, config)
@@ -335,11 +364,15 @@ def main(config: Config) -> Path:
     reads = {"gt", "lq", "quantiles", models.degradation_key}
     if config.sample_steps:
         reads.add("clip_view")
-    train, fixed = open_data(config.data, models.sizes, config.loop.seed, models.types, reads)
+    train, fixed = open_data(
+        config.data, models.sizes, config.loop.seed, models.types, reads, store
+    )
     validation = to_home(fixed)
     train = train.sized(config.loop.batch_size)
-    share = config.sampled_share if config.latents or config.sample_steps else 0.0
-    batches = DecoderBatches(train, config.latents, share)
+    if config.latents is not None:
+        sampled = read_sampled(train, config.latents)
+    share = config.sampled_share if sampled or config.sample_steps else 0.0
+    batches = DecoderBatches(train, sampled, share)
     loss = DecoderLoss(models, config)
 
     @torch.no_grad()
@@ -379,21 +412,11 @@ def main(config: Config) -> Path:
 
     others = {prefix for prefix in found if not prefix.startswith("decoder.")}
     parts = (*sorted(others | {"prompt_processor."}), *models.decoder_parts)
-
-    def export(path: Path, settings: dict[str, Any]) -> None:
-        models.save(path, parts, checkpoint_info(models, settings), torch.float32)
-
-    def check(path: Path) -> None:
-        compare_file(path, models.file_tensors(parts, torch.float32))
-
     sides = () if loss.discriminator is None else (models.decoder, loss.discriminator)
-    stage = Stage(
-        *(loss.trainable, loss, validate, export),
-        check=check,
-        begin_step=loss.begin_step,
-        opponents=sides,
+    return (
+        stage_of(models, parts, loss.trainable, loss, validate, loss.begin_step, sides),
+        batches,
     )
-    return run(stage, batches, config.loop, config)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,29 @@
-"""Make Nano from a folder of photos, all stages in order: `python -m training.nano --help`."""
+"""Make Nano from photos, all stages in order: `python -m training.nano --help`."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import logging
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from .. import config, export, sample_decoder_data, train_control, train_decoder
-from . import autoencoder, vision
+import torch
 
+from .. import config, export, sample_decoder_data, train_control, train_decoder
+from ..common import ModelConfig, checkpoint_info, home, open_models
+from ..errors import DiskError, NonFiniteError
+from . import autoencoder, vision
+from .keeping import InFiles, InMemory, Keeping
+from .summary import tell
+from .timetable import Timetable
+
+log = logging.getLogger(__name__)
+
+SHIPPED = Path(__file__).parents[2] / "models" / "diff_restorer_nano.safetensors"
 TINY_LOOP = {
     "steps": 6,
     "batch_size": 2,
@@ -21,67 +36,186 @@ TINY_LOOP = {
 
 @dataclass(frozen=True)
 class Recipe:
-    """The whole pipeline; a stage that was interrupted goes on where its checkpoint is."""
+    """The whole pipeline: from photos in files, where a stage that was interrupted goes on at its
+    checkpoint, or from a pack in memory, on one device and with one file at the end."""
 
-    photos: Path
-    """Clean photos: a folder, a text list or a CSV manifest."""
+    photos: Path | None = None
+    """Clean photos: a folder, a text list, a CSV manifest or tar shards. Every stage keeps
+    checkpoints and hands on a file."""
+    pack: Path | None = None
+    """Clean photos of `training.pack`. All stages run in this process, with nothing between them
+    but memory."""
+    minutes: float = 0.0
+    """Time box of the whole, finished file included; 0 takes the steps of the preset."""
+    init: Path | None = None
+    """A finished Nano to fit to these photos: stage 1 and the decoder train on, its VAE, vision
+    encoder and P_D stay. Without it they begin anew."""
+    vae: Path | None = SHIPPED
+    """Without `init`: the file whose VAE is taken, by default that of the Nano that comes with this
+    repository; None trains one first."""
     out: Path = Path("runs/nano")
     """Folder of all runs; the finished file is <out>/diff_restorer_nano.safetensors."""
-    preset: str = "nano"
-    """Settings of all stages: a preset or a TOML file, see training/configs."""
+    preset: str = ""
+    """Settings of all stages: a preset or a TOML file, see training/configs; none: `nano`, on a GPU
+    `nano_gpu`."""
+    device: Literal["auto", "cuda"] = "auto"
+    """`cuda` fails where there is no GPU; auto then takes the CPU."""
     start_steps: int = 3000
-    """Steps of stage 2 on latents of clean photos, before those that stage 1 samples."""
+    """Steps of stage 2 on latents of clean photos, before those that stage 1 samples; a time box
+    has a share for it."""
     steps: Literal["full", "tiny"] = "full"
     """`tiny` runs every stage on a few steps to show that the pipeline works."""
-    workers: int = 1
-    """Data processes."""
+    workers: int | None = None
+    """Data processes; none: 1, beside a GPU up to 8."""
     scores: Path | None = None
-    """scores.json of an evaluation, for the file's metadata."""
+    """scores.json of an evaluation, for the file's metadata (with `photos`)."""
+
+    def stages(self) -> list[str]:
+        """Those that this recipe runs, in order."""
+        first = [] if self.vae else ["autoencoder"]
+        first = [] if self.init else [*first, "vision"]
+        return [*first, "control", "latents", "decoder_start", "decoder", "export"]
 
 
 def main(recipe: Recipe) -> Path:
-    """Run the stages one after another."""
+    """Run the stages one after another.
+
+    Raises:
+        ValueError: Not one of photos and pack is given, there is no such file or device, or a box
+            is too short.
+        NonFiniteError: Names the stage and what is not finite in it; what was trained before it is
+            written to <out>/unfinished.safetensors.
+    """
+    began = time.perf_counter()
+    _check(recipe)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    table = Timetable(recipe.minutes, recipe.stages())
+    keeping = _keeping(recipe)
+    try:
+        finished = _stages(recipe, table, keeping)
+    except BaseException:
+        if isinstance(keeping, InMemory):
+            keeping.rescue(recipe.out / "unfinished.safetensors")
+        raise
+    if isinstance(keeping, InMemory):
+        tell(recipe.out, keeping.spent, time.perf_counter() - began)
+    return finished
+
+
+def _check(recipe: Recipe) -> None:
+    if (recipe.photos is None) == (recipe.pack is None):
+        raise ValueError(
+            "--photos, --pack: give one of them: photos train in files, a pack in memory"
+        )
+    if recipe.pack is not None and not recipe.pack.is_file():
+        raise ValueError(
+            f"--pack: {recipe.pack} does not exist; make it where the photos are: "
+            "python -m training.pack PHOTOS --out photos.pack"
+        )
+    for name in ("init", "vae"):
+        path = getattr(recipe, name)
+        if path is not None and not path.is_file():
+            raise ValueError(f"--{name}: {path} does not exist; give a Nano's .safetensors")
+    if recipe.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            f"--device cuda: torch {torch.__version__} finds no GPU; leave it out to train on the "
+            "CPU"
+        )
+    if recipe.minutes and recipe.steps == "tiny":
+        raise ValueError("--minutes, --steps tiny: give one of them")
+
+
+def _keeping(recipe: Recipe) -> InFiles | InMemory:
+    """Files or memory, with what the recipe starts from."""
+    networks = _settings(recipe, vision, "vision", 0.0)
+    init = (recipe.init,) if recipe.init else ()
+    if recipe.vae and not recipe.init:
+        init = (_vae_alone(recipe.out, replace(networks.model, init=(recipe.vae,))),)
+    if recipe.photos is not None:
+        return InFiles(init)
+    return InMemory(replace(networks.model, init=init), networks.loop.seed)
+
+
+def _vae_alone(out: Path, config: ModelConfig) -> Path:
+    """A file with nothing but the VAE of another: what else that has must not be started from."""
+    path = out / "vae.safetensors"
+    if not path.exists():
+        models, _ = open_models(config, ("base.vae.",))
+        own = "nano.autoencoder"
+        models.history = {name: told for name, told in models.history.items() if name == own}
+        out.mkdir(parents=True, exist_ok=True)
+        models.save(path, ("base.vae.",), checkpoint_info(models, {}), torch.float32)
+    return path
+
+
+def _stages(recipe: Recipe, table: Timetable, keeping: Keeping) -> Path:
+    """All stages, in order; an error says in which it was."""
+
+    def train(program: Any, name: str, **more: Any) -> None:
+        log.info("%s", name)
+        minutes = table.minutes(name)
+        with _named(name, minutes, recipe):
+            settings = _settings(recipe, program, name, minutes, **more)
+            keeping.train(program, settings, table.slot(name))
+
+    stages = recipe.stages()
+    if "autoencoder" in stages:
+        train(autoencoder, "autoencoder")
+    if "vision" in stages:
+        train(vision, "vision")
     tiny = recipe.steps == "tiny"
-    photos = {"photos": str(recipe.photos)}
     sampling = {"validation_steps": 2} if tiny else {}
-
-    def run(program: Any, *init: Path, **settings: Any) -> Path:
-        """Run one program with the preset's settings, from the files `init`."""
-        model = {"init": [str(path) for path in init]}
-        overrides = {"data": photos, "model": model, **settings}
-        return program.main(config.load(program.Config, recipe.preset, overrides))
-
-    def train(program: Any, name: str, *init: Path, **settings: Any) -> Path:
-        """Run one stage in a run folder of its own."""
-        loop: dict[str, Any] = {"out": str(recipe.out / name), "workers": recipe.workers}
-        loop |= settings.pop("loop", {}) | (TINY_LOOP if tiny else {})
-        return run(program, *init, loop=loop, **settings)
-
-    base = train(autoencoder, "autoencoder")
-    eyes = train(vision, "vision")
-    control = train(train_control, "control", eyes, base, **sampling)
-    latents = run(
-        sample_decoder_data,
-        control,
+    train(train_control, "control", **sampling)
+    decoder = _settings(recipe, train_decoder, "decoder", 0.0)
+    few = {"samples": 4, "steps": 2} if tiny else {}
+    settings = _settings(
+        *(recipe, sample_decoder_data, "latents", 0.0),
         out=str(recipe.out / "latents.safetensors"),
-        **({"samples": 4, "steps": 2, "batch_size": TINY_LOOP["batch_size"]} if tiny else {}),
+        batch_size=decoder.loop.batch_size,
+        **few,
     )
-    start = train(
-        train_decoder,
-        "decoder_start",
-        control,
-        loop={"steps": recipe.start_steps, "decay": False},
-        sampled_share=0.0,
-        **sampling,
-    )
-    decoder = train(train_decoder, "decoder", start, latents=str(latents), **sampling)
-    return run(
-        export,
-        decoder,
+    with _named("latents", 0.0, recipe):
+        keeping.sample(settings, table.slot("latents"))
+    start = {"decay": False} | ({} if recipe.minutes else {"steps": recipe.start_steps})
+    train(train_decoder, "decoder_start", loop=start, sampled_share=0.0, **sampling)
+    train(train_decoder, "decoder", **sampling)
+    release = _settings(
+        *(recipe, export, "export", 0.0),
         out=str(recipe.out / "diff_restorer_nano.safetensors"),
         **({"samples": 64} if tiny else {}),
         **({"scores": str(recipe.scores)} if recipe.scores else {}),
     )
+    with _named("export", 0.0, recipe):
+        return keeping.export(release)
+
+
+def _settings(recipe: Recipe, program: Any, name: str, minutes: float, **more: Any) -> Any:
+    """A program's settings: the preset's, and over them what the recipe and the stage say."""
+    photos = {"photos": str(recipe.photos or recipe.pack)}
+    settings = {"data": photos, **more}
+    workers = _workers() if recipe.workers is None else recipe.workers
+    if "loop" in (fields := program.Config.__dataclass_fields__):
+        loop: dict[str, Any] = {"out": str(recipe.out / name), "workers": workers}
+        loop |= more.get("loop", {}) | (TINY_LOOP if recipe.steps == "tiny" else {})
+        settings["loop"] = loop | ({"minutes": minutes} if minutes else {})
+    elif "workers" in fields:
+        settings["workers"] = workers
+    preset = recipe.preset or ("nano_gpu" if home().type == "cuda" else "nano")
+    return config.load(program.Config, preset, settings)
+
+
+def _workers() -> int:
+    return min(8, max(1, (os.cpu_count() or 1) - 1)) if home().type == "cuda" else 1
+
+
+@contextmanager
+def _named(name: str, minutes: float, recipe: Recipe) -> Iterator[None]:
+    """Errors of a stage begin with its name."""
+    try:
+        yield
+    except (ValueError, NonFiniteError, DiskError) as error:
+        share = f", {minutes:.2g} of --minutes {recipe.minutes:g}" if minutes else ""
+        raise type(error)(f"{name}{share}: {error}") from error
 
 
 if __name__ == "__main__":

@@ -9,12 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checkpoints import compare_file
-from ..common import DataConfig, ModelConfig, checkpoint_info, open_data, open_models, to_home
+from ..common import DataConfig, ModelConfig, open_data, to_home
 from ..config import run_program
-from ..loop import LoopConfig, Stage, maybe_compile, run
-from ..models import psnr, to_pixels
+from ..data import Batches
+from ..loop import LoopConfig, Stage, maybe_compile
+from ..models import Models, psnr, to_pixels
+from ..photos import PhotoStore
 from ..sheets import save_sheet
+from ..stages import run_stage, stage_of
 
 
 @dataclass(frozen=True)
@@ -83,12 +85,18 @@ def start_as_box_average(vae: Any) -> None:
 
 def main(config: Config) -> Path:
     """Train, and write a file with `base.vae.`."""
-    models, found = open_models(config.model, seed=config.loop.seed)
+    return run_stage(build, config)
+
+
+def build(
+    models: Models, found: set[str], config: Config, store: PhotoStore | None = None
+) -> tuple[Stage, Batches]:
+    """The stage, and its data from the photos of `store`."""
     vae = models.vae
     if "base.vae." not in found:
         start_as_box_average(vae)
     train, fixed = open_data(
-        config.data, models.sizes, config.loop.seed, models.types, {"gt", "lq"}
+        config.data, models.sizes, config.loop.seed, models.types, {"gt", "lq"}, store
     )
     validation = to_home(fixed)
 
@@ -119,15 +127,7 @@ def main(config: Config) -> Path:
             "latent_std": float(latent.std()),
         }
 
-    parts = ("base.vae.",)
-
-    def export(path: Path, settings: dict[str, Any]) -> None:
-        models.save(path, parts, checkpoint_info(models, settings), torch.float32)
-
-    def check(path: Path) -> None:
-        compare_file(path, models.file_tensors(parts, torch.float32))
-
-    return run(Stage(vae, loss, validate, export, check=check), train, config.loop, config)
+    return stage_of(models, ("base.vae.",), vae, loss, validate), train
 
 
 if __name__ == "__main__":

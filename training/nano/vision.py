@@ -11,13 +11,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..checkpoints import compare_file
-from ..common import DataConfig, ModelConfig, checkpoint_info, home, open_data, open_models, to_home
+from ..common import DataConfig, ModelConfig, home, open_data, to_home
 from ..config import run_program
-from ..loop import LoopConfig, Stage, maybe_compile, run
+from ..data import Batches
+from ..loop import LoopConfig, Stage, maybe_compile
 from ..losses import Classification, kind_loss, kind_scores
-from ..models import clip_tokens
+from ..models import Models, clip_tokens
+from ..photos import PhotoStore
 from ..sheets import save_sheet
+from ..stages import run_stage, stage_of
 
 
 @dataclass(frozen=True)
@@ -104,11 +106,17 @@ def measures(batch: dict[str, Tensor]) -> Tensor:
 
 def main(config: Config) -> Path:
     """Train, and write a file with `base.clip_vision.` and `prompt_processor.`."""
-    models, found = open_models(config.model, seed=config.loop.seed)
+    return run_stage(build, config)
+
+
+def build(
+    models: Models, found: set[str], config: Config, store: PhotoStore | None = None
+) -> tuple[Stage, Batches]:
+    """The stage, and its data from the photos of `store`."""
     models.classification = config.classification
     data = replace(config.data, crops_per_part=1)  # a photo is a view here, and no crop is read
     reads = {"native_view", "tone"}
-    train, validation = open_data(data, models.sizes, config.loop.seed, models.types, reads)
+    train, validation = open_data(data, models.sizes, config.loop.seed, models.types, reads, store)
     if "base.clip_vision." not in found:
         start_as_spectrum(models.vision, validation["native_view"])
     ruler = nn.Linear(models.prompt.config.context_width, len(MEASURES)).to(home())
@@ -146,14 +154,7 @@ def main(config: Config) -> Path:
         return {name: float(value) for name, value in scores.items()}
 
     parts = ("base.clip_vision.", "prompt_processor.")
-
-    def export(path: Path, settings: dict[str, Any]) -> None:
-        models.save(path, parts, checkpoint_info(models, settings), torch.float32)
-
-    def check(path: Path) -> None:
-        compare_file(path, models.file_tensors(parts, torch.float32))
-
-    return run(Stage(trainable, loss, validate, export, check=check), train, config.loop, config)
+    return stage_of(models, parts, trainable, loss, validate), train
 
 
 if __name__ == "__main__":

@@ -1,0 +1,146 @@
+"""How one stage of Nano hands its result to the next: in files that resume, or in memory."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from .. import export, sample_decoder_data, train_decoder
+from ..common import checkpoint_info, home, open_models
+from ..config import settings, table_name
+from ..loop import Spent, fit
+from ..photos import PhotoStore
+from ..progress import peak_memory
+from ..stages import run_stage
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A stage's time."""
+
+    name: str
+    """Of the stage and its run folder."""
+    began: float
+    """When it began, of `time.perf_counter`."""
+    ends: float
+    """When it is over; infinite where steps are counted."""
+
+
+class Keeping(Protocol):
+    """What a pipeline asks of either way."""
+
+    def train(self, program: Any, config: Any, slot: Slot) -> None:
+        """Train a program's stage; later ones start from what it made."""
+        ...
+
+    def sample(self, config: sample_decoder_data.Config, slot: Slot) -> None:
+        """Sample latents for the decoder with what there is, until the slot ends."""
+        ...
+
+    def export(self, config: export.Config) -> Path:
+        """Write the finished file."""
+        ...
+
+
+class InFiles:
+    """Each stage starts from the files of earlier ones, and goes on where its checkpoint is."""
+
+    def __init__(self, init: tuple[Path, ...]) -> None:
+        """Starts from these files."""
+        self._files = init
+        self._latents: Path | None = None
+
+    def train(self, program: Any, config: Any, slot: Slot) -> None:
+        config = self._opened(config)
+        if program is train_decoder and config.sampled_share > 0:
+            config = replace(config, latents=self._latents)
+        self._files += (run_stage(program.build, config, began=slot.began),)
+
+    def sample(self, config: sample_decoder_data.Config, slot: Slot) -> None:
+        self._latents = sample_decoder_data.main(self._opened(config), until=slot.ends)
+
+    def export(self, config: export.Config) -> Path:
+        return export.main(self._opened(config))
+
+    def _opened(self, config: Any) -> Any:
+        return replace(config, model=replace(config.model, init=self._files))
+
+
+@dataclass
+class InMemory:
+    """One set of networks on the device, and one of decoded photos, from first to last."""
+
+    model: Any
+    """Settings of the networks, with the files to start from."""
+    seed: int
+    """Of the weights that no file has."""
+    spent: dict[str, Spent] = field(default_factory=dict)
+    """Where the time of each stage went."""
+
+    def __post_init__(self) -> None:
+        self.models, self.found = open_models(self.model, (), self.seed)
+        self._store: PhotoStore | None = None
+        self._sampled: train_decoder.Sampled | None = None
+
+    def train(self, program: Any, config: Any, slot: Slot) -> None:
+        extra = {}
+        if program is train_decoder and config.sampled_share > 0:
+            extra["sampled"] = self._sampled
+        stage, data = program.build(
+            self.models, self.found, config, self._photos(config.data), **extra
+        )
+        self.spent[slot.name] = fit(stage, data, config.loop, config, slot.began)
+        self.found |= set(stage.parts)
+        self.models.history |= {table_name(type(config)): settings(config)}
+
+    def sample(self, config: sample_decoder_data.Config, slot: Slot) -> None:
+        began = time.perf_counter()
+        self.models.requires_grad_(False)
+        batches = sample_decoder_data.open_batches(self.models, config, self._photos(config.data))
+        numbers, latents = list[int](), list[torch.Tensor]()
+        for number, latent in sample_decoder_data.sampled(
+            self.models, batches, sample_decoder_data.batch_numbers(config), config
+        ):
+            numbers.append(number)
+            latents.append(latent)
+            if time.perf_counter() > slot.ends:
+                break
+        self._sampled = train_decoder.Sampled(numbers, torch.stack(latents), config.seed)
+        self._count(slot.name, began)
+
+    def export(self, config: export.Config) -> Path:
+        began = time.perf_counter()
+        parts = sorted(self.found)
+        told = checkpoint_info(self.models, {})
+        fixed, written = export.write(self.models, parts, told, config, self._photos(config.data))
+        path = export.read_back(config, fixed, written)
+        self._count("export", began)
+        return path
+
+    def _count(self, name: str, began: float) -> None:
+        seconds = time.perf_counter() - began
+        self.spent[name] = Spent(seconds, {name: seconds}, 0, 0, peak_memory(home()))
+
+    def rescue(self, path: Path) -> None:
+        """Write what has been trained so far, for `--init`."""
+        if not self.spent:
+            return
+        told = checkpoint_info(self.models, {})
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.models.save(path, sorted(self.found), told, torch.float32)
+        log.warning(
+            "what was trained before (%s) is in %s, which --init takes",
+            *(", ".join(self.spent), path),
+        )
+
+    def _photos(self, data: Any) -> PhotoStore:
+        """Those that are decoded, the same for all stages."""
+        self._store = self._store or PhotoStore(data.memory_mb)
+        return self._store

@@ -1,0 +1,52 @@
+"""How a time box is shared out to the stages of Nano."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+
+from .keeping import Slot
+
+SHARES = {
+    "autoencoder": 0.10,
+    "vision": 0.12,
+    "control": 0.20,
+    "latents": 0.04,
+    "decoder_start": 0.10,
+    "decoder": 0.40,
+    "export": 0.04,
+}
+"""Of a box that trains every stage. The decoder decides on quality; stage 1 is good early."""
+
+
+class Timetable:
+    """Hands out the slots of a box one after the other.
+
+    A stage that took longer than its slot takes that from the next one, so that the box is kept;
+    what one leaves is not given away, so that every slot stays as long when a run goes on.
+    """
+
+    def __init__(self, minutes: float, stages: Sequence[str]) -> None:
+        """Begins now; without minutes, slots have no end.
+
+        Args:
+            minutes: Of the box; 0 is none.
+            stages: Names that are in `SHARES`; others' shares go to these.
+        """
+        self._whole = 60 * minutes
+        self._shares = {name: SHARES[name] for name in stages}
+        self._end = time.perf_counter()
+
+    def minutes(self, name: str) -> float:
+        """Length of a stage's slot; 0 is without end."""
+        return self._whole / 60 * self._shares[name] / sum(self._shares.values())
+
+    def slot(self, name: str) -> Slot:
+        """The slot of the stage that begins now."""
+        now = time.perf_counter()
+        if not self._whole:
+            return Slot(name, now, math.inf)
+        began = min(now, self._end)
+        self._end = began + 60 * self.minutes(name)
+        return Slot(name, began, self._end)

@@ -6,7 +6,7 @@ import logging
 import os
 import subprocess
 from collections.abc import Iterator, Sequence, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -87,6 +87,9 @@ class ModelConfig:
     types: tuple[str, ...] = ()
     """Names of the degradation types where no file of `init` has a classifier, whose names stay;
     none: Nano has the eight and `clean`, SD 1.5 the eight."""
+    fresh_decoder: bool = False
+    """Leave the decoders of `init` behind and start the one that `sizes` names, as to give a
+    finished Nano a detail path."""
     gradient_checkpointing: bool = False
     """Less memory for a third more time: stage 1 computes activations twice."""
 
@@ -118,16 +121,20 @@ def open_models(
         models = Models(base.sizes, _types(config, DEFAULT_TYPES), EPSILON, WHOLE, base)
         found = {"base.unet.", "base.vae.", "base.clip_vision."}
     for path in config.init:
-        found |= models.load(path)
+        found |= models.load(path, decoder=not config.fresh_decoder)
     if missing := [prefix for prefix in needed if prefix not in found]:
         raise ValueError(f"--model.init: {missing} not found in {list(map(str, config.init))}")
     return models.to(home()), found
 
 
 def _sizes(config: ModelConfig, sizes: Sizes) -> Sizes:
+    found = sizes
     for path in config.init:
-        sizes = sizes_of(path, sizes)
-    return sizes
+        found = sizes_of(path, found)
+    if config.fresh_decoder:
+        names = [f.name for f in fields(Sizes) if f.name.startswith(("detail_", "fusion_"))]
+        found = replace(found, **{name: getattr(sizes, name) for name in names})
+    return found
 
 
 def _types(config: ModelConfig, default: tuple[str, ...]) -> tuple[str, ...]:

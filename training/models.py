@@ -360,20 +360,22 @@ class Models(nn.Module):
         """Write the parts in `prefixes` as one Diff-Restorer file."""
         write_checkpoint(path, self.file_tensors(prefixes, dtype), info)
 
-    def load(self, path: Path) -> set[str]:
-        """Read every part that `path` holds; returns the prefixes read."""
+    def load(self, path: Path, decoder: bool = True) -> set[str]:
+        """Read every part that `path` holds, but for its decoder if so told; returns the prefixes
+        read."""
         checkpoint = read_checkpoint(path, required=())
         check_base(checkpoint, self.base_model)
         self.leave_out(*checkpoint.info.config.get("ablations", ()))
         if "loop" not in checkpoint.info.config:  # once the last program's alone, without its name
             self.history |= checkpoint.info.config
         found: set[str] = set()
+        unwanted = () if decoder else self.decoder_parts
         for prefix, module in self.parts().items():
-            if state := checkpoint.state(prefix):
+            if prefix not in unwanted and (state := checkpoint.state(prefix)):
                 _load_strictly(module, _as_float(state), prefix, path)
                 found.add(prefix)
         for prefix, module, keys in self._renamed_parts():
-            if state := checkpoint.state(prefix):
+            if prefix not in unwanted and (state := checkpoint.state(prefix)):
                 _load_strictly(module, from_ldm(_as_float(state), keys), prefix, path)
                 found.add(prefix)
         if "base.vae." in found:

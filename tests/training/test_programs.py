@@ -264,6 +264,18 @@ def test_the_release_loads_into_other_models(files: dict[str, Path]) -> None:
         Models(Sizes(), models.types).load(files["release"])
 
 
+def test_a_finished_nano_can_be_given_another_decoder(files: dict[str, Path]) -> None:
+    fusion = replace(TOY, detail_widths=(), fusion_levels=(1,), fusion_growth=4, fusion_depth=1)
+    models, found = open_models(ModelConfig(init=(files["release"],), sizes=fusion))
+    assert "decoder.detail." in found
+    assert models.sizes.detail_widths == TOY.detail_widths
+    config = ModelConfig(init=(files["release"],), sizes=fusion, fresh_decoder=True)
+    models, found = open_models(config)
+    assert not {prefix for prefix in found if prefix.startswith("decoder.")}
+    assert models.decoder_parts == ("decoder.fusion.", "decoder.vae.")
+    assert models.sizes.fusion_levels == (1,)
+
+
 def test_a_missing_part_is_named(files: dict[str, Path], photos: Path) -> None:
     with pytest.raises(ValueError, match=r"base\.clip_vision\."):
         train_control.main(

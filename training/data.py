@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from copy import copy
 from dataclasses import asdict, dataclass
 from itertools import count
-from typing import Any, NamedTuple, Protocol, Self, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import numpy as np
 import torch
@@ -125,7 +125,7 @@ class Batches(Protocol):
         """The item of any batch number from 0, a function of that number alone."""
         ...
 
-    def sized(self, batch_size: int) -> Self:
+    def sized(self, batch_size: int) -> Batches:
         """The same with another number of samples in each batch."""
         ...
 
@@ -241,13 +241,13 @@ class RestorationBatches(Dataset[Item]):
         """Samples of one epoch: as many as there are photos or pairs, whichever are more."""
         return max(len(self.photos), sum(map(len, self.pairs.values())))
 
-    def sized(self, batch_size: int) -> Self:
+    def sized(self, batch_size: int) -> RestorationBatches:
         """The same photos and settings in batches of another size."""
         other = copy(self)
         other.batch_size = batch_size
         return other
 
-    def with_seed(self, seed: int) -> Self:
+    def with_seed(self, seed: int) -> RestorationBatches:
         """The batches that another seed gives of the same photos."""
         other = copy(self)
         other.seed = seed
@@ -386,6 +386,7 @@ class RestorationBatches(Dataset[Item]):
     def _item(self, drawn: Sequence[Drawn], batch_size: int, generator: torch.Generator) -> Item:
         """Puts parts together: what is done to each, and where its crops are."""
         pairs = [row for row, part in enumerate(drawn) if part.lq is not None]
+        degraded = [part.lq for part in drawn if part.lq is not None]
         groups: list[tuple[str, Tensor, Tensor]] = []
         for kind in PHYSICAL_ORDER:
             level = {r: p.levels[kind] for r, p in enumerate(drawn) if kind in p.levels}
@@ -398,7 +399,7 @@ class RestorationBatches(Dataset[Item]):
             clean=torch.stack([part.clean for part in drawn]),
             look_rows=torch.tensor([r for r, p in enumerate(drawn) if p.look], dtype=torch.int64),
             pair_rows=torch.tensor(pairs, dtype=torch.int64),
-            pair_lq=torch.stack([drawn[row].lq for row in pairs] or [drawn[0].clean])[: len(pairs)],
+            pair_lq=torch.stack(degraded) if degraded else drawn[0].clean.new_empty(0),
             groups=groups,
             labels=self._labels(drawn, batch_size),
             corners=torch.randint(places[0], (2, batch_size), generator=generator),

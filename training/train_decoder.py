@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, Literal, NamedTuple
 
 import torch
 from safetensors.torch import load_file
@@ -126,7 +126,7 @@ class DecoderBatches(Dataset[Any]):
     def __len__(self) -> int:
         return len(self.batches)
 
-    def sized(self, batch_size: int) -> Self:
+    def sized(self, batch_size: int) -> DecoderBatches:
         """The same in batches of another size, which sampled ones cannot have."""
         if self.sampled and batch_size != self.batches.batch_size:
             raise ValueError(

@@ -9,7 +9,7 @@ import json
 import logging
 import sys
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -29,7 +29,7 @@ class Points(Dataset[dict[str, Tensor]]):
     def __len__(self) -> int:
         return 12
 
-    def sized(self, batch_size: int) -> Self:
+    def sized(self, batch_size: int) -> Points:
         return type(self)(batch_size)
 
     def sample(self, index: int) -> Tensor:

@@ -33,7 +33,7 @@ from training.data import (
 from training.models import Sizes
 from training.parts import cut_clean
 from training.photos import CleanPhotos, PhotoStore, photo_size, read_photo
-from training.train_decoder import DecoderBatches
+from training.train_decoder import SAMPLED, DecoderBatches, read_sampled
 
 NAMES = ("astronaut", "chelsea", "coffee")
 
@@ -289,7 +289,8 @@ def test_stage_2_pairs_latents_with_the_batches_they_came_from(
     stored = {"numbers": torch.tensor([10, 11]), "latents": latents.half()}
     save_file(stored, file, {"origin": json.dumps(sampled.origin())})
     fresh = make(folder, seed=3, batch_size=2)
-    stage_2 = DecoderBatches(fresh, file, 1.0)
+    read = read_sampled(fresh, file)
+    stage_2 = DecoderBatches(fresh, read, 1.0)
     places = set()
     for number in range(8):
         batch = drawn(stage_2, number)
@@ -297,13 +298,13 @@ def test_stage_2_pairs_latents_with_the_batches_they_came_from(
         assert same(batch, drawn(sampled, 10 + place))
         places.add(place)
     assert places == {0, 1}
-    some = [drawn(DecoderBatches(fresh, file, 0.5), number) for number in range(40)]
+    some = [drawn(DecoderBatches(fresh, read, 0.5), number) for number in range(40)]
     found = [number for number, batch in enumerate(some) if "latent" in batch]
     assert 10 < len(found) < 30
     assert all(same(some[n], drawn(fresh, n)) for n in range(40) if n not in found)
-    assert found == [n for n in range(40) if DecoderBatches(fresh, file, 0.5)[n][1] is not None]
-    for batches in (DecoderBatches(fresh), DecoderBatches(fresh, None, 0.9)):
-        assert same(drawn(batches, found[0]), drawn(fresh, found[0]))
+    assert same(drawn(DecoderBatches(fresh), found[0]), drawn(fresh, found[0]))
+    asked = [SAMPLED in drawn(DecoderBatches(fresh, None, 0.5), number) for number in range(40)]
+    assert found == [number for number in range(40) if asked[number]]
 
     for changes in (
         {"crop": 32},
@@ -314,17 +315,17 @@ def test_stage_2_pairs_latents_with_the_batches_they_came_from(
     ):
         other = make(folder, **({"batch_size": 2} | changes))
         with pytest.raises(ValueError, match=f"sampled with {next(iter(changes))} .* same --data"):
-            DecoderBatches(other, file, 1.0)
-    with pytest.raises(ValueError, match="sampled with batch_size 2, this run has 4"):
+            read_sampled(other, file)
+    with pytest.raises(ValueError, match="found 4, but the latents were sampled in batches of 2"):
         stage_2.sized(4)
     renamed = tmp_path / "renamed"
     shutil.copytree(folder, renamed)
     (renamed / "astronaut.png").rename(renamed / "zebra.png")  # as many photos, another order
     with pytest.raises(ValueError, match=r"sampled with files .* same --data"):
-        DecoderBatches(make(renamed, batch_size=2), file, 1.0)
+        read_sampled(make(renamed, batch_size=2), file)
     save_file(stored, file)
     with pytest.raises(ValueError, match="does not tell what its photos were"):
-        DecoderBatches(fresh, file, 1.0)
+        read_sampled(fresh, file)
 
 
 def test_clean_crops_are_aligned(folder: Path) -> None:

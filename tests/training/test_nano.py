@@ -32,10 +32,8 @@ vision_image = 32
 vision_patch = 8
 vision_head_width = 16
 prompt_hidden = 24
-fusion_levels = [0, 2]
-fusion_growth = 4
-fusion_depth = 1
-fusion_pixel_width = 8
+detail_widths = [8, 12, 16]
+detail_depths = [1, 1, 1, 1, 1]
 [common.data]
 part = 48
 crop = 32
@@ -155,9 +153,9 @@ def test_a_time_box_holds_every_stage_and_the_file(
     told = read_checkpoint(fitted).info.config
     assert {"train_control", "train_decoder", "nano"} == {name.split(".")[0] for name in told}
     summary = json.loads((tmp_path / "summary.json").read_text())
-    assert list(summary["stages"]) == recipe.stages()
+    assert list(summary["stages"]) == ["control", "latents", "decoder", "export"]
     assert sum(summary["shares"].values()) == pytest.approx(1, abs=1e-3)
-    for name in ("control", "decoder_start", "decoder"):
+    for name in ("control", "decoder"):
         assert summary["stages"][name]["crops_per_s"] > 0
         rows = read_table(tmp_path / name / "metrics.csv")
         assert float(rows[-1]["eta_s"]) == 0
@@ -209,7 +207,7 @@ def test_a_box_too_short_names_the_stage_and_its_share(
 
 def test_a_stage_that_ends_early_or_late_leaves_the_others_their_time() -> None:
     assert sum(SHARES.values()) == pytest.approx(1)
-    table = Timetable(1.0, ["control", "decoder"])
+    table = Timetable(1.0, ["control", "decoder"], time.perf_counter())
     first = table.slot("control")
     time.sleep(0.1)
     second = table.slot("decoder")

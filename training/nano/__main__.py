@@ -62,7 +62,7 @@ class Recipe:
     """`cuda` fails where there is no GPU; auto then takes the CPU."""
     start_steps: int = 3000
     """Steps of stage 2 on latents of clean photos, before those that stage 1 samples; a time box
-    has a share for it."""
+    has none of them."""
     steps: Literal["full", "tiny"] = "full"
     """`tiny` runs every stage on a few steps to show that the pipeline works."""
     workers: int | None = None
@@ -70,11 +70,17 @@ class Recipe:
     scores: Path | None = None
     """scores.json of an evaluation, for the file's metadata (with `photos`)."""
 
-    def stages(self) -> list[str]:
-        """Those that this recipe runs, in order."""
-        first = [] if self.vae else ["autoencoder"]
-        first = [] if self.init else [*first, "vision"]
-        return [*first, "control", "latents", "decoder_start", "decoder", "export"]
+    def stages(self, *, sampled_before: bool) -> list[str]:
+        """Those that this recipe runs, in order; latents are sampled before the decoder trains, or
+        while it does."""
+        return [
+            *([] if self.vae or self.init else ["autoencoder"]),
+            *([] if self.init else ["vision"]),
+            "control",
+            *(["latents"] if sampled_before else []),
+            *([] if self.minutes else ["decoder_start"]),
+            *("decoder", "export"),
+        ]
 
 
 def main(recipe: Recipe) -> Path:
@@ -89,10 +95,9 @@ def main(recipe: Recipe) -> Path:
     began = time.perf_counter()
     _check(recipe)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    table = Timetable(recipe.minutes, recipe.stages())
     keeping = _keeping(recipe)
     try:
-        finished = _stages(recipe, table, keeping)
+        finished = _stages(recipe, keeping, began)
     except BaseException:
         if isinstance(keeping, InMemory):
             keeping.rescue(recipe.out / "unfinished.safetensors")
@@ -148,8 +153,11 @@ def _vae_alone(out: Path, config: ModelConfig) -> Path:
     return path
 
 
-def _stages(recipe: Recipe, table: Timetable, keeping: Keeping) -> Path:
+def _stages(recipe: Recipe, keeping: Keeping, began: float) -> Path:
     """All stages, in order; an error says in which it was."""
+    decoder = _settings(recipe, train_decoder, "decoder", 0.0)
+    stages = recipe.stages(sampled_before=not decoder.sample_steps)
+    table = Timetable(recipe.minutes, stages, began)
 
     def train(program: Any, name: str, **more: Any) -> None:
         log.info("%s", name)
@@ -158,7 +166,6 @@ def _stages(recipe: Recipe, table: Timetable, keeping: Keeping) -> Path:
             settings = _settings(recipe, program, name, minutes, **more)
             keeping.train(program, settings, table.slot(name))
 
-    stages = recipe.stages()
     if "autoencoder" in stages:
         train(autoencoder, "autoencoder")
     if "vision" in stages:
@@ -166,7 +173,6 @@ def _stages(recipe: Recipe, table: Timetable, keeping: Keeping) -> Path:
     tiny = recipe.steps == "tiny"
     sampling = {"validation_steps": 2} if tiny else {}
     train(train_control, "control", **sampling)
-    decoder = _settings(recipe, train_decoder, "decoder", 0.0)
     few = {"samples": 4, "steps": 2} if tiny else {}
     settings = _settings(
         *(recipe, sample_decoder_data, "latents", 0.0),
@@ -174,10 +180,13 @@ def _stages(recipe: Recipe, table: Timetable, keeping: Keeping) -> Path:
         batch_size=decoder.loop.batch_size,
         **few,
     )
-    with _named("latents", 0.0, recipe):
-        keeping.sample(settings, table.slot("latents"))
-    start = {"decay": False} | ({} if recipe.minutes else {"steps": recipe.start_steps})
-    train(train_decoder, "decoder_start", loop=start, sampled_share=0.0, **sampling)
+    if "latents" in stages:
+        with _named("latents", 0.0, recipe):
+            keeping.sample(settings, table.slot("latents"))
+    if "decoder_start" in stages:
+        loop = {"decay": False, "steps": recipe.start_steps}
+        clean = {"loop": loop, "sampled_share": 0.0}
+        train(train_decoder, "decoder_start", **clean, **sampling)
     train(train_decoder, "decoder", **sampling)
     release = _settings(
         *(recipe, export, "export", 0.0),

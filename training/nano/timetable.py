@@ -13,8 +13,7 @@ SHARES = {
     "vision": 0.12,
     "control": 0.20,
     "latents": 0.04,
-    "decoder_start": 0.10,
-    "decoder": 0.40,
+    "decoder": 0.50,
     "export": 0.04,
 }
 """Of a box that trains every stage. The decoder decides on quality; stage 1 is good early."""
@@ -27,19 +26,22 @@ class Timetable:
     what one leaves is not given away, so that every slot stays as long when a run goes on.
     """
 
-    def __init__(self, minutes: float, stages: Sequence[str]) -> None:
-        """Begins now; without minutes, slots have no end.
+    def __init__(self, minutes: float, stages: Sequence[str], began: float) -> None:
+        """Without minutes, slots have no end.
 
         Args:
             minutes: Of the box; 0 is none.
-            stages: Names that are in `SHARES`; others' shares go to these.
+            stages: Names; those of `SHARES` that are not among them give theirs to the others.
+            began: When the box began, of `time.perf_counter`.
         """
         self._whole = 60 * minutes
-        self._shares = {name: SHARES[name] for name in stages}
-        self._end = time.perf_counter()
+        self._shares = {name: share for name, share in SHARES.items() if name in stages}
+        self._end = began
 
     def minutes(self, name: str) -> float:
         """Length of a stage's slot; 0 is without end."""
+        if not self._whole:
+            return 0.0
         return self._whole / 60 * self._shares[name] / sum(self._shares.values())
 
     def slot(self, name: str) -> Slot:

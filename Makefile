@@ -7,6 +7,8 @@ OUT ?= demo_out
 GPU ?=
 PHOTOS ?=
 STEPS ?= full
+MINUTES ?=
+INIT ?=
 CLEAN ?=
 PAIRS ?=
 LIMIT ?=
@@ -21,7 +23,8 @@ help:
 	@echo "make restore PHOTOS=folder [OUT=restored] [ARGS=..]   restore many photos"
 	@echo "make serve [PORT=8188] [DIR=folder] [GPU=1] [ARGS=..] ComfyUI with this pack"
 	@echo "make test | test-all | lint                           checks"
-	@echo "make nano  PHOTOS=folder [STEPS=tiny] [ARGS=..]       train Nano from clean photos"
+	@echo "make nano  PHOTOS=folder [STEPS=tiny | MINUTES=90] [INIT=nano.safetensors] [ARGS=..]"
+	@echo "                                                      train Nano from clean photos, or fit one to them"
 	@echo "make evaluate CLEAN=folder [PAIRS=folder] [OUT=eval_out]  score Nano through ComfyUI"
 	@echo "make ablate   CLEAN=folder [LIMIT=10] [OUT=ablation_out]  what each part is worth"
 	@echo "make bench    [OUT=bench_out] [ARGS=..]              the nodes against the host's own"
@@ -66,7 +69,8 @@ lint:
 
 nano:
 	@test -n "$(PHOTOS)" || { echo "error: name a folder of clean photos: make nano PHOTOS=/path" >&2; exit 1; }
-	$(call in_environment,dev,exec "$$python" -m training.nano --photos "$(PHOTOS)" --steps $(STEPS) $(ARGS))
+	$(call in_environment,dev,exec "$$python" -m training.nano --photos "$(PHOTOS)" --steps $(STEPS) \
+	  $(if $(MINUTES),--minutes $(MINUTES)) $(if $(INIT),--init "$(INIT)",--vae None) $(ARGS))
 
 evaluate:
 	@test -n "$(CLEAN)" || { echo "error: name a folder of clean photos: make evaluate CLEAN=/path" >&2; exit 1; }

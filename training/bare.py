@@ -39,8 +39,10 @@ def main(args: Sequence[str] | None = None) -> int:
         command = [sys.executable, "-u", "-m", "training.nano", "--out", str(options.out)]
         status = _run([*command, *options.training], packages, options.out / "log.txt")
     if options.split_mib:
+        size = int(options.split_mib * 2**20)
         for file in sorted(options.out.glob("*.safetensors")):
-            split(file, int(options.split_mib * 2**20))
+            if file.stat().st_size > size:
+                split(file, size)
     return status
 
 
@@ -52,7 +54,7 @@ def _options(args: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, help="folder for all that is made")
     parser.add_argument(
         "--split-mib", type=float, default=0.0,
-        help="also cut the finished file into parts of so many MiB (cat FILE.part-* > FILE)",
+        help="also cut larger files into parts of so many MiB (cat FILE.part-* > FILE)",
     )  # fmt: skip
     parser.add_argument("training", nargs="*", help="options of training.nano, after --")
     options = parser.parse_args(args)

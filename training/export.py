@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+import math
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from diff_restorer.checkpoint import CheckpointInfo, read_checkpoint, write_chec
 from .checkpoints import compare_file, require_space
 from .common import DataConfig, ModelConfig, home, open_data, open_models, to_home
 from .config import run_program
-from .data import Mixing
+from .data import Batch, Mixing, RestorationBatches
 from .models import Models
 from .photos import PhotoStore
 
@@ -49,8 +51,12 @@ def pooled_p_d(models: Models, batches: Iterable[dict[str, Tensor]]) -> tuple[Te
     return torch.cat(pooled), torch.cat(kinds)
 
 
-def main(config: Config) -> Path:
+def main(config: Config, until: float = math.inf) -> Path:
     """Finish the file.
+
+    Args:
+        config: Settings.
+        until: When fewer samples must do, of `time.perf_counter`.
 
     Raises:
         ValueError: The file is an ablation, the scores are no JSON, no sample of some type was
@@ -68,7 +74,7 @@ def main(config: Config) -> Path:
     source = read_checkpoint(config.model.init[-1])
     scores = source.info.scores if scores is None else scores
     parts = sorted({_part(key) for key in source.keys})
-    fixed, written = write(models, parts, replace(source.info, scores=scores), config)
+    fixed, written = write(models, parts, replace(source.info, scores=scores), config, until=until)
     del models  # SD 1.5 twice would be much
     return read_back(config, fixed, written)
 
@@ -79,6 +85,7 @@ def write(
     info: CheckpointInfo,
     config: Config,
     store: PhotoStore | None = None,
+    until: float = math.inf,
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Give models their class prototypes, and write them.
 
@@ -88,6 +95,7 @@ def write(
         info: Metadata, whose paths are shortened.
         config: Settings.
         store: Photos that are decoded already.
+        until: When fewer samples must do, of `time.perf_counter`.
 
     Returns:
         A validation batch and its pooled P_D, for `read_back`.
@@ -102,8 +110,7 @@ def write(
     reads = {models.degradation_key}
     train, validation = open_data(data, models.sizes, 1234, models.types, reads, store)
     train = train.sized(16)
-    numbers = tqdm(range(-(-config.samples // 16)), unit="batch", disable=None)
-    pooled, kinds = pooled_p_d(models, (train.finish(train[n], home()) for n in numbers))
+    pooled, kinds = pooled_p_d(models, _drawn(train, -(-config.samples // 16), until))
     for index, kind in enumerate(models.types):
         rows = kinds[:, index] > 0
         if not rows.any():
@@ -121,6 +128,17 @@ def write(
     compare_file(config.out, tensors)
     validation = to_home(validation)
     return validation, pooled_p_d(models, [validation])[0]
+
+
+def _drawn(train: RestorationBatches, count: int, until: float) -> Iterator[Batch]:
+    """Batches up to `count`; after `until` only as long as a kind is missing."""
+    missing = set(range(len(train.kinds)))
+    for number in tqdm(range(count), unit="batch", disable=None):
+        if not missing and time.perf_counter() > until:
+            return
+        item = train[number]
+        missing -= set(item.labels["label"].tolist())
+        yield train.finish(item, home())
 
 
 def read_back(config: Config, fixed: dict[str, Tensor], written: Tensor) -> Path:

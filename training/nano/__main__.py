@@ -23,6 +23,9 @@ from .timetable import Timetable
 
 log = logging.getLogger(__name__)
 
+BOX_SAMPLES = 10
+"""Samples that a stage is validated on in a time box, which has room for two validations at least:
+one of each kind."""
 SHIPPED = Path(__file__).parents[2] / "models" / "diff_restorer_nano.safetensors"
 TINY_LOOP = {
     "steps": 6,
@@ -135,7 +138,7 @@ def _keeping(recipe: Recipe) -> InFiles | InMemory:
     networks = _settings(recipe, vision, "vision", 0.0)
     init = (recipe.init,) if recipe.init else ()
     if recipe.vae and not recipe.init:
-        init = (_vae_alone(recipe.out, replace(networks.model, init=(recipe.vae,))),)
+        init = (_vae_alone(recipe.out, replace(networks.model, init=(recipe.vae,), types=())),)
     if recipe.photos is not None:
         return InFiles(init)
     return InMemory(replace(networks.model, init=init), networks.loop.seed)
@@ -195,13 +198,14 @@ def _stages(recipe: Recipe, keeping: Keeping, began: float) -> Path:
         **({"scores": str(recipe.scores)} if recipe.scores else {}),
     )
     with _named("export", 0.0, recipe):
-        return keeping.export(release)
+        return keeping.export(release, table.slot("export"))
 
 
 def _settings(recipe: Recipe, program: Any, name: str, minutes: float, **more: Any) -> Any:
     """A program's settings: the preset's, and over them what the recipe and the stage say."""
     photos = {"photos": str(recipe.photos or recipe.pack)}
-    settings = {"data": photos, **more}
+    few = {"validation_samples": BOX_SAMPLES} if minutes else {}
+    settings = {"data": photos | few, **more}
     workers = _workers() if recipe.workers is None else recipe.workers
     if "loop" in (fields := program.Config.__dataclass_fields__):
         loop: dict[str, Any] = {"out": str(recipe.out / name), "workers": workers}

@@ -32,6 +32,11 @@ class Slot:
     ends: float
     """When it is over; infinite where steps are counted."""
 
+    @property
+    def middle(self) -> float:
+        """Half of it is over."""
+        return (self.began + self.ends) / 2
+
 
 class Keeping(Protocol):
     """What a pipeline asks of either way."""
@@ -44,7 +49,7 @@ class Keeping(Protocol):
         """Sample latents for the decoder with what there is, until the slot ends."""
         ...
 
-    def export(self, config: export.Config) -> Path:
+    def export(self, config: export.Config, slot: Slot) -> Path:
         """Write the finished file."""
         ...
 
@@ -66,8 +71,8 @@ class InFiles:
     def sample(self, config: sample_decoder_data.Config, slot: Slot) -> None:
         self._latents = sample_decoder_data.main(self._opened(config), until=slot.ends)
 
-    def export(self, config: export.Config) -> Path:
-        return export.main(self._opened(config))
+    def export(self, config: export.Config, slot: Slot) -> Path:
+        return export.main(self._opened(config), until=slot.middle)
 
     def _opened(self, config: Any) -> Any:
         return replace(config, model=replace(config.model, init=self._files))
@@ -115,11 +120,13 @@ class InMemory:
         self._sampled = train_decoder.Sampled(numbers, torch.stack(latents), config.seed)
         self._count(slot.name, began)
 
-    def export(self, config: export.Config) -> Path:
+    def export(self, config: export.Config, slot: Slot) -> Path:
         began = time.perf_counter()
         parts = sorted(self.found)
         told = checkpoint_info(self.models, {})
-        fixed, written = export.write(self.models, parts, told, config, self._photos(config.data))
+        fixed, written = export.write(
+            self.models, parts, told, config, self._photos(config.data), slot.middle
+        )
         path = export.read_back(config, fixed, written)
         self._count("export", began)
         return path

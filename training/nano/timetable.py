@@ -13,8 +13,8 @@ SHARES = {
     "vision": 0.12,
     "control": 0.20,
     "latents": 0.04,
-    "decoder": 0.50,
-    "export": 0.04,
+    "decoder": 0.49,
+    "export": 0.05,
 }
 """Of a box that trains every stage. The decoder decides on quality; stage 1 is good early."""
 

@@ -2,8 +2,8 @@
 
 Two optional packages, each used where it is installed: `albumentations` (MIT) and
 `imagecorruptions` (Apache-2.0; Michaelis et al., arXiv 1907.07484, after Hendrycks and Dietterich,
-arXiv 1807.01697), whose `fog` and `gaussian_blur` do not run with NumPy 2 and today's scikit-image
-and whose `motion_blur` moves the photo: these three are not used.
+arXiv 1807.01697), whose `gaussian_blur` does not run with today's scikit-image and whose
+`motion_blur` moves the photo: these two are not used.
 """
 
 from __future__ import annotations
@@ -71,18 +71,18 @@ VARIANTS: Mapping[str, tuple[Variant, ...]] = {
     ),
     "low_light": (
         _a(
-            RandomGamma={"gamma_limit": (150, 220)},
+            RandomGamma={"gamma_limit": (130, 180)},
             RandomBrightnessContrast={"brightness_limit": (0, 0), "contrast_limit": (-0.7, -0.4)},
-            ISONoise={"color_shift": (0.01, 0.03), "intensity": (0.1, 0.3)},
+            ISONoise={"color_shift": (0.01, 0.03), "intensity": (0.02, 0.1)},
         ),
         _a(
-            RandomGamma={"gamma_limit": (200, 300)},
-            ShotNoise={"scale_range": (0.005, 0.02)},
+            RandomBrightnessContrast={"brightness_limit": (0, 0), "contrast_limit": (-0.85, -0.7)},
+            ShotNoise={"scale_range": (0.001, 0.004)},
         ),
     ),
     "haze": (
         _a(RandomFog={"alpha_coef": 0.08, "fog_coef_range": (0.3, 0.7)}),
-        _a(RandomFog={"alpha_coef": 0.15, "fog_coef_range": (0.5, 0.9)}),
+        *_i("fog", 1, 2),
     ),
     "rain": (
         _a(RandomRain={}),
@@ -135,11 +135,15 @@ def apply(variant: Variant, photo: Levels, seed: int) -> Levels:
         return package.Compose(parts, seed=seed)(image=photo)["image"]
     before = np.random.get_state()  # it draws from NumPy's global generator
     np.random.seed(seed)
+    if renamed := not hasattr(np, "float_"):
+        vars(np)["float_"] = np.float64  # the name of NumPy 1, which `fog` asks for
     try:
         for name, settings in variant.steps.items():
             photo = package.corrupt(photo, corruption_name=name, **settings)
     finally:
         np.random.set_state(before)
+        if renamed:
+            del vars(np)["float_"]
     return photo
 
 

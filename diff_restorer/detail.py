@@ -29,7 +29,7 @@ def tone_quantiles(photo: Tensor) -> Tensor:
         (B, 48) in [0, 1], in steps of 1/255: 16 quantiles of R, of G and of B, from 0.5 to 99.5 %.
     """
     rows, columns = (max(1, side // _MOST_ROWS) for side in photo.shape[-2:])
-    pixels = photo[..., ::rows, ::columns].float().flatten(2).clamp(0, 1)
+    pixels = photo[..., ::rows, ::columns].float().flatten(2).nan_to_num().clamp(0, 1)
     # Counting the levels takes a tenth of the time of sorting the pixels.
     counts = pixels.new_zeros(*pixels.shape[:2], 256)
     counts.scatter_add_(2, (pixels * 255).round().long(), torch.ones_like(pixels))

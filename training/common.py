@@ -284,6 +284,7 @@ def checkpoint_info(models: Models, config: dict[str, Any]) -> CheckpointInfo:
         | ({"ablations": sorted(models.ablations)} if models.ablations else {}),
         git_revision=git_revision(),
         scores={},
+        abstention=models.abstention,
     )
 
 

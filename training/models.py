@@ -21,6 +21,7 @@ from diff_restorer import (
     VaeTrunk,
     encode_with_features,
 )
+from diff_restorer.abstention import Abstention
 from diff_restorer.checkpoint import (
     ONE_KIND,
     V_PREDICTION,
@@ -145,6 +146,7 @@ class Models(nn.Module):
         self.prediction = prediction
         self.degradation_view = degradation_view
         self.classification = ONE_KIND
+        self.abstention: Abstention | None = None  # of the classifier that was loaded
         self.ablations: frozenset[str] = frozenset()
         self.history: dict[str, Any] = {}  # settings by program, of the files that were loaded
         self.vae = base.vae if base else build_vae(sizes)
@@ -195,6 +197,11 @@ class Models(nn.Module):
         self.ablations |= set(ablations)
         if "control_time" in ablations and self.control.class_embedding is None:
             self.control.class_embedding = build_time_mlp(self.unet)
+
+    def train_classifier(self, classification: str) -> None:
+        """The classifier trains, as `CheckpointInfo.classification` says: thresholds that were
+        fitted to it before hold no more, and `training.calibrate` has to fit them again."""
+        self.classification, self.abstention = classification, None
 
     def freeze(self, dtype: torch.dtype) -> None:
         """No part trains; SD 1.5's own networks, which no file of ours holds, are kept in `dtype`.
@@ -385,6 +392,7 @@ class Models(nn.Module):
         if "prompt_processor." in found:
             self.degradation_view = checkpoint.info.clip.get("degradation_view", WHOLE)
             self.classification = checkpoint.info.classification
+            self.abstention = checkpoint.info.abstention
         return found
 
 

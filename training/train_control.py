@@ -84,7 +84,7 @@ def prepare(models: Models, config: Config) -> nn.Module:
     if config.train_unet and models.base_model == SD15:
         raise ValueError("--train-unet: a file for SD 1.5 holds no UNet; it stays frozen")
     if config.train_degradation:  # else the file keeps the way that its classifier was trained
-        models.classification = config.classification
+        models.train_classifier(config.classification)
     if config.without_semantic:
         models.leave_out("without_semantic")
     if config.degradation_in_control != "context":

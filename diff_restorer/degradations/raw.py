@@ -97,7 +97,8 @@ def _developed_noise(image: Tensor, severity: Tensor, draw: Draw) -> Tensor:
 
 def _linear(image: Tensor) -> Tensor:
     """Inverse of the tone curve, a smoothstep, and of the gamma."""
-    return (0.5 - ((1 - 2 * image).asin() / 3).sin()).clamp_(0, 1) ** _GAMMA
+    inside = image.clamp(0, 1)  # a resized white is brighter by a rounding, and has no arcsine
+    return (0.5 - ((1 - 2 * inside).asin() / 3).sin()).clamp_(0, 1) ** _GAMMA
 
 
 def _encoded(linear: Tensor) -> Tensor:

@@ -84,3 +84,12 @@ def test_bright_parts_have_more_noise_in_linear_light() -> None:
     assert (_linear(noisy)[1] - _linear(levels)[1]).std() > (
         2 * (_linear(noisy)[0] - _linear(levels)[0]).std()
     )
+
+
+def test_blown_highlights_are_no_error() -> None:
+    """A white area that is resized is brighter than white by a rounding."""
+    white = torch.rand(1, 3, 128, 128, generator=torch.Generator().manual_seed(0))
+    white[..., :64, :] = 1
+    for seed in range(40):
+        noisy = camera_noise(white, torch.tensor([0.5]), torch.Generator().manual_seed(seed))
+        assert noisy.isfinite().all()

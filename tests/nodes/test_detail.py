@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from diff_restorer import tone_quantiles
 from tests import toy_weights
 
 pytestmark = pytest.mark.comfy
@@ -83,10 +84,8 @@ def test_all_tiles_know_the_tone_of_the_whole_photo(decode, prepare, restorer, p
     alone = decode(dark, samples=latent, degradation=restoration.degradation)
     before = (tiled - alone).abs().mean()
     assert before > 1e-3
-    told = restorer.fusion.model.condition(
-        restoration.degradation.pooled, image.movedim(-1, 1) * 2 - 1
-    )
-    model = restorer.fusion.model
+    model, quantiles = restorer.fusion.model, tone_quantiles(image.movedim(-1, 1))
+    told = model.condition(restoration.degradation.pooled, quantiles)
     known = model.condition
     model.condition = lambda *_: told
     try:

@@ -93,7 +93,7 @@ def test_help_shows_the_presets_and_their_values(capsys: pytest.CaptureFixture[s
         parse(train_control.Config, "What it does.", args=["--config", "paper", "--help"])
     assert end.value.code == 0
     shown = capsys.readouterr().out
-    for text in ("What it does.", "--config", "fast|nano|paper", "1e-05", "512"):
+    for text in ("What it does.", "--config", "fast|nano|nano_gpu|paper", "1e-05", "512"):
         assert text in shown
 
 
@@ -121,7 +121,9 @@ def test_a_wrong_file_is_named_with_the_place(tmp_path: Path, text: str, message
 
 
 def test_a_preset_that_does_not_exist_is_named() -> None:
-    with pytest.raises(ValueError, match=r"--config papr: no such preset .* fast, nano, paper"):
+    with pytest.raises(
+        ValueError, match=r"--config papr: no such preset .* fast, nano, nano_gpu, paper"
+    ):
         parse(train_control.Config, args=["--config", "papr", *GIVEN])
 
 

@@ -17,6 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from skimage import data
 
+from diff_restorer.abstention import Abstention
 from diff_restorer.checkpoint import read_checkpoint, write_checkpoint
 from diff_restorer.prompt_processor import DEFAULT_TYPES
 from tests.training import toy_sd15
@@ -274,6 +275,28 @@ def test_a_finished_nano_can_be_given_another_decoder(files: dict[str, Path]) ->
     assert not {prefix for prefix in found if prefix.startswith("decoder.")}
     assert models.decoder_parts == ("decoder.fusion.", "decoder.vae.")
     assert models.sizes.fusion_levels == (1,)
+
+
+def test_thresholds_stay_with_the_classifier_they_were_fitted_to(
+    files: dict[str, Path], photos: Path, tmp_path: Path
+) -> None:
+    source = read_checkpoint(files["control"])
+    damages = [name for name in source.info.types if name != "clean"]
+    abstention = Abstention(
+        types=source.info.types, exclusive=True, thresholds=dict.fromkeys(damages, (0.5, 0.9))
+    )
+    fitted = tmp_path / "fitted.safetensors"
+    write_checkpoint(fitted, source.state(""), replace(source.info, abstention=abstention))
+    shots = DataConfig(photos, part=48, crop=32, held_out=3, validation_samples=9)
+    model = ModelConfig(init=(fitted,), sizes=TOY)
+
+    def loop(name: str) -> LoopConfig:
+        return LoopConfig(out=tmp_path / name, steps=1, batch_size=2, warmup=1, workers=0)
+
+    decoder = train_decoder.main(train_decoder.Config(loop("decoder"), shots, model))
+    assert read_checkpoint(decoder).info.abstention == abstention
+    eyes = vision.main(vision.Config(loop("eyes"), shots, model))
+    assert read_checkpoint(eyes, required=()).info.abstention is None
 
 
 def test_a_missing_part_is_named(files: dict[str, Path], photos: Path) -> None:

@@ -113,7 +113,7 @@ def build(
     models: Models, found: set[str], config: Config, store: PhotoStore | None = None
 ) -> tuple[Stage, Batches]:
     """The stage, and its data from the photos of `store`."""
-    models.classification = config.classification
+    models.train_classifier(config.classification)
     data = replace(config.data, crops_per_part=1)  # a photo is a view here, and no crop is read
     reads = {"native_view", "tone"}
     train, validation = open_data(data, models.sizes, config.loop.seed, models.types, reads, store)

@@ -194,13 +194,6 @@ class Checkpoint:
         }
 
     @property
-    def fusion_levels(self) -> tuple[int, ...]:
-        """VAE levels with a fusion block, ascending; empty where the decoder is untrained."""
-        prefix = "decoder.fusion."
-        levels = {key[len(prefix) :].split(".")[0] for key in self.keys if key.startswith(prefix)}
-        return tuple(sorted(int(level) for level in levels if level.isdigit()))
-
-    @property
     def self_contained(self) -> bool:
         """Whether UNet, VAE and vision encoder are in the file, too."""
         return all(map(self.has, BASE_PREFIXES))

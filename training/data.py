@@ -72,7 +72,8 @@ class Mixing:
     chain: float = 0.0
     """Share of degraded photos with two or more kinds, each at any severity, see `draw_mix`."""
     low_res: float = 0.0
-    """Share of degraded photos that also lose resolution, which no label tells."""
+    """Share of degraded photos that also lose resolution, which no label tells unless `low_res` is
+    one of the types."""
     second_order: float = 0.0
     """Share of them that also pass Real-ESRGAN's second-order chain, which no label tells."""
 
@@ -218,7 +219,8 @@ class RestorationBatches(Dataset[Item]):
             looks: Share of clean photos that get a `random_look` before they are degraded.
             softer: Share of clean photos whose pixels are softened, see `cut_clean`; not those for
                 `blur` and `low_res`.
-            oversample: Kinds to draw more often; each mention adds a kind's own share once more.
+            oversample: Kinds to draw more often; each mention adds a kind's own share once more,
+                but not to mixes, whose kinds are drawn together.
 
         Raises:
             ValueError: There is no photo, or `oversample` or `reads` name what there is not.

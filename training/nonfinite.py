@@ -14,6 +14,7 @@ def describe(
     learned: Set[str],
     batch: dict[str, Tensor],
     module: nn.Module,
+    updated: bool = False,
 ) -> str:
     """Name what is not finite on this process: its causes where they can be seen, too.
 
@@ -23,6 +24,7 @@ def describe(
         learned: Terms with a gradient; others may be NaN where a batch says nothing of them.
         batch: The last one.
         module: What trains.
+        updated: Whether its weights have taken the step in, so that they are to blame for nothing.
     """
 
     def bad(tensors: Iterator[tuple[str, Tensor | None]]) -> list[str]:
@@ -33,7 +35,7 @@ def describe(
     terms = [name for name in wrong if name in learned]
     gradients = bad((n, p.grad) for n, p in module.named_parameters())
     inputs = bad(iter(batch.items()))
-    weights = bad((n, p.detach()) for n, p in module.named_parameters())
+    weights = [] if updated else bad((n, p.detach()) for n, p in module.named_parameters())
     if "loss" in terms:
         what = ", ".join(terms)
     else:

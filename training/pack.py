@@ -24,6 +24,8 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn import functional as F
 
+from diff_restorer.degradations.compression import LUMINANCE_TABLE
+
 from .checkpoints import require_space
 from .config import run_program
 from .photos import UNREADABLE, PhotoFile, list_photos
@@ -38,13 +40,6 @@ WEBP_QUALITY = 90
 """What is taken for the quality of a file that does not tell it."""
 
 JPEG_START = b"\xff\xd8"
-
-# The luminance table of the JPEG standard (ITU-T T.81, K.1), which libjpeg scales.
-_LUMINANCE = torch.tensor(
-    [16, 11, 10, 16, 24, 40, 51, 61, 12, 12, 14, 19, 26, 58, 60, 55, 14, 13, 16, 24, 40, 57, 69, 56,
-     14, 17, 22, 29, 51, 87, 80, 62, 18, 22, 37, 56, 68, 109, 103, 77, 24, 35, 55, 64, 81, 104, 113,
-     92, 49, 64, 78, 87, 103, 121, 120, 101, 72, 92, 95, 98, 112, 100, 103, 99]
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -146,7 +141,7 @@ def jpeg_quality(picture: Image.Image) -> int:
 
     def total(quality: int) -> int:
         scale = 5000 // quality if quality < 50 else 200 - 2 * quality
-        return int(((_LUMINANCE * scale + 50) // 100).clamp(1, 255).sum())
+        return sum(min(255, max(1, (entry * scale + 50) // 100)) for entry in LUMINANCE_TABLE)
 
     return min(range(1, 101), key=lambda quality: abs(total(quality) - found))
 

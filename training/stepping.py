@@ -147,8 +147,8 @@ class Stepper:
         values, counts, norm_now, signs, place = self._read(told.wait(), names)
         scaled = self._accelerator.scaler is not None  # fp16 overflows now and then, and skips
         if counts["loss"] < count or not (math.isfinite(norm_now) or scaled):
-            blamed = nn.Module() if self._ahead else self._trainable  # its update is done
-            raise NonFiniteError(describe(step, parts, learned, batch, blamed))
+            told = describe(step, parts, learned, batch, self._trainable, updated=self._ahead)
+            raise NonFiniteError(told)
         if not self._ahead:
             with self.clock.part("optimizer"):
                 self._update(norms)
@@ -168,7 +168,13 @@ class Stepper:
             batch, self._next = self._next, None
             return batch
         with self.clock.part("data"):
-            return next(batches)
+            try:
+                return next(batches)
+            except torch.OutOfMemoryError as error:
+                raise ValueError(
+                    "--loop.batch-size: the device has no room to make a batch of this size; give "
+                    "a smaller one, with a larger --loop.accumulate"
+                ) from error
 
     def _gradients(self, batch: Batch, step: int, micro: int, piece: int) -> dict[str, Tensor]:
         """Adds those of one piece of a batch; returns its terms."""
@@ -249,7 +255,9 @@ class _Reading:
 
 
 def _gradient_norm(side: nn.Module) -> Tensor:
-    return torch.nn.utils.get_total_norm([p.grad for p in side.parameters() if p.grad is not None])
+    """On the side's device, also where it has no gradients yet."""
+    gradients = [p.grad for p in side.parameters() if p.grad is not None]
+    return torch.nn.utils.get_total_norm(gradients).to(next(side.parameters()).device)
 
 
 def _reject_nested_shards(module: nn.Module) -> None:

@@ -6,12 +6,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-_LUMINANCE = (
+LUMINANCE_TABLE = (
     16, 11, 10, 16, 24, 40, 51, 61, 12, 12, 14, 19, 26, 58, 60, 55,
     14, 13, 16, 24, 40, 57, 69, 56, 14, 17, 22, 29, 51, 87, 80, 62,
     18, 22, 37, 56, 68, 109, 103, 77, 24, 35, 55, 64, 81, 104, 113, 92,
     49, 64, 78, 87, 103, 121, 120, 101, 72, 92, 95, 98, 112, 100, 103, 99,
 )  # fmt: skip
+"""Of the JPEG standard (ITU-T T.81, K.1), row by row; libjpeg scales it by quality."""
 _CHROMINANCE = (
     17, 18, 24, 47, 99, 99, 99, 99, 18, 21, 26, 66, 99, 99, 99, 99,
     24, 26, 56, 99, 99, 99, 99, 99, 47, 66, 99, 99, 99, 99, 99, 99,
@@ -68,7 +69,7 @@ def _compress(image: Tensor, quality: Tensor, *, halve: bool) -> Tensor:
     planes[:, 0] -= 128
     luma_steps, chroma_steps = (
         _steps(table, quality).to(image.device, non_blocking=True)[:, None]
-        for table in (_LUMINANCE, _CHROMINANCE)
+        for table in (LUMINANCE_TABLE, _CHROMINANCE)
     )
     if halve:
         luma = _through_blocks(planes[:, :1], luma_steps)

@@ -13,6 +13,8 @@ from typing import Any, Literal
 
 import torch
 
+from diff_restorer.checkpoint import read_checkpoint
+
 from .. import config, export, sample_decoder_data, train_control, train_decoder
 from ..common import ModelConfig, checkpoint_info, home, open_models
 from ..errors import DiskError, NonFiniteError
@@ -124,6 +126,8 @@ def _check(recipe: Recipe) -> None:
         path = getattr(recipe, name)
         if path is not None and not path.is_file():
             raise ValueError(f"--{name}: {path} does not exist; give a Nano's .safetensors")
+    if recipe.init is not None:  # what no stage would train then
+        read_checkpoint(recipe.init, ("base.vae.", "base.clip_vision.", "prompt_processor."))
     if recipe.device == "cuda" and not torch.cuda.is_available():
         raise ValueError(
             f"--device cuda: torch {torch.__version__} finds no GPU; leave it out to train on the "
@@ -146,13 +150,11 @@ def _keeping(recipe: Recipe) -> InFiles | InMemory:
 
 def _vae_alone(out: Path, config: ModelConfig) -> Path:
     """A file with nothing but the VAE of another: what else that has must not be started from."""
-    path = out / "vae.safetensors"
-    if not path.exists():
-        models, _ = open_models(config, ("base.vae.",))
-        own = "nano.autoencoder"
-        models.history = {name: told for name, told in models.history.items() if name == own}
-        out.mkdir(parents=True, exist_ok=True)
-        models.save(path, ("base.vae.",), checkpoint_info(models, {}), torch.float32)
+    path, own = out / "vae.safetensors", "nano.autoencoder"
+    models, _ = open_models(config, ("base.vae.",))
+    models.history = {name: told for name, told in models.history.items() if name == own}
+    out.mkdir(parents=True, exist_ok=True)
+    models.save(path, ("base.vae.",), checkpoint_info(models, {}), torch.float32)
     return path
 
 

@@ -61,12 +61,14 @@ class InFiles:
         """Starts from these files."""
         self._files = init
         self._latents: Path | None = None
+        self._has_decoder = False
 
     def train(self, program: Any, config: Any, slot: Slot) -> None:
         config = self._opened(config)
         if program is train_decoder and config.sampled_share > 0:
             config = replace(config, latents=self._latents)
         self._files += (run_stage(program.build, config, began=slot.began),)
+        self._has_decoder = self._has_decoder or program is train_decoder
 
     def sample(self, config: sample_decoder_data.Config, slot: Slot) -> None:
         self._latents = sample_decoder_data.main(self._opened(config), until=slot.ends)
@@ -75,7 +77,8 @@ class InFiles:
         return export.main(self._opened(config), until=slot.middle)
 
     def _opened(self, config: Any) -> Any:
-        return replace(config, model=replace(config.model, init=self._files))
+        fresh = config.model.fresh_decoder and not self._has_decoder  # else that of this run
+        return replace(config, model=replace(config.model, init=self._files, fresh_decoder=fresh))
 
 
 @dataclass
@@ -101,7 +104,12 @@ class InMemory:
         stage, data = program.build(
             self.models, self.found, config, self._photos(config.data), **extra
         )
-        self.spent[slot.name] = fit(stage, data, config.loop, config, slot.began)
+        try:
+            self.spent[slot.name] = fit(stage, data, config.loop, config, slot.began)
+        except SystemExit:  # interrupted, and its weights are kept
+            self.found |= set(stage.parts)
+            self._count(slot.name, slot.began)
+            raise
         self.found |= set(stage.parts)
         self.models.history |= {table_name(type(config)): settings(config)}
 

@@ -12,8 +12,8 @@ from typing import Any
 
 from .config import LENGTHS
 
-WARMUP_SHARE = 0.03
-"""Warm-up of a time box, as a share of it; steps have their own number."""
+WARMUP_SHARE, WARMUP_STEPS = 0.03, 20
+"""Warm-up of a time box: a share of it, but no fewer steps, as AdamW's second moments need some."""
 MARGIN, SPARE_SECONDS = 1.25, 1.0
 """What ends a box may take this much longer than last time, as curves have grown since."""
 GAP_SECONDS = 60.0
@@ -151,6 +151,9 @@ class TimeCourse(Course):
 
     def __str__(self) -> str:
         return f"step {self.step}"
+
+    def rate(self) -> float:
+        return min(super().rate(), (self.step + 1) / WARMUP_STEPS)
 
     @property
     def place(self) -> float:

@@ -118,7 +118,7 @@ def _sample(config: Config, parts: Path, numbers: list[int], total: int, until: 
     train = open_batches(models, config)
     origin = json.dumps(train.origin())
     done = total - len(numbers) * config.batch_size
-    with tqdm(total=total, initial=done, unit="latent", smoothing=0.05) as bar:
+    with tqdm(total=total, initial=done, unit="latent", smoothing=0.05, disable=None) as bar:
         for number, latents in sampled(models, train, numbers, config):
             _save(_part(parts, number), {"latents": latents}, {"origin": origin})
             bar.update(config.batch_size)

@@ -130,7 +130,7 @@ class _Group(nn.Module):
         self.squeeze = layers.conv(depth * width, width, 1)
 
     def forward(self, x: Tensor, condition: Condition) -> Tensor:
-        h, seen = x, []
+        h, seen = x, list[Tensor]()
         for block in self.blocks:
             h = block(h, condition)
             seen.append(h)

@@ -132,6 +132,9 @@ def _beside(
     def at_half(_: Tensor, pixels: Tensor, encoded: Tensor, here: Condition) -> Tensor:
         return detail.at_half(pixels, encoded, here)
 
+    def mixed(found: Tensor, image: Tensor) -> Tensor:
+        return torch.lerp(image, found, fidelity)
+
     levels = [
         *decoder,
         stage(at_half, photo, features[1]),
@@ -141,8 +144,7 @@ def _beside(
         stage(detail.back_at_half, Output(half)),
     ]
     if fidelity < 1:
-        mixed = Stage(lambda found, image: torch.lerp(image, found, fidelity), (Output(half - 1),))
-        levels.append([mixed])
+        levels.append([Stage(mixed, (Output(half - 1),))])
     return levels
 
 

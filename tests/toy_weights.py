@@ -263,9 +263,9 @@ def restorer_tensors(
     tensors = random_state(_shapes(processor), "prompt_processor.", 1, dtype)
     tensors |= random_state(control_shapes(unet), "control.", 2, dtype)
     if detail:
-        sizes = tuple(vae.channels * each for each in vae.mult[1:])
+        first, second, third = (vae.channels * each for each in vae.mult[1:])
         path = DetailPath(
-            DetailConfig((16, 24, 32), (1, 2, 1, 1, 1), sizes, unet.context),
+            DetailConfig((16, 24, 32), (1, 2, 1, 1, 1), (first, second, third), unet.context),
             device=torch.device("meta"),
         )
         tensors |= random_state(_shapes(path), "decoder.detail.", 3, dtype)

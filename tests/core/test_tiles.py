@@ -57,7 +57,8 @@ def fusion_blocks(channels: tuple[int, ...]) -> FusionBlocks:
 
 
 def detail_path(channels: tuple[int, ...]) -> DetailPath:
-    return DetailPath(DetailConfig((8, 12, 16), (1, 1, 2, 1, 1), (*channels[1:],), 16))
+    _, first, second, third = channels
+    return DetailPath(DetailConfig((8, 12, 16), (1, 1, 2, 1, 1), (first, second, third), 16))
 
 
 EXTENSIONS = {"fusion": fusion_blocks, "detail": detail_path}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tomllib
@@ -163,7 +164,8 @@ def test_epochs_count_passes_over_the_photos_whoever_shares_them() -> None:
         ("steps", "minutes"): r"found --loop\.minutes 2 and --loop\.steps 2; give one of them",
     }.items():
         with pytest.raises(ValueError, match=rf"--loop\.steps, .*: {found}"):
-            count_steps(LoopConfig(Path("a"), **dict.fromkeys(lengths, 2)), 100, 1)
+            given: dict[str, Any] = dict.fromkeys(lengths, 2)
+            count_steps(LoopConfig(Path("a"), **given), 100, 1)
 
 
 def test_a_length_that_is_given_takes_the_place_of_the_preset_s() -> None:

@@ -135,15 +135,16 @@ def apply(variant: Variant, photo: Levels, seed: int) -> Levels:
         return package.Compose(parts, seed=seed)(image=photo)["image"]
     before = np.random.get_state()  # it draws from NumPy's global generator
     np.random.seed(seed)
+    numpy: Any = np
     if renamed := not hasattr(np, "float_"):
-        vars(np)["float_"] = np.float64  # the name of NumPy 1, which `fog` asks for
+        numpy.float_ = np.float64  # the name of NumPy 1, which `fog` asks for
     try:
         for name, settings in variant.steps.items():
             photo = package.corrupt(photo, corruption_name=name, **settings)
     finally:
         np.random.set_state(before)
         if renamed:
-            del vars(np)["float_"]
+            del numpy.float_
     return photo
 
 

@@ -163,8 +163,8 @@ def test_epochs_count_passes_over_the_photos_whoever_shares_them() -> None:
         (): "found none",
         ("steps", "minutes"): r"found --loop\.minutes 2 and --loop\.steps 2; give one of them",
     }.items():
+        given: dict[str, Any] = dict.fromkeys(lengths, 2)
         with pytest.raises(ValueError, match=rf"--loop\.steps, .*: {found}"):
-            given: dict[str, Any] = dict.fromkeys(lengths, 2)
             count_steps(LoopConfig(Path("a"), **given), 100, 1)
 
 

@@ -182,6 +182,15 @@ def test_a_length_that_is_given_takes_the_place_of_the_preset_s() -> None:
     assert (loop.steps, loop.minutes) == (0, 3)
 
 
+def test_a_preset_may_start_from_another(preset: Path, tmp_path: Path) -> None:
+    above = tmp_path / "above.toml"
+    above.write_text(f'base = "{preset}"\n[train_control]\nloop = {{warmup = 3}}\n')
+    found = parse(train_control.Config, args=["--config", str(above), *GIVEN])
+    expected = parse(train_control.Config, args=["--config", str(preset), *GIVEN])
+    assert (found.loop.warmup, expected.loop.warmup) == (3, 9)
+    assert (found.ce_weight, found.loop.batch_size) == (expected.ce_weight, 5)
+
+
 def test_what_is_written_down_reads_back(preset: Path, tmp_path: Path) -> None:
     config = parse(train_control.Config, args=["--config", str(preset), *GIVEN])
     path = tmp_path / "config.toml"

@@ -29,6 +29,9 @@ BOX_SAMPLES = 10
 """Samples that a stage is validated on in a time box, which has room for two validations at least:
 one of each kind."""
 SHIPPED = Path(__file__).parents[2] / "models" / "diff_restorer_nano.safetensors"
+VALIDATED_PER_MINUTE = 4
+"""Samples that a stage validates on at most for each minute that it has: before the first step and
+at the end, and a short box must have time for steps between."""
 TINY_LOOP = {
     "steps": 6,
     "batch_size": 2,
@@ -216,7 +219,12 @@ def _settings(recipe: Recipe, program: Any, name: str, minutes: float, **more: A
     elif "workers" in fields:
         settings["workers"] = workers
     preset = recipe.preset or ("nano_gpu" if home().type == "cuda" else "nano")
-    return config.load(program.Config, preset, settings)
+    loaded = config.load(program.Config, preset, settings)
+    if not minutes:
+        return loaded
+    most = max(2, round(VALIDATED_PER_MINUTE * minutes))
+    data = replace(loaded.data, validation_samples=min(most, loaded.data.validation_samples))
+    return replace(loaded, data=data)
 
 
 def _workers() -> int:

@@ -16,6 +16,7 @@ import torch
 from diff_restorer.checkpoint import read_checkpoint
 
 from .. import config, export, sample_decoder_data, train_control, train_decoder
+from ..checkpoints import compare_file
 from ..common import ModelConfig, checkpoint_info, home, open_models
 from ..errors import DiskError, NonFiniteError
 from . import autoencoder, vision
@@ -153,11 +154,14 @@ def _keeping(recipe: Recipe) -> InFiles | InMemory:
 
 def _vae_alone(out: Path, config: ModelConfig) -> Path:
     """A file with nothing but the VAE of another: what else that has must not be started from."""
-    path, own = out / "vae.safetensors", "nano.autoencoder"
-    models, _ = open_models(config, ("base.vae.",))
-    models.history = {name: told for name, told in models.history.items() if name == own}
-    out.mkdir(parents=True, exist_ok=True)
-    models.save(path, ("base.vae.",), checkpoint_info(models, {}), torch.float32)
+    path, part, own = out / "vae.safetensors", ("base.vae.",), "nano.autoencoder"
+    models, _ = open_models(config, part)
+    try:  # written again it would have other bytes, which sampled latents are refused for
+        compare_file(path, models.file_tensors(part, torch.float32))
+    except (OSError, ValueError):
+        models.history = {name: told for name, told in models.history.items() if name == own}
+        out.mkdir(parents=True, exist_ok=True)
+        models.save(path, part, checkpoint_info(models, {}), torch.float32)
     return path
 
 

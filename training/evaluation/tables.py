@@ -21,7 +21,8 @@ _SECTIONS = {
         "Own degradations",
         f"{SETTINGS}. LQ is the mean of the degraded photos; `clean` is scored against itself. "
         "The baselines are told the kind; the best is chosen by its mean over the set. Published "
-        "scores are of networks for one kind; see `evaluation/anchors.py`.",
+        "scores are of networks for one kind, on noise that is not clipped; see "
+        "`evaluation/anchors.py`.",
     ),
     "independent": (
         "Degradations that others wrote",

@@ -33,6 +33,8 @@ SHIPPED = Path(__file__).parents[2] / "models" / "diff_restorer_nano.safetensors
 VALIDATED_PER_MINUTE = 4
 """Samples that a stage validates on at most for each minute that it has: before the first step and
 at the end, and a short box must have time for steps between."""
+LEAST_FOR_WORKERS = 3.0
+"""Minutes of a slot from which on data processes are started by default."""
 TINY_LOOP = {
     "steps": 6,
     "batch_size": 2,
@@ -75,7 +77,7 @@ class Recipe:
     steps: Literal["full", "tiny"] = "full"
     """`tiny` runs every stage on a few steps to show that the pipeline works."""
     workers: int | None = None
-    """Data processes; none: 1, beside a GPU up to 8."""
+    """Data processes; none: 1, beside a GPU up to 8, and in slots of a few minutes 0."""
     scores: Path | None = None
     """scores.json of an evaluation, for the file's metadata (with `photos`)."""
 
@@ -215,7 +217,9 @@ def _settings(recipe: Recipe, program: Any, name: str, minutes: float, **more: A
     photos = {"photos": str(recipe.photos or recipe.pack)}
     few = {"validation_samples": BOX_SAMPLES} if minutes else {}
     settings = {"data": photos | few, **more}
-    workers = _workers() if recipe.workers is None else recipe.workers
+    workers = recipe.workers
+    if workers is None:  # to start a process takes longer than it saves in a short slot
+        workers = 0 if 0 < minutes < LEAST_FOR_WORKERS else _workers()
     if "loop" in (fields := program.Config.__dataclass_fields__):
         loop: dict[str, Any] = {"out": str(recipe.out / name), "workers": workers}
         loop |= more.get("loop", {}) | (TINY_LOOP if recipe.steps == "tiny" else {})

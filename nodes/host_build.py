@@ -24,7 +24,7 @@ from ..diff_restorer import (
     PromptProcessor,
     PromptProcessorConfig,
 )
-from ..diff_restorer.checkpoint import Checkpoint, CheckpointKeysError
+from ..diff_restorer.checkpoint import DETAIL_PREFIX, Checkpoint, CheckpointKeysError
 from .host import ModelPatcher
 from .host_control import ControlModel, DegradationControlNet
 
@@ -159,7 +159,7 @@ def build_extension(checkpoint: Checkpoint) -> Any:
     """What a file adds to the VAE's decoder, a detail path or fusion blocks, under the host's
     memory management, on the device of the VAE; None where it adds nothing."""
     for prefix, part, sizes, network in (
-        ("decoder.detail.", "decoder's detail path", DetailConfig, DetailPath),
+        (DETAIL_PREFIX, "decoder's detail path", DetailConfig, DetailPath),
         ("decoder.fusion.", "decoder's fusion blocks", FusionConfig, FusionBlocks),
     ):
         if state := checkpoint.state(prefix):

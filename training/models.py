@@ -23,6 +23,7 @@ from diff_restorer import (
 )
 from diff_restorer.abstention import Abstention
 from diff_restorer.checkpoint import (
+    DETAIL_PREFIX,
     ONE_KIND,
     V_PREDICTION,
     Checkpoint,
@@ -309,7 +310,7 @@ class Models(nn.Module):
     def decoder_parts(self) -> tuple[str, ...]:
         """File prefixes of the aware decoder."""
         if isinstance(self.decoder.extension, DetailPath):
-            return ("decoder.detail.",)
+            return (DETAIL_PREFIX,)
         return "decoder.fusion.", "decoder.vae."
 
     def parts(self) -> dict[str, nn.Module]:

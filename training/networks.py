@@ -29,7 +29,7 @@ from diff_restorer import (
     VaeTrunk,
     make_hint_conv,
 )
-from diff_restorer.checkpoint import read_checkpoint
+from diff_restorer.checkpoint import DETAIL_PREFIX, read_checkpoint
 from diff_restorer.control import zero_init
 
 HEADS = 8
@@ -208,7 +208,7 @@ def sizes_of(path: Path, default: Sizes = Sizes()) -> Sizes:
         "base.clip_vision.": vision_sizes,
         "prompt_processor.": _prompt_sizes,
         "decoder.fusion.": _fusion_sizes,
-        "decoder.detail.": _detail_sizes,
+        DETAIL_PREFIX: _detail_sizes,
     }
     found: dict[str, Any] = {}
     for prefix, read in readers.items():

@@ -72,8 +72,8 @@ class Mixing:
     chain: float = 0.0
     """Share of degraded photos with two or more kinds, each at any severity, see `draw_mix`."""
     low_res: float = 0.0
-    """Share of degraded photos that also lose resolution, which no label tells unless `low_res` is
-    one of the types."""
+    """Share of degraded photos that also lose resolution; its label is `blur` unless `low_res` is
+    one of the types, which views of 192 px tell from blur in two photos of three."""
     second_order: float = 0.0
     """Share of them that also pass Real-ESRGAN's second-order chain, which no label tells."""
 
@@ -379,7 +379,8 @@ class RestorationBatches(Dataset[Item]):
         if kind == "clean":
             return {"clean": 0.0}
         chain = _chance(self.mixing.chain, generator)
-        kinds = list(draw_mix(self.kinds, generator)) if chain else [kind]
+        low_res = ("low_res",) if self.mixing.low_res and "low_res" not in self.kinds else ()
+        kinds = list(draw_mix(self.kinds + low_res, generator)) if chain else [kind]
         for extra in ("low_res", "second_order"):
             if _chance(getattr(self.mixing, extra), generator) and extra not in kinds:
                 kinds.append(extra)
@@ -409,8 +410,15 @@ class RestorationBatches(Dataset[Item]):
             seed=int(torch.randint(2**31, (), generator=generator)),
         )
 
+    def _named(self, levels: dict[str, float]) -> dict[str, float]:
+        """Severities by the names that the classifier has: lost resolution is a kind of blur."""
+        if "low_res" in self.kinds or "low_res" not in levels:
+            return levels
+        return levels | {"blur": max(levels.get("blur", 0.0), levels["low_res"])}
+
     def _labels(self, drawn: Sequence[Drawn], batch_size: int) -> Batch:
-        named = [[part.levels.get(kind) for kind in self.kinds] for part in drawn]
+        seen = [self._named(part.levels) for part in drawn]
+        named = [[levels.get(kind) for kind in self.kinds] for levels in seen]
         rank = torch.tensor([[-2.0 if level is None else level for level in row] for row in named])
         return {
             "part": torch.arange(batch_size) * len(drawn) // batch_size,

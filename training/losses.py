@@ -85,7 +85,7 @@ def kind_scores(logits: Tensor, kinds: Tensor, classification: Classification) -
     return scores
 
 
-def psnr_loss(image: Tensor, reference: Tensor) -> Tensor:
+def psnr_loss(image: Tensor, reference: Tensor, floor: float = 1e-4) -> Tensor:
     """Mean of minus the PSNR, in units of 100 dB so that gradients are about as large as L1's.
 
     Every photo counts by what it could gain in dB, and within a photo its large errors count most;
@@ -94,12 +94,12 @@ def psnr_loss(image: Tensor, reference: Tensor) -> Tensor:
     Args:
         image: (B, 3, H, W) around [0, 1], not clamped, so that no pixel loses its gradient.
         reference: (B, 3, H, W) in [0, 1].
+        floor: Added to the mean squared error: beyond it (1e-4: 40 dB) nothing is to be gained.
 
-    Source: PSNR loss of HINet (arXiv 2105.06086); ours adds 1e-4 to the mean squared error, beyond
-    which (40 dB) nothing is to be gained.
+    Source: PSNR loss of HINet (arXiv 2105.06086); the floor is ours.
     """
     error = F.mse_loss(image, reference, reduction="none").flatten(1).mean(dim=1)
-    return (error + 1e-4).log10().mean() / 10
+    return (error + floor).log10().mean() / 10
 
 
 def spectral_distance(image: Tensor, reference: Tensor, window: int = 16) -> Tensor:

@@ -159,7 +159,7 @@ class Models(nn.Module):
                 sizes.vision_width, sizes.prompt_hidden, sizes.context_width, len(self.types)
             )
         )
-        self.decoder = AwareDecoder(self.vae, build_extension(sizes, self.vae))
+        self.decoder = AwareDecoder(self.vae, build_extension(sizes, self.vae, len(self.types)))
         self.lay_out()
 
     def lay_out(self) -> None:
@@ -172,9 +172,11 @@ class Models(nn.Module):
     def start_decoder(self) -> None:
         """Copy the trained VAE decoder into the aware decoder (start of stage 2).
 
-        A detail path starts from the photo itself, and so does the pixel gate of fusion blocks.
+        A detail path starts from the photo itself, with the classifier's word on whose head counts;
+        the pixel gate of fusion blocks starts from the photo, too.
         """
-        if self.decoder.decoder is None:
+        if isinstance(self.decoder.extension, DetailPath):
+            self.decoder.extension.kind.load_state_dict(self.prompt.classifier.state_dict())
             return
         self.decoder.decoder.load_state_dict(self.vae.decoder.state_dict())
         if not self._vae_is_tiny:

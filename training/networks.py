@@ -134,8 +134,8 @@ def build_control(unet: Any) -> Any:
     return control
 
 
-def build_extension(sizes: Sizes, vae: Any) -> DetailPath | FusionBlocks:
-    """What extends the decoder of `vae`: a detail path, or fusion blocks.
+def build_extension(sizes: Sizes, vae: Any, kinds: int) -> DetailPath | FusionBlocks:
+    """What extends the decoder of `vae`: a detail path with heads for `kinds`, or fusion blocks.
 
     Raises:
         ValueError: The sizes of a detail path are not those of three levels and five groups.
@@ -164,6 +164,7 @@ def build_extension(sizes: Sizes, vae: Any) -> DetailPath | FusionBlocks:
         depths=sizes.detail_depths,  # pyright: ignore[reportArgumentType]
         vae_channels=(channels[1], channels[2], channels[3]),
         context_width=sizes.context_width,
+        kinds=kinds,
     )
     return DetailPath(config)
 

@@ -71,10 +71,16 @@ class Config:
     """Share of batches whose latents are sampled."""
     latent_noise: float = 0.1
     """Largest standard deviation of the noise on encoded latents (scaled latents have 1)."""
+    own_share: float = 0.0
+    """Share of the other batches whose latents are the degraded photos' own, which cost nothing:
+    where the damage is in the pixels, the latent has little to say."""
     fusion_first: int = 0
     """Steps in which fusion blocks alone train, before the decoder joins them."""
     pixel_loss: Literal["l1", "psnr"] = "l1"
     """L1 as in the paper, or minus the PSNR of each photo, which minds small damage more."""
+    psnr_floor: float = 1e-4
+    """Mean squared error beyond which `psnr` gains nothing. A fresh decoder learns noise three
+    times faster with 1e-3: with less, photos that need little hold it back."""
     lpips_weight: float = 0.0
     """Weight of the perceptual term beside the pixel loss; the paper's recipe has 1."""
     lpips_weights: Path | None = None
@@ -227,18 +233,17 @@ class DecoderLoss:
         self.playing = self.discriminator is not None and step >= self.config.gan.start
 
     @torch.no_grad()
-    def read(self, photo: Tensor, degraded: Tensor) -> tuple[Tensor, Features]:
-        """Scaled latent of the pixels `photo`, of any number of photos; features of `degraded`."""
-        photos = torch.cat([photo, degraded])
+    def read(self, degraded: Tensor, photo: Tensor | None = None) -> tuple[Tensor, Features]:
+        """Scaled latent of the pixels `photo`, or of `degraded` itself; features of `degraded`."""
+        photos = degraded if photo is None else torch.cat([degraded, photo])
         with own_precision(self.models.vae):
             moments, features = encode_with_features(
                 self.trunk, suited(self.models.vae, photos), self.extension.levels
             )
         features = features | {PIXELS: photos}
-        rows = slice(len(photo), None)
-        mean = moments[: len(photo), : self.trunk.latent_channels].float()
-        own = {level: value[rows] for level, value in features.items()}
-        return mean * self.models.latent_scale, own
+        count = len(degraded)
+        mean = moments[-count:, : self.trunk.latent_channels].float()
+        return mean * self.models.latent_scale, {k: v[:count] for k, v in features.items()}
 
     def decode(
         self, latent: Tensor, features: Features, pooled: Tensor, quantiles: Tensor
@@ -260,17 +265,17 @@ class DecoderLoss:
         """Scaled latents to decode, sampled or encoded with noise; and features of LQ."""
         config, lq = self.config, to_pixels(batch["lq"])
         if "latent" in batch:
-            return batch["latent"], self._read_fast(lq[:0], lq)[1]
+            return batch["latent"], self._read_fast(lq)[1]
         if SAMPLED in batch:
-            hint, features = self._read_fast(lq, lq)
+            hint, features = self._read_fast(lq)
             prompt, part = self.models.read(batch), batch["part"]
             tokens = prompt.semantic[part], prompt.degradation[part]
             return sample(self.models, hint, *tokens, config.sample_steps, generator), features
-        target = lq if config.without_diffusion else to_pixels(batch["gt"])
-        encoded, features = self._read_fast(target, lq)
         place = {"generator": generator, "device": generator.device}
-        most = 0.0 if config.without_diffusion else config.latent_noise
-        level = most * torch.rand(len(encoded), 1, 1, 1, **place).to(encoded.device)
+        if config.without_diffusion or float(torch.rand((), **place)) < config.own_share:
+            return self._read_fast(lq)
+        encoded, features = self._read_fast(lq, to_pixels(batch["gt"]))
+        level = config.latent_noise * torch.rand(len(encoded), 1, 1, 1, **place).to(encoded.device)
         return encoded + level * torch.randn(encoded.shape, **place).to(encoded.device), features
 
     def __call__(self, batch: dict[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
@@ -283,7 +288,9 @@ class DecoderLoss:
         image = (pixels + 1) / 2
         l1 = F.l1_loss(image, batch["gt"])
         terms = {"l1": l1}
-        total = l1 if config.pixel_loss == "l1" else psnr_loss(image, batch["gt"])
+        total = l1
+        if config.pixel_loss == "psnr":
+            total = psnr_loss(image, batch["gt"], config.psnr_floor)
         if self.perceptual is not None:
             terms["perceptual"] = self.perceptual(image, batch["gt"])
             total = total + config.lpips_weight * terms["perceptual"]
@@ -381,7 +388,7 @@ def build(
         images: list[Tensor] = []
         for batch in in_batches(validation, config.loop.batch_size):
             prompt = models.read(batch)
-            hint, features = loss.read(to_pixels(batch["lq"]), to_pixels(batch["lq"]))
+            hint, features = loss.read(to_pixels(batch["lq"]))
             if "control." in found and not config.without_diffusion:
                 steps = config.validation_steps
                 latent = sample(models, hint, prompt.semantic, prompt.degradation, steps, generator)

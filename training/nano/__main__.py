@@ -35,6 +35,18 @@ VALIDATED_PER_MINUTE = 4
 at the end, and a short box must have time for steps between."""
 LEAST_FOR_WORKERS = 3.0
 """Minutes of a slot from which on data processes are started by default."""
+LEAST_FOR_START = 8.0
+"""Minutes of a box from which on stage 2 has a start of its own."""
+START_CROPS = 4
+"""Times as many crops a step has at the start of stage 2, of half the side."""
+START = {
+    "data": {"crop": 64, "part": 192, "crops_per_part": 4},
+    "sampled_share": 0.0,
+    "own_share": 1.0,
+    "psnr_floor": 1e-3,
+}
+"""How stage 2 starts: what is in the pixels is learnt from small crops of many photos, whose own
+latents are at hand; docs/decoder.md has what that is worth."""
 TINY_LOOP = {
     "steps": 6,
     "batch_size": 2,
@@ -72,8 +84,8 @@ class Recipe:
     device: Literal["auto", "cuda"] = "auto"
     """`cuda` fails where there is no GPU; auto then takes the CPU."""
     start_steps: int = 3000
-    """Steps of stage 2 on latents of clean photos, before those that stage 1 samples; a time box
-    has none of them."""
+    """Steps of stage 2 on small crops and the photos' own latents, before those that stage 1
+    samples; a time box of 8 minutes or more has a share for them."""
     steps: Literal["full", "tiny"] = "full"
     """`tiny` runs every stage on a few steps to show that the pipeline works."""
     workers: int | None = None
@@ -84,12 +96,13 @@ class Recipe:
     def stages(self, *, sampled_before: bool) -> list[str]:
         """Those that this recipe runs, in order; latents are sampled before the decoder trains, or
         while it does."""
+        starts = self.init is None and not 0 < self.minutes < LEAST_FOR_START
         return [
             *([] if self.vae or self.init else ["autoencoder"]),
             *([] if self.init else ["vision"]),
             "control",
             *(["latents"] if sampled_before else []),
-            *([] if self.minutes else ["decoder_start"]),
+            *(["decoder_start"] if starts else []),
             *("decoder", "export"),
         ]
 
@@ -198,9 +211,10 @@ def _stages(recipe: Recipe, keeping: Keeping, began: float) -> Path:
         with _named("latents", 0.0, recipe):
             keeping.sample(settings, table.slot("latents"))
     if "decoder_start" in stages:
-        loop = {"decay": False, "steps": recipe.start_steps}
-        clean = {"loop": loop, "sampled_share": 0.0}
-        train(train_decoder, "decoder_start", **clean, **sampling)
+        loop = {} if recipe.minutes else {"steps": recipe.start_steps}
+        loop["batch_size"] = START_CROPS * decoder.loop.batch_size
+        start = START | {"loop": loop}
+        train(train_decoder, "decoder_start", **start, **sampling)
     train(train_decoder, "decoder", **sampling)
     release = _settings(
         *(recipe, export, "export", 0.0),
@@ -216,7 +230,7 @@ def _settings(recipe: Recipe, program: Any, name: str, minutes: float, **more: A
     """A program's settings: the preset's, and over them what the recipe and the stage say."""
     photos = {"photos": str(recipe.photos or recipe.pack)}
     few = {"validation_samples": BOX_SAMPLES} if minutes else {}
-    settings = {"data": photos | few, **more}
+    settings = {**more, "data": photos | few | more.get("data", {})}
     workers = recipe.workers
     if workers is None:  # to start a process takes longer than it saves in a short slot
         workers = 0 if 0 < minutes < LEAST_FOR_WORKERS else _workers()

@@ -13,7 +13,8 @@ SHARES = {
     "vision": 0.12,
     "control": 0.20,
     "latents": 0.04,
-    "decoder": 0.49,
+    "decoder_start": 0.12,
+    "decoder": 0.37,
     "export": 0.05,
 }
 """Of a box that trains every stage. The decoder decides on quality; stage 1 is good early."""

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from diff_restorer.degradations import KINDS
 from tests.e2e.graph import Graph, Runner, make_photo
 from tools.client import ClientError, Progress, PromptInterruptedError
 from tools.environment import ROOT
@@ -73,7 +74,9 @@ def test_result_has_the_photos_exact_size(runner: Runner, nano: Graph, size: tup
 def test_classifier_reports_probabilities(runner: Runner, nano: Graph):
     shown = runner.run(nano).outputs[nano.node("DiffRestorerDegradationClassifier")]
     probabilities = json.loads(shown["text"][0])
-    assert sum(probabilities.values()) == pytest.approx(1, abs=1e-3)
+    assert set(probabilities) == {*KINDS}
+    assert all(0 <= each <= 1 for each in probabilities.values())  # several may be there
+    assert max(probabilities.values()) > 0.1
     assert shown["images"]
 
 

@@ -90,7 +90,7 @@ def test_nano_restores_16_bits(runner: Runner, tmp_path: Path):
     assert difference.mean() < 1  # SaveImage cuts the 8-bit one off
     assert difference.max() < 6
     for entry in read_report(tmp_path / "out")["photos"]:
-        assert sum(entry["probabilities"].values()) == pytest.approx(1, abs=1e-3)
+        assert all(0 <= each <= 1 for each in entry["probabilities"].values())
         assert entry["kind"] == max(entry["probabilities"], key=entry["probabilities"].get)
 
 

@@ -160,7 +160,8 @@ def run(
         fine = restored.astype(np.float64) * 256 + _fetch(client, rest, target) + 0.5
         restored = (fine * (65535 / 65280)).round().clip(0, 65535).astype(np.uint16)
         seconds += rest.seconds
-    return Restoration(restored, _probabilities(result, filled), seconds)
+    with client.expecting("/history"):
+        return Restoration(restored, _probabilities(result, filled), seconds)
 
 
 def deepen_input(workflow: Workflow, source: str, lower: str) -> None:
@@ -245,6 +246,7 @@ def _show(bar: tqdm, workflow: Workflow, progress: Progress) -> None:
 
 def _probabilities(result: Result, workflow: Workflow) -> dict[str, float]:
     for node_id, shown in result.outputs.items():
-        if workflow[node_id]["class_type"] == CLASSIFIER:
-            return json.loads("".join(shown["text"]))
+        if workflow.get(node_id, {}).get("class_type") == CLASSIFIER:
+            kinds = json.loads("".join(shown["text"]))
+            return {str(kind): float(probability) for kind, probability in kinds.items()}
     return {}

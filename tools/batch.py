@@ -18,6 +18,7 @@ from tools.client import (
     PromptRejectedError,
     RunLostError,
     ServerUnreachableError,
+    TooLargeError,
     Workflow,
 )
 from tools.jobs import Job, digest_workflow
@@ -186,15 +187,12 @@ class Batch:
             if trouble.lost >= self.options.attempts and not self._is_last():
                 self._give_up(client.server, f"lost {trouble.lost} runs in a row: {error}")
             return False
-        except ServerUnreachableError as error:
-            if not trouble.faults and not trouble.lost:
-                trouble.since = time.monotonic()
-            trouble.faults += 1
-            if str(error) != trouble.reason:
-                self._say(str(error))
-            trouble.reason = str(error)
-            self._put_back(client, job)
-            return False
+        except (ServerUnreachableError, TooLargeError) as error:
+            if isinstance(error, ServerUnreachableError) or not self._is_last():
+                self._pass_on(client, job, trouble, str(error))
+                return False
+            job.fail(str(error))
+            self._land(client, job)
         except PromptRejectedError as error:
             # Not the photo's fault: this server cannot run this workflow.
             self._put_back(client, job)
@@ -208,6 +206,16 @@ class Batch:
                 job.fail(str(error) or type(error).__name__)
             self._land(client, job)
         return True
+
+    def _pass_on(self, client: Client, job: Job, trouble: Trouble, reason: str) -> None:
+        """Leaves a photo that a server did not even begin to others."""
+        if not trouble.faults and not trouble.lost:
+            trouble.since = time.monotonic()
+        trouble.faults += 1
+        if reason != trouble.reason:
+            self._say(reason)
+        trouble.reason = reason
+        self._put_back(client, job)
 
     def _take(self, client: Client) -> Job | None:
         """The next photo; waits as long as one in flight may yet come back."""

@@ -47,6 +47,10 @@ class ServerUnreachableError(ClientError):
     """No ComfyUI answers at the address, it stopped answering, or something else answers."""
 
 
+class TooLargeError(ClientError):
+    """The server, or a proxy before it, takes no file of this size; another one may."""
+
+
 class RunLostError(ServerUnreachableError):
     """The server died, stopped answering or was restarted during a run."""
 
@@ -249,7 +253,8 @@ class Client:
                         raise ServerUnreachableError(
                             f"{self.server}{path} gave over {LARGEST_ANSWER >> 20} MiB"
                         )
-        except (aiohttp.ClientError, asyncio.TimeoutError, OSError) as error:
+        # ValueError: a name that no host can have.
+        except (aiohttp.ClientError, asyncio.TimeoutError, OSError, ValueError) as error:
             raise ServerUnreachableError(
                 f"no ComfyUI answers at {self.server} ({type(error).__name__}). Start one with "
                 "`make serve`, or name another with --server."
@@ -261,7 +266,7 @@ class Client:
     def _refusal(self, request: str, reply: aiohttp.ClientResponse) -> ClientError:
         status = reply.status
         if status == 413:
-            return ClientError(
+            return TooLargeError(
                 f"{self.server} takes no file of this size (status 413). Pass --max-side, or raise "
                 "the limit: --max-upload-size of ComfyUI, client_max_body_size of nginx"
             )

@@ -32,6 +32,7 @@ from tools.photo import (
 RECORD_KEY = "diff-restorer"
 RECORD_TAG = 65000
 """The private TIFF tag of the record."""
+PART_PREFIX = ".diff-restorer-part-"
 UMASK = os.umask(0o077)
 os.umask(UMASK)
 BAND = 64
@@ -72,7 +73,7 @@ def whole(path: Path) -> Iterator[BinaryIO]:
         OSError: It cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    number, name = tempfile.mkstemp(prefix=".", suffix=".part", dir=path.parent)
+    number, name = tempfile.mkstemp(prefix=PART_PREFIX, dir=path.parent)
     try:
         with open(number, "wb") as stream:
             yield cast("BinaryIO", stream)

@@ -156,8 +156,10 @@ def run(
         deepen_output(filled, target, upload(client, restored), width, height)
         # The server has the rest of the graph in its cache.
         rest = client.run(filled, lambda progress: None)
+        with client.expecting("/view"):  # of the same size
+            fine = restored.astype(np.float64) * 256 + _fetch(client, rest, target)
         # SaveImage cuts off, so half a step is missing on average; 255 * 256 steps make white.
-        fine = restored.astype(np.float64) * 256 + _fetch(client, rest, target) + 0.5
+        fine += 0.5
         restored = (fine * (65535 / 65280)).round().clip(0, 65535).astype(np.uint16)
         seconds += rest.seconds
     with client.expecting("/history"):

@@ -37,7 +37,7 @@ from tools.client import (
 from tools.host import Host, HostError, exit_on_termination
 from tools.jobs import SUFFIXES, Job, count_others, digest_workflow, plan, settle
 from tools.photo import read_photo
-from tools.photo_writer import whole
+from tools.photo_writer import PART_PREFIX, whole
 from tools.restoration import (
     INPUT_TITLE,
     NANO_WORKFLOW,
@@ -147,6 +147,8 @@ def reserve(out: Path) -> Iterator[None]:
         if fcntl is not None:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                for part in out.rglob(f"{PART_PREFIX}*"):  # of a run that was killed
+                    part.unlink(missing_ok=True)
             except BlockingIOError as error:
                 raise ClientError(
                     f"another run writes to --out {out}. Wait for its end or choose another folder"
@@ -238,7 +240,7 @@ def run(options: argparse.Namespace, watch: Callable[[Event], None] = lambda eve
     if options.preset:
         workflow = with_preset(workflow, options.preset)
     jobs = plan(options.photos, options.out, recursive=options.recursive)
-    for folder in filter(os.path.isdir, options.photos):
+    for folder in (path for path in options.photos if os.path.isdir(path)):
         if others := count_others(folder, recursive=options.recursive):
             listed = ", ".join(f"{count} {ending}" for ending, count in others.items())
             text = f"{folder}: {listed} left out. Save them as one of {' '.join(SUFFIXES)}"

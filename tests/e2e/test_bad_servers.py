@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import http.client
 import threading
 import time
@@ -108,6 +110,7 @@ BAD: dict[str, Rule] = {
     "JSON of another service": always(200, b'{"detail": "ok"}'),
     "JSON that is a list": always(200, b"[]"),
     "no uploads": on("/upload", always(504)),
+    "small uploads only": on("/upload", always(413)),
     "no prompts": on("/prompt", always(200, b"<html>login", **HTML)),
     "prompts without an id": on("/prompt", always(200, b"[1]")),
     "no queue": on("/queue", always(200, b"{}")),
@@ -173,6 +176,24 @@ def test_a_proxy_without_websockets_only_hides_the_progress(
     assert [(job.status, job.attempts) for job in jobs] == [("done", 1)] * 2
 
 
+def close_at_once(request: Handler) -> Answer:
+    key = request.headers["Sec-WebSocket-Key"] + "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
+    accept = base64.b64encode(hashlib.sha1(key.encode()).digest()).decode()
+    return (
+        101,
+        {"Upgrade": "websocket", "Connection": "upgrade", "Sec-WebSocket-Accept": accept},
+        b"",
+    )
+
+
+@pytest.mark.comfy
+def test_a_websocket_that_closes_at_once(runner: Runner, holding: Holding, tmp_path: Path):
+    jobs = plan(put_photos(tmp_path / "in", 2), tmp_path / "out")
+    with serving(on("/ws", close_at_once), runner.host.port) as (url, _):
+        Batch([Server(url)], holding.nodes, jobs, Options()).run()
+    assert [(job.status, job.attempts) for job in jobs] == [("done", 1)] * 2
+
+
 @pytest.mark.comfy
 def test_a_lost_answer_is_no_second_run(runner: Runner, holding: Holding, tmp_path: Path):
     jobs = plan(put_photos(tmp_path / "in", 2), tmp_path / "out")
@@ -213,6 +234,12 @@ def test_what_is_no_comfyui_is_named(rule: Rule, message: str):
                 ask()
             assert url in str(caught.value)
             assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("host", ["a b", "a" * 300, "-", "%"])
+def test_a_host_that_cannot_be_is_named(host: str):
+    with pytest.raises((AddressError, ServerUnreachableError), match=r"answers at|is no address"):
+        Client(f"http://{host}:1").check()
 
 
 def test_an_answer_without_an_end(monkeypatch: pytest.MonkeyPatch):

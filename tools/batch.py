@@ -26,7 +26,8 @@ from tools.photo_writer import OutputError
 from tools.restoration import restore_photo
 
 POLL_SECONDS = 0.5
-LONGEST_PAUSE = 10.0
+MOST_DOUBLINGS = 4
+"""Of the pause before a server that answers, but fails, gets the next photo."""
 PROBE_TIMEOUT = 5.0
 STOP_TIMEOUT = 5.0
 
@@ -293,10 +294,12 @@ class Batch:
         if probe.server in self.given_up:
             return False
         deadline = trouble.since + self.options.wait
-        pause = min(POLL_SECONDS * 2**trouble.faults, LONGEST_PAUSE) if trouble.faults > 1 else 0.0
+        doublings = min(trouble.faults, MOST_DOUBLINGS)
+        pause = POLL_SECONDS * 2**doublings if doublings > 1 else 0.0
         told = False
         while not self._idle():
-            self.stopped.wait(max(min(pause, deadline - time.monotonic()), 0.0))
+            with self.changed:  # the last photo ends every pause
+                self.changed.wait_for(self._idle, max(min(pause, deadline - time.monotonic()), 0.0))
             try:
                 if server.revive:
                     server.revive()

@@ -65,6 +65,8 @@ except ImportError:  # Windows
 
 REPORT_NAME = "diff-restorer-report.json"
 LOCK_NAME = ".diff-restorer.lock"
+STALE_SECONDS = 3600.0
+"""Then a part is of a run that was killed, and not of one whose --out lies within this one."""
 
 
 class Display:
@@ -147,8 +149,9 @@ def reserve(out: Path) -> Iterator[None]:
         if fcntl is not None:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                for part in out.rglob(f"{PART_PREFIX}*"):  # of a run that was killed
-                    part.unlink(missing_ok=True)
+                for part in out.rglob(f"{PART_PREFIX}*"):
+                    if time.time() - part.lstat().st_mtime > STALE_SECONDS:
+                        part.unlink(missing_ok=True)
             except BlockingIOError as error:
                 raise ClientError(
                     f"another run writes to --out {out}. Wait for its end or choose another folder"

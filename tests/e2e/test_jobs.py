@@ -247,9 +247,12 @@ def test_an_out_that_cannot_be_written_is_named_at_once(
 def test_two_runs_do_not_share_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     out = tmp_path / "out"
     out.mkdir()
-    (out / f"{photo_writer.PART_PREFIX}x").touch()
+    old, young = (out / f"{photo_writer.PART_PREFIX}{name}" for name in ("old", "young"))
+    young.touch()
+    old.touch()
+    os.utime(old, (0, 0))
     with restore.reserve(out):
-        assert [path.name for path in out.iterdir()] == [restore.LOCK_NAME], "parts of a killed run"
+        assert (old.exists(), young.exists()) == (False, True)
         assert main_without_server(put(tmp_path / "a.png"), "--out", out) == 1
     assert f"another run writes to --out {out}" in capsys.readouterr().err
     main_without_server(tmp_path / "a.png", "--out", out)

@@ -3,7 +3,7 @@ PYTHON ?= python3
 PORT ?=
 DIR ?=
 IMAGE ?=
-OUT ?= demo_out
+OUT ?=
 GPU ?=
 PHOTOS ?=
 STEPS ?= full
@@ -30,6 +30,8 @@ help:
 	@echo "make bench    [OUT=bench_out] [ARGS=..]              the nodes against the host's own"
 	@echo "make bench-train [ARGS=..]                            stage 1 against diffusers' ControlNet step"
 
+# Paths are read by the shell ("$$PHOTOS"), not put into its text, where a name could be a command.
+
 # The set-up prints its progress on stderr and the environment's interpreter on stdout.
 least = $(if $(filter dev,$(1)),3.11,3.10)
 define in_environment
@@ -40,21 +42,21 @@ define in_environment
 endef
 
 demo:
-	$(call in_environment,run,"$$python" -m tools.demo --out "$(OUT)" \
-	  $(if $(IMAGE),--image "$(IMAGE)") $(if $(PORT),--port $(PORT)) $(if $(GPU),--gpu))
+	$(call in_environment,run,"$$python" -m tools.demo --out "$${OUT:-demo_out}" \
+	  $(if $(IMAGE),--image "$$IMAGE") $(if $(PORT),--port $(PORT)) $(if $(GPU),--gpu))
 
 demo-folder:
 	$(call in_environment,run,"$$python" -m tools.demo_folder \
-	  --out "$(if $(filter file,$(origin OUT)),demo_folder_out,$(OUT))" $(if $(GPU),--gpu))
+	  --out "$${OUT:-demo_folder_out}" $(if $(GPU),--gpu))
 
 restore:
-	@test -n "$(PHOTOS)" || { echo "error: name a photo or a folder: make restore PHOTOS=/path" >&2; exit 1; }
-	$(call in_environment,run,exec "$$python" -m tools.restore "$(PHOTOS)" \
-	  --out "$(if $(filter file,$(origin OUT)),restored,$(OUT))" $(if $(GPU),--gpu) $(ARGS))
+	@test -n "$$PHOTOS" || { echo "error: name a photo or a folder: make restore PHOTOS=/path" >&2; exit 1; }
+	$(call in_environment,run,exec "$$python" -m tools.restore "$$PHOTOS" \
+	  --out "$${OUT:-restored}" $(if $(GPU),--gpu) $(ARGS))
 
 serve:
 	$(call in_environment,run,exec "$$python" -m tools.host serve \
-	  $(if $(PORT),--port $(PORT)) $(if $(DIR),--dir "$(DIR)") $(if $(GPU),--gpu) $(if $(ARGS),-- $(ARGS)))
+	  $(if $(PORT),--port $(PORT)) $(if $(DIR),--dir "$$DIR") $(if $(GPU),--gpu) $(if $(ARGS),-- $(ARGS)))
 
 test:
 	$(call in_environment,dev,exec "$$python" -m pytest tests -m "not slow and not gpu and not weights" $(ARGS))
@@ -68,25 +70,25 @@ lint:
 	  PYTHONPATH="$$("$$python" -m tools.host root)" "$$python" -m pyright --pythonpath "$$python")
 
 nano:
-	@test -n "$(PHOTOS)" || { echo "error: name a folder of clean photos: make nano PHOTOS=/path" >&2; exit 1; }
-	$(call in_environment,dev,exec "$$python" -m training.nano --photos "$(PHOTOS)" --steps $(STEPS) \
-	  $(if $(MINUTES),--minutes $(MINUTES)) $(if $(INIT),--init "$(INIT)",--vae None) $(ARGS))
+	@test -n "$$PHOTOS" || { echo "error: name a folder of clean photos: make nano PHOTOS=/path" >&2; exit 1; }
+	$(call in_environment,dev,exec "$$python" -m training.nano --photos "$$PHOTOS" --steps $(STEPS) \
+	  $(if $(MINUTES),--minutes $(MINUTES)) $(if $(INIT),--init "$$INIT",--vae None) $(ARGS))
 
 evaluate:
-	@test -n "$(CLEAN)" || { echo "error: name a folder of clean photos: make evaluate CLEAN=/path" >&2; exit 1; }
-	$(call in_environment,dev,exec "$$python" -m training.evaluate --data.clean "$(CLEAN)" \
-	  $(if $(PAIRS),--data.pairs "$(PAIRS)") $(if $(LIMIT),--data.limit $(LIMIT)) \
-	  --out "$(if $(filter file,$(origin OUT)),eval_out,$(OUT))" $(if $(GPU),--gpu) $(ARGS))
+	@test -n "$$CLEAN" || { echo "error: name a folder of clean photos: make evaluate CLEAN=/path" >&2; exit 1; }
+	$(call in_environment,dev,exec "$$python" -m training.evaluate --data.clean "$$CLEAN" \
+	  $(if $(PAIRS),--data.pairs "$$PAIRS") $(if $(LIMIT),--data.limit $(LIMIT)) \
+	  --out "$${OUT:-eval_out}" $(if $(GPU),--gpu) $(ARGS))
 
 ablate:
-	@test -n "$(CLEAN)" || { echo "error: name a folder of clean photos: make ablate CLEAN=/path" >&2; exit 1; }
-	$(call in_environment,dev,exec "$$python" -m training.ablate --data.clean "$(CLEAN)" \
+	@test -n "$$CLEAN" || { echo "error: name a folder of clean photos: make ablate CLEAN=/path" >&2; exit 1; }
+	$(call in_environment,dev,exec "$$python" -m training.ablate --data.clean "$$CLEAN" \
 	  $(if $(LIMIT),--data.limit $(LIMIT)) \
-	  --out "$(if $(filter file,$(origin OUT)),ablation_out,$(OUT))" $(ARGS))
+	  --out "$${OUT:-ablation_out}" $(ARGS))
 
 bench:
 	$(call in_environment,dev,exec "$$python" -m benchmarks \
-	  --out "$(if $(filter file,$(origin OUT)),bench_out,$(OUT))" $(ARGS))
+	  --out "$${OUT:-bench_out}" $(ARGS))
 
 bench-train:
 	$(call in_environment,dev,exec "$$python" -m training.bench $(ARGS))

@@ -18,12 +18,16 @@ from tools.client import (
     PromptRejectedError,
     RunLostError,
     ServerUnreachableError,
+    TooLargeError,
     Workflow,
 )
 from tools.jobs import Job, digest_workflow
+from tools.photo_writer import OutputError
 from tools.restoration import restore_photo
 
 POLL_SECONDS = 0.5
+MOST_DOUBLINGS = 4
+"""Of the pause before a server that answers, but fails, gets the next photo."""
 PROBE_TIMEOUT = 5.0
 STOP_TIMEOUT = 5.0
 
@@ -35,7 +39,7 @@ class Options:
     max_side: int = 0
     """Larger photos are shrunk to this longest side in pixels; 0 keeps every size."""
     wait: float = 300.0
-    """Seconds that a server which stopped answering may take to come back."""
+    """Seconds that a server may take to answer, and to restore a photo, after it failed to."""
     attempts: int = 3
     """How often a photo may be in flight when its server dies before it counts as the cause."""
 
@@ -45,7 +49,7 @@ class Server:
     """One ComfyUI that takes photos, one at a time."""
 
     url: str
-    """As `Client.server` has it."""
+    """With its password, if it has one; for messages see `Client.server`."""
     answers: bool = True
     """Whether it did when the batch began; otherwise it is waited for first."""
     revive: Callable[[], None] | None = None
@@ -64,11 +68,27 @@ class Event:
     """Of the job, while it is with a server."""
 
 
+@dataclass
+class Trouble:
+    """What a server has failed at since it restored a photo."""
+
+    since: float
+    faults: int = 0
+    """How often it was no ComfyUI for a photo, in whatever way."""
+    lost: int = 0
+    """How many runs it lost."""
+    reason: str = ""
+    """Why, the last time."""
+
+
 class Batch:
     """Photos, servers and the state between them.
 
     Each server has a thread that takes the next photo whenever it is free. A photo whose server
-    died goes to the front of the queue, so any living server takes it next.
+    died goes to the front of the queue, so any living server takes it next; one that a server did
+    not even begin goes to the end, so that a bad server costs time and not photos. Whatever
+    servers do, it is bounded: by `Options.wait` without a restored photo, by `Options.attempts`
+    for the photo that they die of.
 
     Args:
         servers: At least one.
@@ -137,16 +157,19 @@ class Batch:
             if client.prompt_id is not None:
                 # A server that is gone has no run any more.
                 with contextlib.suppress(ClientError):
-                    Client(client.server, PROBE_TIMEOUT).cancel(client.prompt_id)
+                    Client(client.url, PROBE_TIMEOUT).cancel(client.prompt_id)
 
     def _serve(self, server: Server) -> None:
         """The thread of one server."""
-        client = Client(server.url)
         try:
-            if not server.answers and not self._wait_for(server):
+            client = Client(server.url)
+            trouble = Trouble(time.monotonic())
+            if not server.answers and not self._wait_for(server, trouble):
                 return
             while (job := self._take(client)) is not None:
-                if not self._try(client, job) and not self._wait_for(server):
+                if self._try(client, job, trouble):
+                    trouble = Trouble(0.0)
+                elif not self._wait_for(server, trouble):
                     return
         except BaseException as error:
             self.fault = error
@@ -154,27 +177,46 @@ class Batch:
         finally:
             self.events.put(None)
 
-    def _try(self, client: Client, job: Job) -> bool:
+    def _try(self, client: Client, job: Job, trouble: Trouble) -> bool:
         """Restores a photo, fails it or puts it back; whether its server is still there."""
         try:
             self._restore(client, job)
         except RunLostError as error:
             self._lose(client, job, error)
+            # It did take the photo, so it has all the time to come back.
+            trouble.since, trouble.lost = time.monotonic(), trouble.lost + 1
+            if trouble.lost >= self.options.attempts and not self._is_last():
+                self._give_up(client.server, f"lost {trouble.lost} runs in a row: {error}")
             return False
-        except ServerUnreachableError as error:
-            self._say(str(error))
-            self._put_back(client, job)
-            return False
+        except (ServerUnreachableError, TooLargeError) as error:
+            if isinstance(error, ServerUnreachableError) or not self._is_last():
+                self._pass_on(client, job, trouble, str(error))
+                return False
+            job.fail(str(error))
+            self._land(client, job)
         except PromptRejectedError as error:
             # Not the photo's fault: this server cannot run this workflow.
             self._put_back(client, job)
             self._give_up(client.server, f"refuses the workflow: {error}")
             return False
+        except OutputError:
+            job.attempts -= 1
+            raise
         except (ClientError, OSError, MemoryError) as error:
             if not self.stopped.is_set():  # otherwise its run was cancelled by us
                 job.fail(str(error) or type(error).__name__)
             self._land(client, job)
         return True
+
+    def _pass_on(self, client: Client, job: Job, trouble: Trouble, reason: str) -> None:
+        """Leaves a photo that a server did not even begin to others."""
+        if not trouble.faults and not trouble.lost:
+            trouble.since = time.monotonic()
+        trouble.faults += 1
+        if reason != trouble.reason:
+            self._say(reason)
+        trouble.reason = reason
+        self._put_back(client, job)
 
     def _take(self, client: Client) -> Job | None:
         """The next photo; waits as long as one in flight may yet come back."""
@@ -185,7 +227,11 @@ class Batch:
                     self.changed.notify_all()
                     return None
                 self.changed.wait()
-            job = self.flying[client] = self.pending.popleft()
+            # Rather one that another server has lost than one that this server has.
+            anew = (each for each in self.pending if each.server != client.server)
+            job = self.pending[0] if self._is_last() else next(anew, self.pending[0])
+            self.pending.remove(job)
+            self.flying[client] = job
             job.server = client.server
             job.attempts += 1
             return job
@@ -222,7 +268,7 @@ class Batch:
             job.attempts -= not ran
             del self.flying[client]
             if not self.stopped.is_set():
-                self.pending.appendleft(job)
+                (self.pending.appendleft if ran else self.pending.append)(job)
             self.changed.notify_all()
 
     def _lose(self, client: Client, job: Job, error: RunLostError) -> None:
@@ -236,29 +282,44 @@ class Batch:
         self.given_up[url] = reason
         self._say(f"{url} {reason}. It gets no more photos.")
 
-    def _wait_for(self, server: Server) -> bool:
-        """Whether the server answers again in time, while there may be work for it."""
-        if server.url in self.given_up:
-            return False
+    def _is_last(self) -> bool:
+        return len(self.servers) - len(self.given_up) <= 1
+
+    def _wait_for(self, server: Server, trouble: Trouble) -> bool:
+        """Whether the server answers again in time, while there may be work for it.
+
+        One that answers, but fails all the same, is asked less and less often, and not for ever.
+        """
         probe = Client(server.url, PROBE_TIMEOUT)
-        deadline = time.monotonic() + self.options.wait
+        if probe.server in self.given_up:
+            return False
+        deadline = trouble.since + self.options.wait
+        doublings = min(trouble.faults, MOST_DOUBLINGS)
+        pause = POLL_SECONDS * 2**doublings if doublings > 1 else 0.0
         told = False
         while not self._idle():
+            with self.changed:  # the last photo ends every pause
+                self.changed.wait_for(self._idle, max(min(pause, deadline - time.monotonic()), 0.0))
             try:
                 if server.revive:
                     server.revive()
-                probe.get("/system_stats")
+                probe.check()
+                if trouble.faults > 1 and time.monotonic() >= deadline:
+                    wait = f"{self.options.wait:g} s"
+                    self._give_up(probe.server, f"restored nothing for {wait}: {trouble.reason}")
+                    return False
                 if told:
-                    self._say(f"{server.url} answers again.")
+                    self._say(f"{probe.server} answers again.")
                 return True
-            except ClientError:
+            except ClientError as error:
                 if time.monotonic() >= deadline:
-                    self._give_up(server.url, f"did not answer for {self.options.wait:g} s")
+                    reason = f"did not answer for {self.options.wait:g} s: {error}"
+                    self._give_up(probe.server, reason)
                     return False
             if not told:
-                self._say(f"Waiting up to {self.options.wait:g} s for {server.url}.")
+                self._say(f"Waiting up to {self.options.wait:g} s for {probe.server}.")
                 told = True
-            self.stopped.wait(POLL_SECONDS)
+            pause = POLL_SECONDS
         return False
 
     def _idle(self) -> bool:

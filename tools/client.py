@@ -3,34 +3,52 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import io
 import json
+import struct
 import time
 import uuid
-from collections.abc import Callable, Mapping
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 import aiohttp
-import requests
 from PIL import Image
 
 Workflow = dict[str, dict[str, Any]]
 POLL_SECONDS = 5.0
 RECONNECT_SECONDS = 0.5
-# What a proxy answers for a server that is down.
-GATEWAY_ERRORS = (502, 503, 504)
+TRANSFER_SECONDS = 1200.0
+"""Of one request, however the bytes drip."""
 LARGEST_MESSAGE = 256 * 2**20
+LARGEST_ANSWER = 2**30
+DAMAGED = (
+    *(OSError, SyntaxError, struct.error, zlib.error, Image.DecompressionBombError),
+    *(ValueError, TypeError, LookupError, AttributeError, OverflowError, EOFError),
+    RuntimeError,  # of the AVIF plugin; and RecursionError, of deep JSON
+)
+"""What Pillow and parsers raise for damaged data."""
 
 
 class ClientError(RuntimeError):
     """Something between this program and the server went wrong."""
 
 
+class AddressError(ClientError):
+    """The address of a server is none."""
+
+
 class ServerUnreachableError(ClientError):
-    """No ComfyUI answers at the address, or it stopped answering."""
+    """No ComfyUI answers at the address, it stopped answering, or something else answers."""
+
+
+class TooLargeError(ClientError):
+    """The server, or a proxy before it, takes no file of this size; another one may."""
 
 
 class RunLostError(ServerUnreachableError):
@@ -80,34 +98,51 @@ class Result:
 class Client:
     """Talks to one ComfyUI server.
 
+    Whatever is not ComfyUI's own answer is the server's fault, never the photo's: a proxy, a login
+    page, a tunnel without an end.
+
     Args:
-        server: Address such as ``http://127.0.0.1:8188``.
-        timeout: Seconds to wait for a single HTTP answer.
+        url: Address such as ``http://127.0.0.1:8188``, or ``https://user:password@host/path``.
+        timeout: Seconds without a byte that a single HTTP answer may take.
+
+    Raises:
+        AddressError: It is none.
     """
 
-    def __init__(self, server: str = "http://127.0.0.1:8188", timeout: float = 60.0) -> None:
-        self.server = (server if "://" in server else f"http://{server}").rstrip("/")
+    def __init__(self, url: str = "http://127.0.0.1:8188", timeout: float = 60.0) -> None:
+        self.url = url
+        self.server, self.headers = _parse_address(url)
+        """The address without its password, for messages and reports."""
         self.timeout = timeout
         self.id = uuid.uuid4().hex
         self.prompt_id: str | None = None
-        """Of the last run, once it is queued."""
-        self.session = requests.Session()
+        """Of the last run, from the moment in which the server may have it."""
         # A proxy cannot reach a server on this machine.
         self.local = urlsplit(self.server).hostname in ("127.0.0.1", "localhost", "::1")
-        self.session.trust_env = not self.local
 
     def get(self, path: str) -> Any:
         """Returns the JSON at a path such as ``/object_info``."""
-        return self._request("GET", path).json()
+        return asyncio.run(self._json("GET", path))
+
+    def check(self) -> None:
+        """Asks for a sign of life.
+
+        Raises:
+            ServerUnreachableError: No ComfyUI answers.
+        """
+        with self.expecting("/system_stats"):
+            self.get("/system_stats")["system"]["comfyui_version"]
 
     def require_nodes(self, workflow: Workflow) -> None:
         """Checks that the server knows every node of a workflow.
 
         Raises:
             WorkflowError: It does not; the message names the nodes.
-            ServerUnreachableError: The server does not answer.
+            ServerUnreachableError: No ComfyUI answers.
         """
         known = self.get("/object_info")
+        with self.expecting("/object_info"):
+            known["LoadImage"]["input"]  # else another service that speaks JSON
         missing = sorted({node["class_type"] for node in workflow.values()} - set(known))
         if missing:
             raise WorkflowError(
@@ -124,10 +159,13 @@ class Client:
             overwrite: Replace a file of that name; otherwise the server picks another name.
             subfolder: Of the server's input folder; made when missing.
         """
-        files = {"image": (name, data)}
-        fields = {"overwrite": "true" if overwrite else "false", "subfolder": subfolder}
-        stored = self._request("POST", "/upload/image", files=files, data=fields).json()
-        return "/".join(part for part in (stored["subfolder"], stored["name"]) if part)
+        form = aiohttp.FormData(quote_fields=False)
+        form.add_field("image", data, filename=name)
+        form.add_field("overwrite", "true" if overwrite else "false")
+        form.add_field("subfolder", subfolder)
+        stored = asyncio.run(self._json("POST", "/upload/image", data=form))
+        with self.expecting("/upload/image"):
+            return "/".join(part for part in (stored["subfolder"], stored["name"]) if part)
 
     def run(
         self, workflow: Workflow, on_progress: Callable[[Progress], None] | None = None
@@ -136,7 +174,8 @@ class Client:
 
         Args:
             workflow: Node id -> ``{"class_type", "inputs", ...}``.
-            on_progress: Called when a node begins and at each of its steps.
+            on_progress: Called when a node begins and at each of its steps, in another thread;
+                never if a proxy refuses WebSockets.
 
         Raises:
             PromptRejectedError: The server finds a fault in the workflow.
@@ -157,131 +196,261 @@ class Client:
 
     def cancel(self, prompt_id: str) -> None:
         """Stops a run if it is at work, or takes it out of the queue."""
-        self._request("POST", "/queue", json={"delete": [prompt_id]})
-        self._request("POST", "/interrupt", json={"prompt_id": prompt_id})
+        asyncio.run(self._cancel(prompt_id))
 
     def fetch(self, image: Mapping[str, str]) -> bytes:
         """Returns the file of one entry of a result's ``images``."""
-        return self._request("GET", "/view", params=dict(image)).content
+        return asyncio.run(self._request("GET", "/view", params=dict(image)))[1]
 
     def images(self, result: Result, node: str) -> list[Image.Image]:
         """Returns the pictures that a node of the workflow saved or previewed."""
-        entries = result.outputs.get(node, {}).get("images", [])
-        return [Image.open(io.BytesIO(self.fetch(entry))) for entry in entries]
+        with self.expecting("/history"):
+            entries = [dict(entry) for entry in result.outputs.get(node, {}).get("images", [])]
+        return [self._picture(entry) for entry in entries]
 
-    def _request(self, method: str, path: str, **arguments: Any) -> requests.Response:
+    def _picture(self, entry: Mapping[str, str]) -> Image.Image:
+        data = self.fetch(entry)
+        with self.expecting("/view"):
+            picture = Image.open(io.BytesIO(data))
+            picture.load()
+        return picture
+
+    @contextmanager
+    def expecting(self, path: str) -> Iterator[None]:
+        """Takes an answer that cannot be read as the fault of the server, not of the photo."""
         try:
-            reply = self.session.request(
-                method, self.server + path, timeout=self.timeout, **arguments
-            )
-        except requests.RequestException as error:
+            yield
+        except ClientError:
+            raise
+        except DAMAGED as error:
+            raise ServerUnreachableError(
+                f"what answers at {self.server} is no ComfyUI, or something between changes its "
+                f"answers: {path} gave what ComfyUI never gives ({type(error).__name__}: {error}). "
+                "Check the address, and log in to the proxy or tunnel if there is one"
+            ) from error
+
+    async def _json(self, method: str, path: str, **arguments: Any) -> Any:
+        status, data = await self._request(method, path, **arguments)
+        with self.expecting(f"{method} {path} with status {status}"):
+            return json.loads(data)
+
+    async def _request(self, method: str, path: str, **arguments: Any) -> tuple[int, bytes]:
+        """The one place that tells whose fault an answer is. A refused prompt is an answer."""
+        timeout = aiohttp.ClientTimeout(
+            TRANSFER_SECONDS, sock_connect=self.timeout, sock_read=self.timeout
+        )
+        try:
+            async with (
+                aiohttp.ClientSession(trust_env=not self.local, headers=self.headers) as session,
+                session.request(
+                    method, self.server + path, timeout=timeout, allow_redirects=False, **arguments
+                ) as reply,
+            ):
+                data = bytearray()
+                async for block in reply.content.iter_any():
+                    data += block
+                    if len(data) > LARGEST_ANSWER:
+                        raise ServerUnreachableError(
+                            f"{self.server}{path} gave over {LARGEST_ANSWER >> 20} MiB"
+                        )
+        # ValueError: a name that no host can have.
+        except (aiohttp.ClientError, asyncio.TimeoutError, OSError, ValueError) as error:
             raise ServerUnreachableError(
                 f"no ComfyUI answers at {self.server} ({type(error).__name__}). Start one with "
                 "`make serve`, or name another with --server."
             ) from error
-        if reply.status_code in GATEWAY_ERRORS:
-            raise ServerUnreachableError(
-                f"no ComfyUI answers at {self.server} (status {reply.status_code} of a proxy)"
+        if 200 <= reply.status < 300 or (path == "/prompt" and reply.status == 400):
+            return reply.status, bytes(data)
+        raise self._refusal(f"{method} {path}", reply)
+
+    def _refusal(self, request: str, reply: aiohttp.ClientResponse) -> ClientError:
+        status = reply.status
+        if status == 413:
+            return TooLargeError(
+                f"{self.server} takes no file of this size (status 413). Pass --max-side, or raise "
+                "the limit: --max-upload-size of ComfyUI, client_max_body_size of nginx"
             )
-        if not reply.ok and path != "/prompt":
-            raise ClientError(f"{method} {path}: the server answered {reply.status_code}")
-        return reply
+        text = f"no ComfyUI answers at {self.server}: {request} gave status {status}"
+        if 300 <= status < 400:
+            text += f", on to {_without_password(reply.headers.get('Location', 'nowhere'))}. Give "
+            text += "the address that a browser shows in the end with --server"
+        elif status in (401, 403, 407):
+            text += ". If it wants a login, give it with the address: http://user:password@host"
+        else:
+            text += ", as a proxy does for a server that is down or elsewhere"
+        return ServerUnreachableError(text)
 
     async def _run(self, workflow: Workflow, on_progress: Callable[[Progress], None]) -> Result:
         begun = time.monotonic()
-        while not await self._attend(workflow, on_progress):
-            # The connection broke, and those that are kept for later requests with it.
-            self.session.close()
-            # A server that still has the run goes on with it.
-            if not await asyncio.to_thread(self._is_known):
-                raise RunLostError(f"{self.server} was restarted during the run.")
-            await asyncio.sleep(RECONNECT_SECONDS)
-        seconds = time.monotonic() - begun
-        entry = self._history()
-        if entry is None:
-            raise PromptInterruptedError(f"run {self.prompt_id} was removed from the queue")
-        _check_status(entry["status"], workflow)
-        return Result(str(self.prompt_id), entry["outputs"], seconds)
-
-    async def _attend(self, workflow: Workflow, on_progress: Callable[[Progress], None]) -> bool:
-        """Connects, queues what is not queued and follows it; whether the run has ended."""
+        watched = False
         try:
-            async with aiohttp.ClientSession(trust_env=not self.local) as session:
-                connecting = session.ws_connect(self._socket, max_msg_size=LARGEST_MESSAGE)
-                # Connected before queueing, so that no message is missed.
-                async with await asyncio.wait_for(connecting, self.timeout) as socket:
-                    if self.prompt_id is None:
-                        self.prompt_id = await asyncio.to_thread(self._queue, workflow)
-                    return await self._follow(socket, self.prompt_id, on_progress)
-        except (aiohttp.ClientError, asyncio.TimeoutError) as error:
-            if self.prompt_id is not None:
-                return False
-            raise ServerUnreachableError(f"no ComfyUI answers at {self.server}: {error}") from error
+            while True:
+                watched = await self._attend(workflow, on_progress)
+                # A server that still has the run goes on with it.
+                if watched or not await self._is_queued():
+                    break
+                await asyncio.sleep(RECONNECT_SECONDS)
+            seconds = time.monotonic() - begun
+            entry = await self._history()
         except asyncio.CancelledError:  # Ctrl-C
             if self.prompt_id is not None:
-                self.cancel(self.prompt_id)
+                await self._cancel(self.prompt_id)
             raise
+        if entry is None and watched:
+            raise PromptInterruptedError(f"run {self.prompt_id} was removed from the queue")
+        if entry is None:
+            raise RunLostError(f"{self.server} was restarted during the run.")
+        with self.expecting("/history"):
+            _check_status(entry["status"], workflow)
+            return Result(str(self.prompt_id), dict(entry["outputs"]), seconds)
+
+    async def _attend(self, workflow: Workflow, on_progress: Callable[[Progress], None]) -> bool:
+        """Connects, queues what is not queued and follows it; whether its end was seen.
+
+        A proxy that refuses WebSockets only takes the progress away.
+        """
+        try:
+            # Connected before queueing, so that no message is missed.
+            async with (
+                aiohttp.ClientSession(trust_env=not self.local, headers=self.headers) as session,
+                await asyncio.wait_for(
+                    session.ws_connect(self._socket, max_msg_size=LARGEST_MESSAGE), self.timeout
+                ) as socket,
+            ):
+                await self._queue(workflow)
+                return await self._follow(socket, on_progress)
+        except (aiohttp.ClientError, asyncio.TimeoutError):
+            await self._queue(workflow)
+            return False
 
     @property
     def _socket(self) -> str:
         return f"{self.server.replace('http', 'ws', 1)}/ws?clientId={self.id}"
 
-    def _queue(self, workflow: Workflow) -> str:
-        reply = self._request("POST", "/prompt", json={"prompt": workflow, "client_id": self.id})
+    async def _queue(self, workflow: Workflow) -> None:
+        """Queues the workflow, unless it is; under an id of ours, which finds it again."""
+        if self.prompt_id is not None:
+            return
+        self.prompt_id = str(uuid.uuid4())
         try:
-            answer = reply.json()
-        except requests.JSONDecodeError as error:
-            raise ClientError(f"POST /prompt: the server answered {reply.status_code}") from error
-        if reply.ok and not answer.get("node_errors"):
-            return answer["prompt_id"]
-        if reply.ok:
-            # Some outputs are valid, so the server would run those and leave out the rest.
-            self.cancel(answer["prompt_id"])
-        raise PromptRejectedError(_describe_rejection(answer))
+            await self._submit(workflow, self.prompt_id)
+        except ServerUnreachableError:
+            # The answer is lost; the run need not be.
+            if not await self._is_known():
+                self.prompt_id = None
+                raise
 
-    def _history(self) -> dict[str, Any] | None:
-        return self.get(f"/history/{self.prompt_id}").get(self.prompt_id)
+    async def _submit(self, workflow: Workflow, prompt_id: str) -> None:
+        prompt = {"prompt": workflow, "client_id": self.id, "prompt_id": prompt_id}
+        status, data = await self._request("POST", "/prompt", json=prompt)
+        with self.expecting(f"POST /prompt with status {status}"):
+            answer = json.loads(data)
+            if status == 400:
+                raise PromptRejectedError(_describe_rejection(answer))
+            self.prompt_id = str(answer["prompt_id"])
+            if answer.get("node_errors"):
+                # Some outputs are valid, so the server would run those and leave out the rest.
+                await self._cancel(self.prompt_id)
+                raise PromptRejectedError(_describe_rejection(answer))
 
-    def _is_queued(self) -> bool:
-        queue = self.get("/queue")
-        items = queue["queue_running"] + queue["queue_pending"]
-        return any(item[1] == self.prompt_id for item in items)
+    async def _cancel(self, prompt_id: str) -> None:
+        await self._request("POST", "/queue", json={"delete": [prompt_id]})
+        await self._request("POST", "/interrupt", json={"prompt_id": prompt_id})
 
-    def _is_known(self) -> bool:
-        return self._is_queued() or self._history() is not None
+    async def _history(self) -> dict[str, Any] | None:
+        history = await self._json("GET", f"/history/{self.prompt_id}")
+        with self.expecting("/history"):
+            return history.get(self.prompt_id)
+
+    async def _is_queued(self) -> bool:
+        queue = await self._json("GET", "/queue")
+        with self.expecting("/queue"):
+            items = queue["queue_running"] + queue["queue_pending"]
+            return any(item[1] == self.prompt_id for item in items)
+
+    async def _is_known(self) -> bool:
+        try:
+            return await self._is_queued() or await self._history() is not None
+        except ServerUnreachableError:
+            return False
 
     async def _follow(
         self,
         socket: aiohttp.ClientWebSocketResponse[bool],
-        prompt_id: str,
         on_progress: Callable[[Progress], None],
     ) -> bool:
         """Whether the run has ended or was dropped by the server, not just the connection."""
+        asked = time.monotonic()
         while True:
+            # Also under a stream of other messages.
+            if time.monotonic() - asked > POLL_SECONDS:
+                if not await self._is_queued():
+                    return True
+                asked = time.monotonic()
             try:
                 message = await socket.receive(timeout=POLL_SECONDS)
             except asyncio.TimeoutError:
-                if not await asyncio.to_thread(self._is_queued):
-                    return True
                 continue
             if message.type in (
                 aiohttp.WSMsgType.CLOSE,
                 aiohttp.WSMsgType.CLOSED,
                 aiohttp.WSMsgType.CLOSING,
+                aiohttp.WSMsgType.ERROR,
             ):
                 return False
             if message.type is not aiohttp.WSMsgType.TEXT:
                 continue
-            event = json.loads(message.data)
-            data = event.get("data", {})
-            if data.get("prompt_id") != prompt_id:
-                continue
-            if event["type"] == "executing" and data["node"] is None:
-                return True
-            if event["type"] == "executing":
-                on_progress(Progress(prompt_id, data["node"], 0, 0))
-            elif event["type"] == "progress" and data.get("node"):
-                on_progress(Progress(prompt_id, data["node"], int(data["value"]), int(data["max"])))
+            with self.expecting("/ws"):
+                event, data = _read_event(message.data)
+                if data.get("prompt_id") != self.prompt_id:
+                    continue
+                if event == "executing" and data["node"] is None:
+                    return True
+                progress = None
+                if event == "executing":
+                    progress = Progress(str(self.prompt_id), data["node"], 0, 0)
+                elif event == "progress" and data.get("node"):
+                    step, steps = int(data["value"]), int(data["max"])
+                    progress = Progress(str(self.prompt_id), data["node"], step, steps)
+            if progress is not None:
+                # In a thread, where it may use this client.
+                await asyncio.to_thread(on_progress, progress)
+
+
+def _parse_address(url: str) -> tuple[str, dict[str, str]]:
+    """The address without password, query and what a browser adds; and the header of the login."""
+    text = url if "://" in url else f"http://{url}"
+    try:
+        parts = urlsplit(text)
+        host, port = parts.hostname, parts.port
+    except ValueError as error:
+        raise AddressError(
+            f"{_without_password(url)} is no address of a server ({error}). "
+            "Accepted are such as http://127.0.0.1:8188"
+        ) from error
+    if not host or parts.scheme not in ("http", "https"):
+        raise AddressError(
+            f"{_without_password(url)} is no address of a server: it has no "
+            f"{'http:// or https://' if host else 'host'}. Accepted are such as "
+            "http://127.0.0.1:8188"
+        )
+    place = f"[{host}]" if ":" in host else host
+    place += f":{port}" if port else ""
+    headers: dict[str, str] = {}
+    if parts.username is not None:
+        login = f"{unquote(parts.username)}:{unquote(parts.password or '')}"
+        headers["Authorization"] = f"Basic {base64.b64encode(login.encode()).decode()}"
+    return f"{parts.scheme}://{place}{parts.path.rstrip('/')}", headers
+
+
+def _without_password(url: str) -> str:
+    before, separator, after = url.rpartition("@")
+    return f"{before.partition('://')[0]}://{after}" if separator and "://" in before else after
+
+
+def _read_event(text: str) -> tuple[str, dict[str, Any]]:
+    event = json.loads(text)
+    return str(event["type"]), dict(event.get("data") or {})
 
 
 def load_workflow(path: Path) -> Workflow:
@@ -294,16 +463,23 @@ def load_workflow(path: Path) -> Workflow:
         workflow = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise WorkflowError(f"there is no workflow file {path}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise WorkflowError(f"{path} is not a JSON file: {error}") from error
-    if not isinstance(workflow, dict) or not all(
-        isinstance(node, dict) and "class_type" in node for node in workflow.values()
-    ):
+    if not isinstance(workflow, dict) or not all(map(_is_node, workflow.values())):
         raise WorkflowError(
             f"{path} is not in API format. Use one of workflows/api/, or export yours in ComfyUI "
             "with Workflow > Export (API)."
         )
     return workflow
+
+
+def _is_node(node: Any) -> bool:
+    return (
+        isinstance(node, dict)
+        and isinstance(node.get("class_type"), str)
+        and isinstance(node.get("inputs"), dict)
+        and isinstance(node.get("_meta", {}), dict)
+    )
 
 
 def find_node(workflow: Workflow, class_type: str, title: str | None = None) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,10 +13,32 @@ from typing import Any, Literal
 
 from tools.client import ClientError, Workflow
 from tools.photo import file_digest
-from tools.photo_writer import read_record
+from tools.photo_writer import decodes, read_record
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".webp", ".bmp", ".avif")
+SUFFIXES = (
+    *(".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".tif", ".tiff", ".webp", ".bmp", ".avif"),
+    *(".gif", ".jp2", ".j2k", ".jpx", ".mpo", ".ppm", ".pgm", ".tga"),
+)
 """Photos in a folder; a file that is named itself may have any."""
+OTHER_PICTURES = (
+    *(".heic", ".heif", ".jxl", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf", ".rw2"),
+    *(".psd", ".xcf", ".exr", ".hdr", ".svg", ".pdf"),
+)
+"""What people keep beside their photos and Pillow does not read, or not as a photo."""
+LONGEST_NAME = 255
+"""Bytes that file systems allow for one name."""
+RECORD_VERSION = 1
+RECORD_FIELDS = {
+    "version": (int,),
+    "source": (str,),
+    "photo": (str,),
+    "workflow": (str,),
+    "kind": (str, type(None)),
+    "probabilities": (dict,),
+    "seconds": (int, float),
+    "bits": (int,),
+    "notes": (list,),
+}
 
 Status = Literal["pending", "done", "skipped", "failed"]
 
@@ -58,6 +80,7 @@ class Job:
     def record(self, photo: str, workflow: str) -> dict[str, Any]:
         """What its output says about itself, by which `settle` and `find_photos` know it."""
         return {
+            "version": RECORD_VERSION,
             "source": self.source.name,
             "photo": photo,
             "workflow": workflow,
@@ -67,6 +90,15 @@ class Job:
             "bits": self.bits,
             "notes": self.notes,
         }
+
+
+def result_record(path: Path) -> dict[str, Any] | None:
+    """The record of a result, or ``None``; other programs write notes of their own."""
+    record = read_record(path)
+    if record is None or record.get("version") != RECORD_VERSION:
+        return None
+    fits = all(isinstance(record.get(name), kinds) for name, kinds in RECORD_FIELDS.items())
+    return record if fits else None
 
 
 def digest_workflow(workflow: Workflow, max_side: int) -> str:
@@ -95,10 +127,12 @@ def plan(named: Sequence[Path], out: Path, *, recursive: bool = False) -> list[J
     """
     jobs: dict[Path, Job] = {}
     for path in named:
-        found = find_photos(path, out, recursive=recursive) if path.is_dir() else [path]
+        # Not Path's own methods, which raise for names that are too long and links in a circle.
+        folder = os.path.isdir(path)
+        found = find_photos(path, out, recursive=recursive) if folder else [path]
         for photo in found:
-            below = photo.parent.relative_to(path) if path.is_dir() else Path()
-            jobs.setdefault(photo.resolve(), Job(photo, out / below / result_name(photo)))
+            below = photo.parent.relative_to(path) if folder else Path()
+            jobs.setdefault(_real(photo), Job(photo, out / below / result_name(photo)))
     if not jobs:
         folders = ", ".join(map(str, named))
         hint = "" if recursive else " (--recursive looks into its folders, too)"
@@ -114,9 +148,11 @@ def plan(named: Sequence[Path], out: Path, *, recursive: bool = False) -> list[J
                 "its own --out, or name a folder that holds both, with --recursive"
             )
     for source, job in jobs.items():
-        if not source.exists():
+        if not os.path.exists(source):
             job.fail(f"there is no photo {job.source}")
-        elif (other := jobs.get(job.output.resolve())) is not None:
+        elif not os.path.isfile(source):
+            job.fail(f"{job.source} is no file: it is a pipe or a device. Save the photo as a file")
+        elif (other := jobs.get(_real(job.output))) is not None:
             job.fail(f"its result would replace the photo {other.source}: choose another --out")
     return list(jobs.values())
 
@@ -133,17 +169,40 @@ def find_photos(folder: Path, out: Path, *, recursive: bool = False) -> Iterator
 
     for place, folders, files in os.walk(folder, onerror=complain):
         below = (name for name in sorted(folders) if recursive and not name.startswith("."))
-        folders[:] = [name for name in below if Path(place, name).resolve() != out.resolve()]
+        folders[:] = [name for name in below if _real(Path(place, name)) != _real(out)]
         for path in (Path(place, name) for name in sorted(files)):
-            hidden = path.name.startswith(".")
-            if not hidden and path.suffix.lower() in SUFFIXES and read_record(path) is None:
+            named_so = not path.name.startswith(".") and path.suffix.lower() in SUFFIXES
+            if named_so and os.path.isfile(path) and result_record(path) is None:
                 yield path
 
 
+def count_others(folder: Path, *, recursive: bool = False) -> Counter[str]:
+    """Endings of pictures in a folder that `find_photos` passes over -> how many."""
+    counts: Counter[str] = Counter()
+    for _, _, files in os.walk(folder):
+        endings = (Path(name).suffix.lower() for name in files if not name.startswith("."))
+        counts.update(ending for ending in endings if ending in OTHER_PICTURES)
+        if not recursive:
+            break
+    return counts
+
+
+def _real(path: Path) -> Path:
+    return Path(os.path.realpath(path))
+
+
 def result_name(photo: Path, *, whole: bool = False) -> str:
-    """``sea_restored.png``, or ``.tif`` for a TIFF file; ``whole`` keeps the photo's own ending."""
-    suffix = ".tif" if photo.suffix.lower() in (".tif", ".tiff") else ".png"
-    return f"{photo.name if whole else photo.stem}_restored{suffix}"
+    """``sea_restored.png``, or ``.tif`` for a TIFF file; ``whole`` keeps the photo's own ending.
+
+    A name that would become too long is cut, and told apart by a digest of it.
+    """
+    name = photo.name if whole else photo.stem
+    end = f"_restored{'.tif' if photo.suffix.lower() in ('.tif', '.tiff') else '.png'}"
+    if len(os.fsencode(name + end)) > LONGEST_NAME:
+        end = f"~{hashlib.sha256(os.fsencode(name)).hexdigest()[:8]}{end}"
+        while len(os.fsencode(name + end)) > LONGEST_NAME:
+            name = name[:-1]
+    return name + end
 
 
 def settle(job: Job, workflow: str, *, overwrite: bool) -> None:
@@ -154,9 +213,11 @@ def settle(job: Job, workflow: str, *, overwrite: bool) -> None:
         workflow: From `digest_workflow`.
         overwrite: Restore every photo again and replace what is there.
     """
-    if overwrite or not job.output.exists():
+    if overwrite or not os.path.exists(job.output):
         return
-    record = read_record(job.output)
+    record = result_record(job.output)
+    if record is not None and not decodes(job.output):
+        return  # what is left of a crash is restored again
     try:
         digest = file_digest(job.source)
     except OSError as error:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import io
 import struct
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,9 +16,12 @@ from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
-from PIL import ExifTags, Image, ImageCms, TiffImagePlugin
+from PIL import ExifTags, Image, ImageCms, ImageFile, PngImagePlugin, TiffImagePlugin
 
-from tools.client import ClientError
+from tools.client import DAMAGED, ClientError
+
+# Editors put whole histories into PNG files; Pillow's 1 MB would refuse the photo for its text.
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 256 * 2**20
 
 Pixels = npt.NDArray[Any]
 """(H, W) or (H, W, C), uint8 or uint16."""
@@ -42,7 +46,8 @@ DESCRIPTIONS = (270, 271, 272, 305, 306, 315, 18246, 33432, 40091, 40092, 40093,
 SUB_FOLDERS = (int(ExifTags.IFD.Exif), int(ExifTags.IFD.GPSInfo))
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "RGBa", "La", "CMYK", "YCbCr", "HSV")
 DEEP_GREY = ("I;16", "I;16L", "I;16B", "I;16N")
-DAMAGED = (SyntaxError, struct.error, ValueError, TypeError, KeyError, OverflowError, EOFError)
+DECODING = threading.Lock()
+"""Pillow has one switch for files that are cut off, for all threads."""
 
 
 class PhotoError(ClientError):
@@ -137,10 +142,16 @@ def read(path: Path, max_side: int = 0) -> Photo:
     except OSError as error:
         raise PhotoError(f"{path} cannot be read: {error.strerror}") from error
     try:
-        photo = _decode(path, data)
+        with DECODING:
+            try:
+                photo = _decode(path, data)
+            except OSError:
+                photo = _decode_what_is_there(path, data)
+                if photo is None:
+                    raise
     except PhotoError:
         raise
-    except (OSError, Image.DecompressionBombError, *DAMAGED) as error:
+    except DAMAGED as error:
         # Pillow's own message names the stream in memory, not the file.
         reason = "unknown format" if isinstance(error, Image.UnidentifiedImageError) else error
         raise PhotoError(f"{path} is not a picture that can be read: {reason}") from error
@@ -156,8 +167,24 @@ def file_digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def _decode(path: Path, data: bytes) -> Photo:
+def _decode_what_is_there(path: Path, data: bytes) -> Photo | None:
+    """A photo that is cut off, as every viewer shows it; ``None`` if nothing of it is left."""
+    ImageFile.LOAD_TRUNCATED_IMAGES = True
+    try:
+        photo = _decode(path, data, damaged=True)
+    except DAMAGED:
+        return None
+    finally:
+        ImageFile.LOAD_TRUNCATED_IMAGES = False
+    if (photo.color == photo.color[0, 0]).all():
+        return None
+    return photo
+
+
+def _decode(path: Path, data: bytes, *, damaged: bool = False) -> Photo:
     notes: list[str] = []
+    if damaged:
+        notes.append("the file is damaged or cut off: what is missing stays empty")
     with Image.open(io.BytesIO(data)) as opened:
         tiff = isinstance(opened, TiffImagePlugin.TiffImageFile)
         frames = getattr(opened, "n_frames", 1)
@@ -166,7 +193,9 @@ def _decode(path: Path, data: bytes) -> Photo:
         exif, orientation = _exif(opened, notes)
         icc, dpi = opened.info.get("icc_profile") or b"", _dpi(opened)
         deep = _codec_of_deep_color(opened, data)
-        if deep:
+        if deep and damaged:
+            notes.append("only 8 of its 16 bits could be read")
+        if deep and not damaged:
             # Pillow turns the pixels of a TIFF file upright itself.
             pixels = UPRIGHT.get(orientation, np.asarray)(_deep_color(path, data, deep))
             if tiff and opened.tag_v2.get(338) == (1,):
@@ -246,7 +275,7 @@ def _deep_color(path: Path, data: bytes, codec: str) -> Pixels:
         frame = frames[0].reformat(format="rgba64le") if name.startswith("ya16") else frames[0]
         pixels = frame.to_ndarray()
     except (av.FFmpegError, IndexError, ValueError) as error:
-        raise PhotoError(f"{path} is not a 16-bit picture that can be read: {error}") from error
+        raise OSError(f"no 16-bit picture: {error}") from error
     if pixels.dtype != np.uint16:
         raise PhotoError(f"{path} has 16 bits per channel in a layout that is not known: {name}")
     return pixels[..., [0, 3]] if name.startswith("ya16") else pixels

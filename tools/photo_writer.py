@@ -5,19 +5,22 @@ Pillow writes no 16-bit colour, so the files are put together here.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import struct
+import tempfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 import numpy as np
 from PIL import Image, TiffImagePlugin
 
+from tools.client import DAMAGED
 from tools.photo import (
-    DAMAGED,
     DESCRIPTIONS,
     EXIF_PREFIX,
     SUB_FOLDERS,
@@ -29,8 +32,15 @@ from tools.photo import (
 RECORD_KEY = "diff-restorer"
 RECORD_TAG = 65000
 """The private TIFF tag of the record."""
+PART_PREFIX = ".diff-restorer-part-"
+UMASK = os.umask(0o077)
+os.umask(UMASK)
 BAND = 64
 """Rows that are filtered and compressed at once."""
+
+
+class OutputError(PhotoError):
+    """No result can be written any more: the disk is full or read-only."""
 
 
 def write(path: Path, photo: Photo, record: Mapping[str, Any]) -> None:
@@ -43,23 +53,44 @@ def write(path: Path, photo: Photo, record: Mapping[str, Any]) -> None:
 
     Raises:
         PhotoError: The file cannot be written.
+        OutputError: Nor can any other.
     """
-    part = path.with_name(f".{path.name}.part")
     note = json.dumps(record)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with part.open("wb") as stream:
+        with whole(path) as stream:
             (_write_tiff if path.suffix == ".tif" else _write_png)(stream, photo, note)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(part, path)
     except OSError as error:
-        part.unlink(missing_ok=True)
-        raise PhotoError(f"{path} cannot be written: {error.strerror}") from error
+        ended = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+        kind = OutputError if ended else PhotoError
+        raise kind(f"{path} cannot be written: {error.strerror or error}") from error
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[BinaryIO]:
+    """A file that appears complete or not at all, whoever else writes one of that name.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    number, name = tempfile.mkstemp(prefix=PART_PREFIX, dir=path.parent)
+    try:
+        with open(number, "wb") as stream:
+            yield cast("BinaryIO", stream)
+            stream.flush()
+            os.fsync(number)
+        os.chmod(name, 0o666 & ~UMASK)
+        os.replace(name, path)
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(name)
+        raise
 
 
 def read_record(path: Path) -> dict[str, Any] | None:
     """Returns the record of a file that `write` made, or ``None`` for every other file."""
+    if not os.path.isfile(path):  # opening a pipe would wait for ever
+        return None
     try:
         with Image.open(path, formats=("PNG", "TIFF")) as opened:
             if isinstance(opened, TiffImagePlugin.TiffImageFile):
@@ -67,9 +98,21 @@ def read_record(path: Path) -> dict[str, Any] | None:
             else:
                 note = opened.info.get(RECORD_KEY)
             record = json.loads(note) if isinstance(note, str) else None
-    except (OSError, Image.DecompressionBombError, *DAMAGED):
+    except DAMAGED:
         return None
     return cast("dict[str, Any]", record) if isinstance(record, dict) else None
+
+
+def decodes(path: Path) -> bool:
+    """Whether all pixels of a PNG or TIFF file are there."""
+    try:
+        with Image.open(path, formats=("PNG", "TIFF")) as opened:
+            opened.verify()  # checksums, which load ignores
+        with Image.open(path, formats=("PNG", "TIFF")) as opened:
+            opened.load()
+    except DAMAGED:
+        return False
+    return True
 
 
 def _channels(photo: Photo) -> Pixels:

@@ -156,11 +156,14 @@ def run(
         deepen_output(filled, target, upload(client, restored), width, height)
         # The server has the rest of the graph in its cache.
         rest = client.run(filled, lambda progress: None)
+        with client.expecting("/view"):  # of the same size
+            fine = restored.astype(np.float64) * 256 + _fetch(client, rest, target)
         # SaveImage cuts off, so half a step is missing on average; 255 * 256 steps make white.
-        fine = restored.astype(np.float64) * 256 + _fetch(client, rest, target) + 0.5
+        fine += 0.5
         restored = (fine * (65535 / 65280)).round().clip(0, 65535).astype(np.uint16)
         seconds += rest.seconds
-    return Restoration(restored, _probabilities(result, filled), seconds)
+    with client.expecting("/history"):
+        return Restoration(restored, _probabilities(result, filled), seconds)
 
 
 def deepen_input(workflow: Workflow, source: str, lower: str) -> None:
@@ -245,6 +248,7 @@ def _show(bar: tqdm, workflow: Workflow, progress: Progress) -> None:
 
 def _probabilities(result: Result, workflow: Workflow) -> dict[str, float]:
     for node_id, shown in result.outputs.items():
-        if workflow[node_id]["class_type"] == CLASSIFIER:
-            return json.loads("".join(shown["text"]))
+        if workflow.get(node_id, {}).get("class_type") == CLASSIFIER:
+            kinds = json.loads("".join(shown["text"]))
+            return {str(kind): float(probability) for kind, probability in kinds.items()}
     return {}

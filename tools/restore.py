@@ -30,12 +30,14 @@ from tools.client import (
     ClientError,
     ServerUnreachableError,
     Workflow,
+    WorkflowError,
     find_node,
     load_workflow,
 )
 from tools.host import Host, HostError, exit_on_termination
-from tools.jobs import Job, digest_workflow, plan, settle
+from tools.jobs import SUFFIXES, Job, count_others, digest_workflow, plan, settle
 from tools.photo import read_photo
+from tools.photo_writer import PART_PREFIX, whole
 from tools.restoration import (
     INPUT_TITLE,
     NANO_WORKFLOW,
@@ -56,7 +58,15 @@ __all__ = [
     "restore",
 ]
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 REPORT_NAME = "diff-restorer-report.json"
+LOCK_NAME = ".diff-restorer.lock"
+STALE_SECONDS = 3600.0
+"""Then a part is of a run that was killed, and not of one whose --out lies within this one."""
 
 
 class Display:
@@ -102,8 +112,53 @@ class Display:
             self.write(f"{job.output} ({job.seconds:.1f} s{seen}){notes}", sys.stdout)
 
     def write(self, text: str, stream: Any) -> None:
-        # A file name may hold bytes that are no text.
-        self.bar.write(text.encode(errors="backslashreplace").decode(), file=stream)
+        self.bar.write(printable(text, stream), file=stream)
+
+
+def printable(text: str, stream: Any) -> str:
+    """What a terminal can show: names and servers may send control characters, or no text."""
+    safe = "".join(
+        letter
+        if letter.isprintable() or letter == "\n"
+        else letter.encode("unicode_escape", "surrogatepass").decode()
+        for letter in text
+    )
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    return safe.encode(encoding, "backslashreplace").decode(encoding)
+
+
+def complain(error: object) -> None:
+    sys.stderr.write(printable(f"error: {error}\n", sys.stderr))
+
+
+@contextmanager
+def reserve(out: Path) -> Iterator[None]:
+    """Makes the folder of the results and keeps other runs out of it.
+
+    Raises:
+        ClientError: It cannot be written, or another run writes there.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock = (out / LOCK_NAME).open("ab")
+    except OSError as error:
+        raise ClientError(
+            f"--out {out} cannot be written: {error.strerror}. Choose another folder"
+        ) from error
+    with lock:
+        if fcntl is not None:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                for part in out.rglob(f"{PART_PREFIX}*"):
+                    if time.time() - part.lstat().st_mtime > STALE_SECONDS:
+                        part.unlink(missing_ok=True)
+            except BlockingIOError as error:
+                raise ClientError(
+                    f"another run writes to --out {out}. Wait for its end or choose another folder"
+                ) from error
+            except OSError:
+                pass  # a file system without locks; temporary names are unique all the same
+        yield
 
 
 @contextmanager
@@ -128,26 +183,33 @@ def own_server(out: Path, *, cpu: bool) -> Iterator[Server]:
 
 
 def find_servers(urls: Sequence[str], workflow: Workflow) -> list[Server]:
-    """Checks servers, each once.
+    """Checks servers, each once; one that cannot run the workflow is left out of several.
 
     Raises:
-        WorkflowError: One lacks a node of the workflow.
+        WorkflowError: None has the nodes of the workflow.
         ServerUnreachableError: None answers.
+        AddressError: One has no address.
     """
     servers: list[Server] = []
-    for url in dict.fromkeys(Client(url).server for url in urls):
+    faults: list[ClientError] = []
+    for client in {client.server: client for client in map(Client, urls)}.values():
         try:
-            Client(url).require_nodes(workflow)
-            servers.append(Server(url))
-        except ServerUnreachableError:
-            if len(urls) == 1:
-                raise
-            servers.append(Server(url, answers=False))
+            client.check()
+            client.require_nodes(workflow)
+            servers.append(Server(client.url))
+        except ServerUnreachableError as error:
+            faults.append(error)
+            servers.append(Server(client.url, answers=False))
+        except WorkflowError as error:
+            faults.append(error)
     if not any(server.answers for server in servers):
-        raise ServerUnreachableError(
-            f"no ComfyUI answers at any of {', '.join(server.url for server in servers)}. Start "
-            "one with `make serve`"
-        )
+        if len(faults) == 1 or not servers:
+            raise faults[0]
+        names = ", ".join(Client(server.url).server for server in servers)
+        reasons = "".join(f"\n{fault}" for fault in faults)
+        raise ServerUnreachableError(f"no ComfyUI answers at any of {names}:{reasons}")
+    for fault in faults:
+        complain(fault)
     return servers
 
 
@@ -160,10 +222,8 @@ def write_report(path: Path, jobs: Sequence[Job], workflow: Path, seconds: float
         "counts": {status: counts[status] for status in ("done", "skipped", "failed", "pending")},
         "photos": [job.report() for job in jobs],
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(json.dumps(report, indent=2) + "\n")
-    os.replace(part, path)
+    with whole(path) as stream:
+        stream.write(f"{json.dumps(report, indent=2)}\n".encode())
 
 
 def run(options: argparse.Namespace, watch: Callable[[Event], None] = lambda event: None) -> int:
@@ -183,6 +243,22 @@ def run(options: argparse.Namespace, watch: Callable[[Event], None] = lambda eve
     if options.preset:
         workflow = with_preset(workflow, options.preset)
     jobs = plan(options.photos, options.out, recursive=options.recursive)
+    for folder in (path for path in options.photos if os.path.isdir(path)):
+        if others := count_others(folder, recursive=options.recursive):
+            listed = ", ".join(f"{count} {ending}" for ending, count in others.items())
+            text = f"{folder}: {listed} left out. Save them as one of {' '.join(SUFFIXES)}"
+            sys.stderr.write(printable(f"{text}\n", sys.stderr))
+    with reserve(options.out):
+        return _restore_all(options, workflow, jobs, watch, begun)
+
+
+def _restore_all(
+    options: argparse.Namespace,
+    workflow: Workflow,
+    jobs: Sequence[Job],
+    watch: Callable[[Event], None],
+    begun: float,
+) -> int:
     digest = digest_workflow(workflow, options.max_side)
     for job in jobs:
         if job.status == "pending":
@@ -209,13 +285,16 @@ def run(options: argparse.Namespace, watch: Callable[[Event], None] = lambda eve
                 restore_on([server])
     finally:
         display.bar.close()
+        counts = Counter(job.status for job in jobs)
+        summary = f"{counts['done']} restored, {counts['skipped']} done before, "
+        summary += f"{counts['failed']} failed. "
         report = options.report or options.out / REPORT_NAME
-        write_report(report, jobs, options.workflow, time.monotonic() - begun)
-    counts = Counter(job.status for job in jobs)
-    sys.stderr.write(
-        f"{counts['done']} restored, {counts['skipped']} done before, {counts['failed']} failed. "
-        f"Report: {report}\n"
-    )
+        try:
+            write_report(report, jobs, options.workflow, time.monotonic() - begun)
+            summary += f"Report: {report}"
+        except OSError as error:
+            summary += f"No report: {report} cannot be written: {error.strerror}"
+        sys.stderr.write(printable(f"{summary}\n", sys.stderr))
     return 1 if counts["failed"] else 0
 
 
@@ -280,7 +359,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return run(options)
     except (ClientError, HostError, OSError) as error:
-        sys.stderr.write(f"error: {error}\n")
+        complain(error)
         return 1
     except KeyboardInterrupt:
         sys.stderr.write("interrupted; the same command goes on from here\n")

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from tests.e2e.graph import make_photo
-from tools import photo, photo_writer
+from tests.e2e.holding import read_report
+from tools import photo, photo_writer, restore
 from tools.client import ClientError
+from tools.environment import ROOT
+from tools.host import free_port
 from tools.jobs import Job, digest_workflow, find_photos, plan, settle
 
 WORKFLOW = digest_workflow({}, 0)
@@ -156,3 +162,145 @@ def test_nothing_else_is_replaced(tmp_path: Path, change: str):
     assert done.output.read_bytes() == before
     settle(job := plan([tmp_path / "a.png"], tmp_path / "out")[0], workflow, overwrite=True)
     assert job.status == "pending"
+
+
+def test_notes_of_other_programs_are_no_records(tmp_path: Path):
+    # training.evaluate writes such, under the same key.
+    note = {"key": "0" * 16, "probabilities": {"noise": 1.0}, "seconds": 1.0}
+    source = photo.read(put(tmp_path / "in/a.png"))
+    photo_writer.write(tmp_path / "in/b.png", source, note)
+    photo_writer.write(tmp_path / "in/c.png", source, {"version": 1, "photo": 3})
+    found = find_photos(tmp_path / "in", tmp_path / "out")
+    assert [path.name for path in found] == ["a.png", "b.png", "c.png"]
+    first = plan([tmp_path / "in"], tmp_path / "out")[0]
+    photo_writer.write(first.output, source, note)
+    settle(first, WORKFLOW, overwrite=False)
+    assert "is no result of this program" in str(first.error)
+
+
+def test_a_damaged_result_is_restored_again(tmp_path: Path):
+    put(tmp_path / "a.jpg")
+    (done,) = plan([tmp_path / "a.jpg"], tmp_path / "out")
+    finish(done)
+    data = bytearray(done.output.read_bytes())
+    data[-20:-16] = bytes(4)
+    done.output.write_bytes(data)
+    (job,) = plan([tmp_path / "a.jpg"], tmp_path / "out")
+    settle(job, WORKFLOW, overwrite=False)
+    assert job.status == "pending"
+
+
+def test_names_as_long_as_they_may_be(tmp_path: Path):
+    names = ["a" * 246 + ".png", "a" * 245 + "b.png", "京" * 82 + ".png", "b" * 239 + ".png"]
+    jobs = plan(
+        [put(tmp_path / "in" / name) and tmp_path / "in" / name for name in names], tmp_path
+    )
+    assert len({job.output for job in jobs}) == len(names)
+    for job in jobs:
+        assert len(os.fsencode(job.output.name)) <= 255
+        finish(job)
+        settle(job, WORKFLOW, overwrite=False)
+        assert job.status == "skipped"
+
+
+def test_a_name_that_no_file_can_have_fails_alone(tmp_path: Path):
+    (tmp_path / "loop.png").symlink_to("loop.png")
+    named = [tmp_path / ("a" * 300 + ".png"), tmp_path / "loop.png", put(tmp_path / "b.png")]
+    assert [job.status for job in plan(named, tmp_path / "out")] == ["failed", "failed", "pending"]
+    assert [path.name for path in find_photos(tmp_path, tmp_path / "out")] == ["b.png"]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes with names")
+def test_pipes_are_no_photos(tmp_path: Path):
+    os.mkfifo(tmp_path / "x.png")
+    photo_path = put(tmp_path / "a.png")
+    assert list(find_photos(tmp_path, tmp_path / "out")) == [photo_path]
+    assert "is no file" in str(plan([tmp_path / "x.png"], tmp_path / "out")[0].error)
+
+
+def main_without_server(*arguments: Path | str) -> int:
+    gone = f"http://127.0.0.1:{free_port()}"
+    return restore.main([*map(str, arguments), "--server", gone])
+
+
+def test_pictures_that_are_left_out_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    put(tmp_path / "in/a.gif")
+    for name in ("b.heic", "c.HEIC", "d.txt", "e.nef"):
+        (tmp_path / "in" / name).touch()
+    assert [job.source.name for job in plan([tmp_path / "in"], tmp_path / "out")] == ["a.gif"]
+    main_without_server(tmp_path / "in", "--out", tmp_path / "out")
+    printed = capsys.readouterr().err
+    assert "2 .heic" in printed
+    assert "1 .nef" in printed
+    assert ".txt" not in printed
+
+
+def test_an_out_that_cannot_be_written_is_named_at_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    (tmp_path / "file").touch()
+    out = tmp_path / "file/out"
+    assert main_without_server(put(tmp_path / "a.png"), "--out", out) == 1
+    assert f"--out {out} cannot be written: Not a directory" in capsys.readouterr().err
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    out = tmp_path / "out"
+    out.mkdir()
+    old, young = (out / f"{photo_writer.PART_PREFIX}{name}" for name in ("old", "young"))
+    young.touch()
+    old.touch()
+    os.utime(old, (0, 0))
+    with restore.reserve(out):
+        assert (old.exists(), young.exists()) == (False, True)
+        assert main_without_server(put(tmp_path / "a.png"), "--out", out) == 1
+    assert f"another run writes to --out {out}" in capsys.readouterr().err
+    main_without_server(tmp_path / "a.png", "--out", out)
+    assert "no ComfyUI answers" in capsys.readouterr().err
+
+
+def test_a_report_that_cannot_be_written_hides_no_summary(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    (tmp_path / "file").touch()
+    report = tmp_path / "file/report.json"
+    arguments = (tmp_path / "none.png", "--out", tmp_path / "out", "--report", report)
+    assert main_without_server(*arguments) == 1
+    assert "1 failed. No report" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+def test_every_name_can_be_printed(tmp_path: Path, encoding: str):
+    name = "京 \x1b[31m.png"
+    (tmp_path / name).write_bytes(b"no picture")
+    (tmp_path / "out").mkdir()
+    source = put(tmp_path / "in" / name)
+    (done,) = plan([source], tmp_path / "out")
+    workflow = restore.load_workflow(restore.NANO_WORKFLOW)
+    finish(done, digest_workflow(workflow, 0))
+    missing = tmp_path / f"none {name}"
+    program = subprocess.run(
+        [sys.executable, "-m", "tools.restore", source, missing, "--out", tmp_path / "out"],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONIOENCODING": f"{encoding}:strict"},
+        capture_output=True,
+        check=False,
+    )
+    assert program.returncode == 1, program.stderr
+    assert b"Traceback" not in program.stderr
+    assert b"\\u4eac \\x1b[31m.png" in program.stderr
+    assert read_report(tmp_path / "out")["counts"]["skipped"] == 1
+
+
+@pytest.mark.parametrize(
+    "text",
+    ['{"1": {"class_type": "LoadImage"}}', '{"1": []}', "[" * 100_000, '{"1": {"inputs": {}}}'],
+)
+def test_what_is_no_workflow_is_named(
+    tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]
+):
+    path = tmp_path / "workflow.json"
+    path.write_text(text)
+    arguments = (put(tmp_path / "a.png"), "--out", tmp_path / "out", "--workflow", path)
+    assert main_without_server(*arguments) == 1
+    assert str(path) in capsys.readouterr().err

@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import BinaryIO, Literal
 
 import numpy as np
 import pytest
 import tifffile
-from PIL import ExifTags, Image, ImageCms, ImageOps
+from PIL import ExifTags, Image, ImageCms, ImageOps, PngImagePlugin
 
 from tests.e2e.graph import make_photo
 from tools import photo, photo_writer
@@ -272,7 +272,12 @@ def write_float(path: Path) -> None:
 
 def write_truncated(path: Path) -> None:
     make_photo().save(path, "PNG")
-    path.write_bytes(path.read_bytes()[:2000])
+    path.write_bytes(path.read_bytes()[:40])
+
+
+def write_avif_without_frames(path: Path) -> None:
+    make_photo().save(path, "AVIF")
+    path.write_bytes(path.read_bytes()[:-50])
 
 
 def write_truncated_deep(path: Path) -> None:
@@ -289,6 +294,7 @@ def write_truncated_deep(path: Path) -> None:
         (lambda path: path.write_text("no picture"), "unknown format"),
         (write_truncated, "not a picture that can be read"),
         (write_truncated_deep, "read"),
+        (write_avif_without_frames, "not a picture that can be read"),
         (write_float, "'F'; accepted are 8 and 16 bits"),
     ],
 )
@@ -319,3 +325,66 @@ def test_files_of_others_have_no_record(tmp_path: Path):
         make_photo().save(tmp_path / name)
         assert photo_writer.read_record(tmp_path / name) is None
     assert photo_writer.read_record(tmp_path / "nowhere.png") is None
+
+
+@pytest.mark.parametrize("share", [0.5, 1.0])
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".bmp", ".gif", ".tif", ".tga"])
+def test_what_is_there_of_a_photo_is_read(tmp_path: Path, suffix: str, share: float):
+    path = tmp_path / f"photo{suffix}"
+    make_photo().save(path)
+    whole = photo.read(path)
+    data = path.read_bytes()
+    path.write_bytes(data[: int(len(data) * share) - 2])
+    read = photo.read(path)
+    assert read.color.shape == whole.color.shape
+    # Headers take their part, too.
+    same = (read.color == whole.color).all(2)
+    assert same.mean() > share * 0.4
+    # Two bytes less may leave all pixels, of which nothing is to be said.
+    assert same.all() or any("cut off" in note for note in read.notes)
+    assert photo.read(path).notes == read.notes, "the switch for one photo is left on"
+
+
+def test_a_deep_photo_that_is_cut_off_is_read_at_8_bits(tmp_path: Path):
+    path = tmp_path / "photo.png"
+    pixels = deep_pixels(3)
+    photo_writer.write(path, as_photo(pixels), {})
+    path.write_bytes(path.read_bytes()[:-20])
+    read = photo.read(path)
+    assert np.array_equal(read.color[:-2], (pixels >> 8).astype(np.uint8)[:-2])
+    assert any("8 of its 16 bits" in note for note in read.notes)
+
+
+def test_a_history_of_edits_is_no_reason_to_refuse(tmp_path: Path):
+    text = PngImagePlugin.PngInfo()
+    text.add_text("history", "x" * 2**22, zip=True)
+    make_photo().save(tmp_path / "photo.png", pnginfo=text)
+    assert photo.read(tmp_path / "photo.png").notes == ()
+
+
+def test_a_note_without_an_end_is_no_record(tmp_path: Path):
+    text = PngImagePlugin.PngInfo()
+    text.add_text(photo_writer.RECORD_KEY, "[" * 100_000)
+    make_photo().save(tmp_path / "photo.png", pnginfo=text)
+    assert photo_writer.read_record(tmp_path / "photo.png") is None
+
+
+def test_what_lies_in_wait_under_a_temporary_name_is_left_alone(tmp_path: Path):
+    (tmp_path / "victim").write_text("mine")
+    (tmp_path / ".photo.png.part").symlink_to(tmp_path / "victim")
+    photo_writer.write(tmp_path / "photo.png", as_photo(deep_pixels(3)), {})
+    assert (tmp_path / "victim").read_text() == "mine"
+    assert photo.read(tmp_path / "photo.png").bits == 16
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_is_no_fault_of_the_photo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def full(stream: BinaryIO, *arguments: object) -> None:
+        with open("/dev/full", "wb", buffering=0) as device:
+            device.write(b"x")
+
+    monkeypatch.setattr(photo_writer, "_write_png", full)
+    with pytest.raises(photo_writer.OutputError, match="No space left"):
+        photo_writer.write(tmp_path / "photo.png", as_photo(deep_pixels(3)), {})
+    assert list(tmp_path.iterdir()) == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -145,3 +146,21 @@ def test_the_check_of_the_folder_can_fail(tmp_path: Path):
     accident.victim = None
     with pytest.raises(demo_folder.CheckError, match="no server was killed"):
         demo_folder.check(good, upright, accident, 3)
+
+
+@pytest.mark.parametrize(
+    "variables", [("restore", "PHOTOS"), ("nano", "PHOTOS"), ("demo", "IMAGE")]
+)
+def test_make_runs_no_part_of_a_name(tmp_path: Path, variables: tuple[str, str]):
+    target, variable = variables
+    python = tmp_path / "python"
+    script = 'case "$*" in (-c*) ;; (*" setup "*) echo "$0";; (*) printf "%s\\n" "$@";; esac'
+    python.write_text(f"#!/bin/sh\n{script}\n")
+    python.chmod(0o755)
+    name = 'it\'s `touch made` $$(touch made) "a".png'
+    command = ["make", "-s", "-C", ROOT, target, f"PYTHON={python}", f"{variable}={name}"]
+    program = subprocess.run(
+        [*command, f"OUT={tmp_path}/o `touch made`"], capture_output=True, text=True, check=True
+    )
+    assert name.replace("$$", "$") in program.stdout.splitlines()
+    assert not (ROOT / "made").exists()

@@ -202,6 +202,28 @@ def test_a_fault_of_the_program_is_not_swallowed(tmp_path: Path, monkeypatch: py
         Batch([Server("http://127.0.0.1:1")], {}, jobs, Options()).run()
 
 
+def test_a_full_disk_ends_the_run_at_once(
+    runner: Runner,
+    holding: Holding,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    paths = put_photos(tmp_path / "in", 3)
+
+    def fill(path: Path, *rest: object) -> None:
+        raise photo_writer.OutputError(f"{path} cannot be written: No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(photo_writer, "write", fill)
+        assert run(holding, runner, *paths, "--out", tmp_path / "out") == 1
+    printed = capsys.readouterr().err
+    assert "No space left" in printed
+    assert "0 restored, 0 done before, 0 failed" in printed
+    assert (holding.runs, read_report(tmp_path / "out")["counts"]["pending"]) == (1, 3)
+    assert run(holding, runner, *paths, "--out", tmp_path / "out") == 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -357,6 +357,16 @@ def test_another_vae(prepare, photo) -> None:
         prepare(photo(), vae=vae)
 
 
+def test_a_tiny_vae_of_as_many_channels(prepare, photo) -> None:
+    """Its latents are of another kind, which no size tells."""
+    import comfy.sd
+    import comfy.taesd.taesd
+
+    tiny = comfy.sd.VAE(sd=comfy.taesd.taesd.TAESD(latent_channels=4).state_dict())
+    with pytest.raises(ValueError, match=r"vae: found a TAESD, but nano.* an AutoencoderKL"):
+        prepare(photo(), vae=tiny)
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_pictures_with_holes(prepare, photo, bad: float) -> None:
     image = photo()

@@ -251,7 +251,7 @@ def read_tensors(
             tensor = _read(file, header.entries[key])
             if tensor is None:
                 break
-            if stamp_of(file) == header.stamp and not _finite(tensor):
+            if stamp_of(file) == header.stamp and not is_finite(tensor):
                 raise CheckpointValuesError(
                     f"{path}: tensor {key} holds NaN or infinite values, so that all pictures "
                     "would be black. Export or download the file again."
@@ -277,6 +277,9 @@ def _read(file: Any, entry: Entry) -> Tensor | None:
     return tensor
 
 
-def _finite(tensor: Tensor) -> bool:
-    """By its sum, ten times as fast as by its values; sums of finite values may overflow, too."""
-    return bool(tensor.sum().isfinite() or tensor.sum(dtype=torch.float64).isfinite())
+def is_finite(tensor: Tensor) -> bool:
+    """Whether no value is NaN or infinite.
+
+    By their sum, which takes a tenth of the time; that of finite values may overflow, too.
+    """
+    return bool(tensor.sum().isfinite() or tensor.isfinite().all())

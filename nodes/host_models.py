@@ -22,7 +22,7 @@ from .host_build import (
     build_prompt_processor,
     build_tuned_decoder,
 )
-from .images import digest
+from .images import check_finite, digest
 from .sockets import Degradation
 
 _AT_ONCE = 16
@@ -162,6 +162,11 @@ class DiffRestorer:
     def _encode(self, clip_vision: Any, view: Tensor) -> Tensor:
         hidden = clip_vision.encode_image(view, crop=False)["last_hidden_state"]
         self._check_clip(clip_vision, hidden.shape[-1])
+        check_finite(
+            "clip_vision",
+            hidden,
+            "Its file is damaged, or it overflows in fp16: start the host with --fp32-text-enc.",
+        )
         return hidden[:, 1:]
 
     def _check_clip(self, clip_vision: Any, width: int) -> None:

@@ -263,6 +263,8 @@ class TiledDiffusion:
     def _tiles_of(
         self, control: Any, some: Sequence[int], windows: Sequence[Window], batch: int
     ) -> Any:
+        if isinstance(control, DegradationControlNet):
+            control.check_batch(batch)
         tiles = control.copy()
         height, width = (UNIT * side for side in self.grid.size)
 

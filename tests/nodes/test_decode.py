@@ -262,10 +262,12 @@ def test_latents_are_a_multiple_of_the_photos(decode, prepare, photo) -> None:
     first = decode(many[:1], samples=restoration.latent, degradation=prepare(many[:1]).degradation)
     torch.testing.assert_close(first[:1], expected[:1], rtol=0, atol=1e-5)
     assert first.shape[0] == 2
-    with pytest.raises(ValueError, match="samples: 2 latents, but 3 photos"):
+    with pytest.raises(ValueError, match="image: of 3 photos, but samples hold 2 latents"):
         decode(photo(batch=3), samples=restoration.latent)
-    with pytest.raises(ValueError, match="samples: 1 latents, but 2 photos"):
+    with pytest.raises(ValueError, match=r"image: of 2 photos, .* 1 latents.*Latent From Batch"):
         decode(many, samples={"samples": latent[:1]})
+    with pytest.raises(ValueError, match="degradation: of 2 photos, but samples hold 1 latents"):
+        decode(many[:1], samples={"samples": latent[:1]}, degradation=restoration.degradation)
     with pytest.raises(ValueError, match="image 3, degradation 2"):
         decode(photo(batch=3), samples=restoration.latent, degradation=restoration.degradation)
 
@@ -420,7 +422,10 @@ def test_interrupt(decode, photo, tiling: str) -> None:
             {"samples": {"samples": torch.zeros(1, 4, 9, 8)}},
             "a latent of 64 x 72 px, .* 64 x 64 px",
         ),
-        ({"samples": {"samples": torch.zeros(1, 4, 1, 8, 8)}}, "samples: a latent"),
+        (
+            {"samples": {"samples": torch.zeros(1, 4, 1, 8, 8)}},
+            "samples: expected latents of",
+        ),
     ],
 )
 def test_wrong_values(decode, inputs: dict, message: str) -> None:

@@ -79,6 +79,18 @@ def test_a_replaced_file_is_loaded_again(folder: Path, pack: ModuleType) -> None
     assert node.fingerprint_inputs(file="toy.safetensors") != before
 
 
+def test_a_linked_file_is_loaded_once(folder: Path, pack: ModuleType) -> None:
+    """Links are not known yet when the host asks; what cannot be told counts as changed."""
+    import os
+
+    node = pack.nodes.loaders.DiffRestorerLoader
+    path = toy_weights.write_restorer(folder / "toy.safetensors")
+    before = node.fingerprint_inputs(file=None)
+    assert node.fingerprint_inputs(file=None) == before
+    os.utime(path, (1, 1))
+    assert node.fingerprint_inputs(file=None) != before
+
+
 @pytest.mark.parametrize(
     ("write", "message"),
     [

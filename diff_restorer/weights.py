@@ -73,6 +73,11 @@ class Entry:
     begin: int
     end: int
 
+    @property
+    def size(self) -> int:
+        """In bytes."""
+        return self.end - self.begin
+
 
 @dataclass(frozen=True)
 class Header:
@@ -199,7 +204,7 @@ def check_weights(path: Path, entries: Mapping[str, Entry]) -> None:
     Raises:
         UnsupportedCheckpointError: The message names the tensor.
     """
-    total = sum(entry.end - entry.begin for entry in entries.values())
+    total = sum(entry.size for entry in entries.values())
     if len(entries) > MOST_TENSORS or total > MOST_BYTES:
         raise UnsupportedCheckpointError(
             f"{path}: {len(entries):,} tensors with {total:,} bytes, expected at most "
@@ -224,9 +229,9 @@ def _oddity(name: str, entry: Entry) -> str | None:
         sizes = shortened(list(entry.shape))
         return f"has the shape {sizes}, expected up to {MOST_SIDES} sizes from 1 on"
     needed = math.prod(entry.shape) * DTYPES[entry.dtype].itemsize
-    if entry.end - entry.begin != needed:
+    if entry.size != needed:
         shape = shortened(list(entry.shape))
-        return f"has {entry.end - entry.begin:,} bytes, which its shape {shape} does not take"
+        return f"has {entry.size:,} bytes, which its shape {shape} does not take"
     return None
 
 
@@ -245,36 +250,44 @@ def read_tensors(
         CheckpointValuesError: Values are not finite.
         UnsupportedCheckpointError: The file is not the one any more whose header was read.
     """
+    entries = {key: header.entries[key] for key in keys}
+    converted = {key for key, entry in entries.items() if dtype not in (None, DTYPES[entry.dtype])}
+    largest = max((entries[key].size for key in converted), default=0)
+    scratch = torch.empty(largest, dtype=torch.uint8)
     found: dict[str, Tensor] = {}
+    unfit: str | None = None
     with path.open("rb", buffering=0) as file:
-        for key in keys:
-            tensor = _read(file, header.entries[key])
-            if tensor is None:
+        for key, entry in entries.items():
+            own = scratch if key in converted else torch.empty(entry.size, dtype=torch.uint8)
+            memory = own[: entry.size]
+            complete = _read(file, entry.begin, memory)
+            tensor = memory.view(DTYPES[entry.dtype]).reshape(entry.shape)
+            if not complete or not is_finite(tensor):
+                unfit = key
                 break
-            if stamp_of(file) == header.stamp and not is_finite(tensor):
-                raise CheckpointValuesError(
-                    f"{path}: tensor {key} holds NaN or infinite values, so that all pictures "
-                    "would be black. Export or download the file again."
-                )
-            found[key] = tensor if dtype is None else tensor.to(dtype)
+            found[key] = tensor.to(dtype) if key in converted else tensor
         if stamp_of(file) != header.stamp:
             raise UnsupportedCheckpointError(
                 f"{path}: changed while it was being read. Run again when it is written."
             )
+    if unfit is not None:
+        raise CheckpointValuesError(
+            f"{path}: tensor {unfit} holds NaN or infinite values, so that all pictures would be "
+            "black. Export or download the file again."
+        )
     return found
 
 
-def _read(file: Any, entry: Entry) -> Tensor | None:
-    """One tensor; None where the file has become too short."""
-    tensor = torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
-    rest = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
-    file.seek(entry.begin)
+def _read(file: Any, begin: int, memory: Tensor) -> bool:
+    """Fill `memory`, (bytes,), from a place in a file; whether it is long enough."""
+    file.seek(begin)
+    rest = memoryview(memory.numpy())
     while rest:
         count = file.readinto(rest)  # systems read 2 GiB at once at most
         if not count:
-            return None
+            return False
         rest = rest[count:]
-    return tensor
+    return True
 
 
 def is_finite(tensor: Tensor) -> bool:

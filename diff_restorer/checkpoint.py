@@ -191,15 +191,13 @@ def _check_preprocessing(clip: Mapping[str, Any]) -> None:
     if type(size) is not int or not 1 <= size <= 4096:
         raise ValueError(f"metadata 'clip': image_size {shortened(size)}, not 1 to 4096 pixels")
     for name, least in (("mean", -math.inf), ("std", 0.0)):
-        values = clip.get(name, [1.0] * 3)
-        numbers = isinstance(values, list) and all(
-            isinstance(each, int | float) and least < each < math.inf
-            for each in cast("list[Any]", values)
-        )
-        if not numbers or len(values) != 3:
+        values: Any = clip.get(name, [1.0] * 3)
+        numbers = cast("list[Any]", values) if isinstance(values, list) else []
+        finite = (isinstance(each, int | float) and least < each < math.inf for each in numbers)
+        if len(numbers) != 3 or not all(finite):
             above = " above 0" if least == 0 else ""
             raise ValueError(
-                f"metadata 'clip': {name} {shortened(values)}, not three finite numbers{above}"
+                f"metadata 'clip': {name} {shortened(clip[name])}, not three finite numbers{above}"
             )
 
 

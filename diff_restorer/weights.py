@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import torch
 from torch import Tensor
@@ -183,11 +183,14 @@ def _entries(header: Any, start: int) -> tuple[dict[str, Entry], dict[str, str]]
     Raises:
         KeyError, TypeError, ValueError: It is not as the format has it.
     """
-    metadata = header.pop("__metadata__", {}) if isinstance(header, dict) else None
-    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        raise ValueError("expected an object with metadata of strings")
+    if not isinstance(header, dict):
+        raise ValueError("expected a JSON object")
+    parts = cast("dict[str, Any]", header)
+    metadata = cast("dict[str, Any]", parts.pop("__metadata__", {}))
+    if type(metadata) is not dict or not all(isinstance(v, str) for v in metadata.values()):
+        raise ValueError("expected metadata of strings")
     entries: dict[str, Entry] = {}
-    for name, entry in header.items():
+    for name, entry in parts.items():
         begin, end = entry["data_offsets"]
         numbers = (begin, end, *entry["shape"])
         if not all(type(each) is int and each >= 0 for each in numbers):
@@ -281,7 +284,7 @@ def read_tensors(
 def _read(file: Any, begin: int, memory: Tensor) -> bool:
     """Fill `memory`, (bytes,), from a place in a file; whether it is long enough."""
     file.seek(begin)
-    rest = memoryview(memory.numpy())
+    rest: memoryview = memory.numpy().data
     while rest:
         count = file.readinto(rest)  # systems read 2 GiB at once at most
         if not count:

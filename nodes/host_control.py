@@ -177,7 +177,8 @@ class DegradationControlNet(comfy.controlnet.ControlNet):
         Raises:
             ValueError: The host would repeat some of the photos.
         """
-        photos = max(self.extra_args["degradation"].shape[0], self.cond_hint_original.shape[0])
+        hint = cast(Tensor, self.cond_hint_original)
+        photos = max(len(self.extra_args["degradation"]), len(hint))
         if latents % photos:
             raise ValueError(
                 f"latent_image: a batch of {latents}, but Degradation Control was given {photos} "

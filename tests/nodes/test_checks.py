@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from types import ModuleType
 from typing import Any
 
@@ -20,8 +21,7 @@ NODES = (
 
 
 def inputs_of(node_id: str) -> dict[str, Any]:
-    import nodes as host_nodes
-
+    host_nodes: Any = importlib.import_module("nodes")
     return {entry.id: entry for entry in host_nodes.NODE_CLASS_MAPPINGS[node_id].SCHEMA.inputs}
 
 

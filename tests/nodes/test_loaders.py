@@ -219,8 +219,8 @@ def test_nothing_stays_without_memory(toy) -> None:
 
 def test_a_loaded_file_may_be_overwritten(pack: ModuleType, toy_folder: Path) -> None:
     """Of mapped files that kills the server, or changes its pictures."""
-    path, fp32 = toy_folder / "fp32.safetensors", {"dtype": torch.float32}
-    tensors = toy_weights.restorer_tensors(**fp32) | toy_weights.base_tensors(**fp32)
+    path, fp32 = toy_folder / "fp32.safetensors", torch.float32
+    tensors = toy_weights.restorer_tensors(dtype=fp32) | toy_weights.base_tensors(dtype=fp32)
     pack.diff_restorer.checkpoint.write_checkpoint(path, tensors, toy_weights.info())
     model, clip_vision, vae, restorer = pack.nodes.host_nano.load_nano(path)
     mapped = Path("/proc/self/maps")

@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .weights import parse_json
+
 CLEAN = "clean"
 TONE = ("low_light", "haze")
 """Kinds whose removal changes the tone of a whole photo: the most harmful ones to imagine."""
@@ -83,7 +85,7 @@ class Abstention:
             ValueError: It is not JSON, or does not suit the types.
         """
         try:
-            entry: Any = json.loads(text)
+            entry: Any = parse_json(text)
             thresholds = {
                 str(name): (float(low), float(high))
                 for name, (low, high) in entry["thresholds"].items()

@@ -1,21 +1,45 @@
-"""One safetensors file per model: reading it lazily, writing it whole, naming what is wrong."""
+"""One safetensors file per model: reading it by parts, writing it whole, naming what is wrong."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file  # pyright: ignore[reportUnknownVariableType]
 from torch import Tensor
 
 from .abstention import Abstention
+from .weights import (
+    DTYPES,
+    MOST_HEADER,
+    CheckpointError,
+    CheckpointKeysError,
+    CheckpointValuesError,
+    Header,
+    TruncatedCheckpointError,
+    UnsupportedCheckpointError,
+    check_weights,
+    parse_json,
+    read_header,
+    read_tensors,
+    shortened,
+)
+
+__all__ = [
+    "CheckpointError",
+    "CheckpointKeysError",
+    "CheckpointValuesError",
+    "TruncatedCheckpointError",
+    "UnsupportedCheckpointError",
+]
 
 EPSILON, V_PREDICTION = "epsilon", "v_prediction"
 ONE_KIND, ANY_KINDS = "ce", "bce"
@@ -26,6 +50,14 @@ without a word."""
 DETAIL_PREFIX = "decoder.detail."
 REQUIRED_PREFIXES = ("prompt_processor.", "control.")
 BASE_PREFIXES = ("base.unet.", "base.vae.", "base.clip_vision.")
+PREFIXES = (
+    *REQUIRED_PREFIXES,
+    *(DETAIL_PREFIX, "decoder.fusion.", "decoder.vae."),
+    *BASE_PREFIXES,
+)
+"""Of all tensors that a file may hold."""
+TINY_VAE_KEY = "taesd_decoder.1.weight"
+"""By this key of a VAE the host knows a TAESD."""
 
 # First key prefix found in a foreign file -> what it is and where it belongs.
 _FOREIGN_KINDS = (
@@ -42,36 +74,8 @@ _FOREIGN_KINDS = (
 )
 
 
-class CheckpointError(ValueError):
-    """A file that cannot be used as a Diff-Restorer model; the message names the file."""
-
-
-class TruncatedCheckpointError(CheckpointError):
-    """The file ends before its header says it should."""
-
-
-class UnsupportedCheckpointError(CheckpointError):
-    """The file is of another kind: a pickle, another model, damaged metadata."""
-
-
 class NewerCheckpointError(UnsupportedCheckpointError):
     """The file was written by a newer version of Diff-Restorer."""
-
-
-class CheckpointKeysError(CheckpointError):
-    """Tensors of the file do not fit the module that they are meant for."""
-
-    @classmethod
-    def of(
-        cls, path: Path | str, part: str, missing: Iterable[str], unexpected: Iterable[str]
-    ) -> CheckpointKeysError:
-        """The error for one part of one file, with the first keys of each sort."""
-        found = [
-            f"{label}: {', '.join(names[:5])}{' ...' if len(names) > 5 else ''}"
-            for label, names in (("missing", sorted(missing)), ("unexpected", sorted(unexpected)))
-            if names
-        ]
-        return cls(f"{path}: the {part} does not fit ({'; '.join(found)}). Export the file again.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,9 +135,9 @@ class CheckpointInfo:
 
         def parsed(name: str, kind: type[Any]) -> Any:
             try:
-                value = json.loads(metadata[name])
-            except json.JSONDecodeError as error:
-                raise ValueError(f"metadata '{name}' is not JSON ({error})") from error
+                value = parse_json(metadata[name])
+            except ValueError as error:
+                raise ValueError(f"metadata '{name}' is not JSON ({shortened(error)})") from error
             if not isinstance(value, kind):
                 raise ValueError(f"metadata '{name}' is not a JSON {kind.__name__}")
             return value
@@ -141,22 +145,30 @@ class CheckpointInfo:
         prediction = metadata.get("prediction", EPSILON)  # files before it existed have none
         if prediction not in (EPSILON, V_PREDICTION):
             raise ValueError(
-                f"metadata 'prediction' is {prediction!r}, not {EPSILON!r} or {V_PREDICTION!r}"
+                f"metadata 'prediction' is {shortened(prediction)!r}, not {EPSILON!r} "
+                f"or {V_PREDICTION!r}"
             )
         classification = metadata.get("classification", ONE_KIND)  # likewise
         if classification not in (ONE_KIND, ANY_KINDS):
             raise ValueError(
-                f"metadata 'classification' is {classification!r}, not {ONE_KIND!r} or "
-                f"{ANY_KINDS!r}"
+                f"metadata 'classification' is {shortened(classification)!r}, not {ONE_KIND!r} "
+                f"or {ANY_KINDS!r}"
             )
         types = tuple(str(name) for name in parsed("types", list))
+        if not types or len(set(types)) != len(types):
+            raise ValueError(f"metadata 'types' is {shortened(types)}, not names that all differ")
+        latent_scale = float(metadata["latent_scale"])
+        if not 0 < latent_scale < math.inf:
+            raise ValueError(f"metadata 'latent_scale' is {latent_scale}, not a number above 0")
+        clip = parsed("clip", dict)
+        _check_preprocessing(clip)
         abstention = metadata.get("abstention")  # likewise
         exclusive = classification == ONE_KIND
         return cls(
             types=types,
             base_model=metadata["base_model"],
-            clip=parsed("clip", dict),
-            latent_scale=float(metadata["latent_scale"]),
+            clip=clip,
+            latent_scale=latent_scale,
             prediction=prediction,
             classification=classification,
             config=parsed("config", dict),
@@ -169,29 +181,77 @@ class CheckpointInfo:
         )
 
 
+def _check_preprocessing(clip: Mapping[str, Any]) -> None:
+    """What the vision model's pictures are made by, as far as the file tells.
+
+    Raises:
+        ValueError: Pictures made so would be empty or not finite.
+    """
+    size = clip.get("image_size", 1)
+    if type(size) is not int or not 1 <= size <= 4096:
+        raise ValueError(f"metadata 'clip': image_size {shortened(size)}, not 1 to 4096 pixels")
+    for name, least in (("mean", -math.inf), ("std", 0.0)):
+        values: Any = clip.get(name, [1.0] * 3)
+        numbers = cast("list[Any]", values) if isinstance(values, list) else []
+        finite = (isinstance(each, int | float) and least < each < math.inf for each in numbers)
+        if len(numbers) != 3 or not all(finite):
+            above = " above 0" if least == 0 else ""
+            raise ValueError(
+                f"metadata 'clip': {name} {shortened(clip[name])}, not three finite numbers{above}"
+            )
+
+
 @dataclass(frozen=True)
 class Checkpoint:
-    """An opened file. Tensors are views of the memory-mapped file until they are changed."""
+    """A file that was looked at; tensors are read when they are asked for, and copied."""
 
     path: Path
     info: CheckpointInfo
-    keys: frozenset[str]
+    header: Header
 
-    @cached_property
-    def _file(self) -> Any:
-        return _open(self.path)
+    @property
+    def keys(self) -> frozenset[str]:
+        """Names of all tensors."""
+        return frozenset(self.header.entries)
+
+    @property
+    def has_tiny_vae(self) -> bool | None:
+        """Whether its latents are those of a TAESD, as Nano's are; None if it does not tell."""
+        kinds = [
+            f"{prefix}{TINY_VAE_KEY}" in self.header.entries
+            for prefix in ("decoder.vae.", "base.vae.")
+            if self.has(prefix)
+        ]
+        return kinds[0] if kinds else None
 
     def has(self, prefix: str) -> bool:
         """Whether the file holds tensors under `prefix`."""
-        return any(key.startswith(prefix) for key in self.keys)
+        return any(key.startswith(prefix) for key in self.header.entries)
 
-    def state(self, prefix: str) -> dict[str, Tensor]:
-        """The tensors under `prefix`, which is cut off their keys; empty where there are none."""
+    def shapes(self, prefix: str) -> dict[str, Tensor]:
+        """`state` without values, on the device meta: enough to choose and check a network."""
         return {
-            key[len(prefix) :]: cast(Tensor, self._file.get_tensor(key))
-            for key in sorted(self.keys)
+            key[len(prefix) :]: torch.empty(
+                entry.shape, dtype=DTYPES[entry.dtype], device=torch.device("meta")
+            )
+            for key, entry in sorted(self.header.entries.items())
             if key.startswith(prefix)
         }
+
+    def state(self, prefix: str, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+        """The tensors under `prefix`, which is cut off their keys; empty where there are none.
+
+        Args:
+            prefix: Such as `control.`.
+            dtype: Number format to convert them to, one by one; None keeps that of the file.
+
+        Raises:
+            CheckpointValuesError: Values are not finite.
+            UnsupportedCheckpointError: The file has changed since it was opened.
+        """
+        keys = sorted(key for key in self.header.entries if key.startswith(prefix))
+        read = read_tensors(self.path, self.header, keys, dtype)
+        return {key[len(prefix) :]: tensor for key, tensor in read.items()}
 
     @property
     def self_contained(self) -> bool:
@@ -201,6 +261,9 @@ class Checkpoint:
 
 def read_checkpoint(path: Path | str, required: Iterable[str] = REQUIRED_PREFIXES) -> Checkpoint:
     """Open a Diff-Restorer file and check what it says of itself; no tensor is read yet.
+
+    Its header alone decides, in milliseconds, see `check_weights`; values are checked as they are
+    read.
 
     Args:
         path: The file.
@@ -213,9 +276,8 @@ def read_checkpoint(path: Path | str, required: Iterable[str] = REQUIRED_PREFIXE
         UnsupportedCheckpointError: The file is something else.
     """
     path = Path(path)
-    with open_safetensors(path) as file:
-        metadata: dict[str, str] = dict(file.metadata() or {})
-        keys: frozenset[str] = frozenset(file.keys())
+    header = read_header(path, MOST_HEADER)
+    metadata, keys = header.metadata, header.entries.keys()
     if metadata.get("format") != FORMAT:
         raise UnsupportedCheckpointError(
             f"{path}: expected a Diff-Restorer file, found {_describe(keys)}. Diff-Restorer files "
@@ -223,6 +285,8 @@ def read_checkpoint(path: Path | str, required: Iterable[str] = REQUIRED_PREFIXE
         )
     try:
         version = int(metadata.get("format_version", ""))
+        if version < 1:
+            raise ValueError(f"metadata 'format_version' is {version}, not a number from 1 on")
         if version > FORMAT_VERSION:
             raise NewerCheckpointError(
                 f"{path}: format version {version}, but this Diff-Restorer reads up to version "
@@ -236,11 +300,16 @@ def read_checkpoint(path: Path | str, required: Iterable[str] = REQUIRED_PREFIXE
     except CheckpointError:
         raise
     except ValueError as error:
-        raise UnsupportedCheckpointError(f"{path}: {error}. Export the file again.") from error
+        raise UnsupportedCheckpointError(
+            f"{path}: {str(error)[:300]}. Export the file again."
+        ) from error
+    check_weights(path, header.entries)
+    if unknown := [key for key in keys if not key.startswith(PREFIXES)]:
+        raise CheckpointKeysError.of(path, "file", (), unknown)
     absent = [prefix for prefix in required if not any(k.startswith(prefix) for k in keys)]
     if absent:
         raise CheckpointKeysError.of(path, "file", [f"{prefix}*" for prefix in absent], ())
-    return Checkpoint(path, info, keys)
+    return Checkpoint(path, info, header)
 
 
 def write_checkpoint(path: Path | str, tensors: Mapping[str, Tensor], info: CheckpointInfo) -> None:
@@ -269,7 +338,7 @@ def write_checkpoint(path: Path | str, tensors: Mapping[str, Tensor], info: Chec
 
 
 def open_safetensors(path: Path) -> Any:
-    """Open any safetensors file, as a context manager.
+    """Open any safetensors file for programs, memory-mapped, as a context manager.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -277,40 +346,17 @@ def open_safetensors(path: Path) -> Any:
         UnsupportedCheckpointError: The file is a pickle or something else.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file.")
+        read_header(path)  # says what it is instead
     try:
-        return _open(path)
+        return safe_open(path, framework="pt", device="cpu")
     except SafetensorError as error:
-        raise _unreadable(path, error) from error
+        read_header(path)  # likewise, in better words
+        raise UnsupportedCheckpointError(f"{path}: {error}. Download it again.") from error
 
 
-def _open(path: Path) -> Any:
-    return safe_open(path, framework="pt", device="cpu")
-
-
-def _unreadable(path: Path, error: Exception) -> CheckpointError:
-    """Name the damage: safetensors' own messages speak of headers and buffers."""
-    with path.open("rb") as file:
-        head, body = file.read(8), file.read(2)
-    if head.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")):
-        return UnsupportedCheckpointError(
-            f"{path}: a PyTorch pickle, whatever its name says. Only safetensors is accepted, "
-            "because pickles can run code when they are opened."
-        )
-    # Eight bytes of length, then a JSON object: the file began as safetensors, so its end is gone.
-    if len(head) < 8 or body == b'{"':
-        return TruncatedCheckpointError(
-            f"{path}: incomplete, only {path.stat().st_size:,} bytes are there. Download or copy "
-            "it again."
-        )
-    return UnsupportedCheckpointError(
-        f"{path}: not a safetensors file ({error}). Diff-Restorer files end in .safetensors and "
-        "go to models/diff_restorer."
-    )
-
-
-def _describe(keys: frozenset[str]) -> str:
+def _describe(keys: Iterable[str]) -> str:
     for prefix, kind, folder in _FOREIGN_KINDS:
         if any(key.startswith(prefix) for key in keys):
             return f"{kind} (it belongs in {folder})"
-    return f"a safetensors file of another kind (first keys: {', '.join(sorted(keys)[:3])})"
+    first = ", ".join(map(shortened, sorted(keys)[:3]))
+    return f"a safetensors file of another kind (first keys: {first})"

@@ -10,6 +10,7 @@ from comfy_api.latest import io, ui
 from torch import Tensor
 
 from .chart import bar_chart
+from .checks import checked
 from .host_models import DiffRestorer
 from .images import split_alpha
 from .sockets import CATEGORY, DegradationSocket, DiffRestorerSocket
@@ -70,6 +71,7 @@ class DiffRestorerDegradationClassifier(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(cls, diff_restorer: DiffRestorer, clip_vision: Any, image: Tensor) -> io.NodeOutput:
         rgb, _ = split_alpha(image)
         _, degradation = diff_restorer.read(clip_vision, rgb)

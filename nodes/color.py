@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..diff_restorer.color import METHODS, match_colors
+from .checks import checked
 from .host import check_interrupt
 from .images import common_batch, split_alpha, to_batch
 from .sockets import CATEGORY
@@ -64,15 +65,14 @@ class DiffRestorerColorFix(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(
         cls, image: Tensor, reference: Tensor, method: str, strength: float
     ) -> io.NodeOutput:
         if method not in METHODS:
             raise ValueError(f"method: {method!r}, expected one of {', '.join(METHODS)}.")
-        if not 0 <= strength <= 1:
-            raise ValueError(f"strength: {strength}, expected 0 to 1.")
         rgb, alpha = split_alpha(image)
-        wanted, _ = split_alpha(reference, "reference")
+        wanted, _ = split_alpha(reference)
         batch = common_batch(image=len(rgb), reference=len(wanted))
         done = []
         for index in range(batch):

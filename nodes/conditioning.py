@@ -8,6 +8,7 @@ import torch
 from comfy_api.latest import io
 from torch import Tensor
 
+from .checks import checked
 from .host_control import DegradationControlNet
 from .host_models import DiffRestorer
 from .host_tiled import SEMANTIC_KEY
@@ -123,6 +124,7 @@ class DiffRestorerPromptProcessor(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(
         cls,
         diff_restorer: DiffRestorer,
@@ -217,6 +219,7 @@ class DiffRestorerDegradationControl(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(
         cls,
         positive: Conditioning,

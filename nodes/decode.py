@@ -9,10 +9,11 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..diff_restorer import LocalPooled
+from .checks import checked
 from .conditioning import check_degradation
 from .host_models import DiffRestorer
 from .host_vae import AUTO_TILE, EXACT, FAST, SCALE, AwareDecoder, PhotoFeatures
-from .images import common_batch, pad_to_multiple, split_alpha, to_batch
+from .images import check_finite, common_batch, pad_to_multiple, split_alpha, to_batch
 from .sockets import CATEGORY, Degradation, DegradationSocket, DiffRestorerSocket
 
 
@@ -90,6 +91,7 @@ class DiffRestorerAwareVAEDecode(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(
         cls,
         samples: dict[str, Any],
@@ -102,8 +104,6 @@ class DiffRestorerAwareVAEDecode(io.ComfyNode):
         overlap: int,
         tiling: str = EXACT,
     ) -> io.NodeOutput:
-        if not 0 <= fidelity <= 1:
-            raise ValueError(f"fidelity: {fidelity}, expected 0 to 1.")
         if tiling not in (EXACT, FAST):
             raise ValueError(f"tiling: {tiling!r}, expected {EXACT} or {FAST}.")
         if tile_size and (tile_size < 64 or tile_size % SCALE):
@@ -118,14 +118,17 @@ class DiffRestorerAwareVAEDecode(io.ComfyNode):
         check_degradation(degradation, diff_restorer)
         rgb, alpha = split_alpha(image)
         latent, photo = samples["samples"], pad_to_multiple(rgb, SCALE)
-        check_size(latent, photo)
+        check_size(latent, photo, diff_restorer.control.network.latent_channels)
         batch = len(latent)
-        photos = common_batch(image=len(photo), degradation=degradation.batch)
-        if batch % photos:
-            raise ValueError(
-                f"samples: {batch} latents, but {photos} photos. Give it the photos that the "
-                "latents are of, in their order; latents may be a multiple of them."
-            )
+        common_batch(image=len(photo), degradation=degradation.batch)
+        for name, photos in (("image", len(photo)), ("degradation", degradation.batch)):
+            if batch % photos:
+                raise ValueError(
+                    f"{name}: of {photos} photos, but samples hold {batch} latents. Give it the "
+                    "photos that the latents are of, in their order; latents may be a multiple of "
+                    "them. After Latent From Batch take the same from the images, too, and let a "
+                    "Prompt Processor read those."
+                )
         decoder = AwareDecoder(vae, diff_restorer, fidelity, samples.get(PhotoFeatures.KEY))
         restored = decoder.decode(
             latent,
@@ -134,6 +137,13 @@ class DiffRestorerAwareVAEDecode(io.ComfyNode):
             tile_size,
             overlap,
             tiling,
+        )
+        check_finite(
+            "vae",
+            restored,
+            f"It made them of samples that reach {latent.abs().max():.3g}. Where that is above "
+            "100, the sampler has diverged: lower its cfg or take another one. Else the VAE is "
+            "damaged, or overflows in fp16: start the host with --fp32-vae.",
         )
         height, width = rgb.shape[1:3]
         restored = restored[:, :height, :width]
@@ -161,14 +171,19 @@ def local_degradation(degradation: Degradation, latent: Tensor) -> Tensor | Loca
     return local
 
 
-def check_size(latent: Tensor, photo: Tensor) -> None:
+def check_size(latent: Tensor, photo: Tensor, channels: int) -> None:
     """The latent must show the photo, padded to a multiple of 8 pixels.
 
     Raises:
-        ValueError: It has another size or is no latent of pictures.
+        ValueError: It has another size, or other channels.
     """
+    if latent.shape[1] != channels:
+        raise ValueError(
+            f"samples: latents of {latent.shape[1]} channels, needed are {channels}. Those of "
+            "other models do not fit: use the LATENT of Degradation Control."
+        )
     height, width = photo.shape[1:3]
-    if latent.ndim != 4 or latent.shape[-2:] != (height // SCALE, width // SCALE):
+    if latent.shape[-2:] != (height // SCALE, width // SCALE):
         found = " x ".join(str(SCALE * side) for side in reversed(latent.shape[-2:]))
         raise ValueError(
             f"samples: a latent of {found} px, but the image is {width} x {height} px (padded to "

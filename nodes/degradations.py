@@ -14,6 +14,7 @@ from torch import Tensor
 from ..diff_restorer.abstention import CLEAN
 from ..diff_restorer.checkpoint import ANY_KINDS
 from ..diff_restorer.degradations import ALL_KINDS, degrade
+from .checks import checked
 from .host import check_interrupt
 from .images import common_batch, split_alpha, to_batch
 from .measures import MISSING, difference_picture, lpips, psnr, side_by_side, ssim
@@ -77,6 +78,7 @@ class DiffRestorerEditDegradation(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(
         cls, degradation: Degradation, type: str, mode: str, weight: float
     ) -> io.NodeOutput:
@@ -178,11 +180,10 @@ class DiffRestorerSimulateDegradation(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(cls, image: Tensor, type: str, severity: float, seed: int) -> io.NodeOutput:
         if type not in KINDS:
             raise ValueError(f"type: {type!r}, expected one of {', '.join(KINDS)}.")
-        if not 0 <= severity <= 1:
-            raise ValueError(f"severity: {severity}, expected 0 to 1.")
         rgb, alpha = split_alpha(image)
         generator = torch.Generator().manual_seed(seed % 2**63)
         done = []
@@ -241,6 +242,7 @@ class DiffRestorerMeasure(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(
         cls, image: Tensor, reference: Tensor, view: str, lq: Tensor | None = None
     ) -> io.NodeOutput:
@@ -248,10 +250,10 @@ class DiffRestorerMeasure(io.ComfyNode):
             raise ValueError(f"view: {view!r}, expected {SIDE_BY_SIDE} or {DIFFERENCE}.")
         photos = {
             "image": split_alpha(image)[0],
-            "reference": split_alpha(reference, "reference")[0],
+            "reference": split_alpha(reference)[0],
         }
         if lq is not None:
-            photos["lq"] = split_alpha(lq, "lq")[0]
+            photos["lq"] = split_alpha(lq)[0]
         for name, value in photos.items():
             if value.shape[1:3] != photos["image"].shape[1:3]:
                 found, needed = (

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,22 +25,67 @@ from ..diff_restorer import (
     PromptProcessor,
     PromptProcessorConfig,
 )
-from ..diff_restorer.checkpoint import DETAIL_PREFIX, Checkpoint, CheckpointKeysError
-from .host import ModelPatcher
+from ..diff_restorer.checkpoint import (
+    DETAIL_PREFIX,
+    TINY_VAE_KEY,
+    Checkpoint,
+    CheckpointError,
+    CheckpointKeysError,
+)
+from ..diff_restorer.weights import shortened
+from .host import ModelPatcher, is_oom
 from .host_control import ControlModel, DegradationControlNet
 
 # Stable Diffusion 1.5 has eight heads everywhere, which no tensor shape tells.
 _HEADS = {"num_heads": 8, "num_head_channels": -1}
 
 
-def fill(module: nn.Module, state: Mapping[str, Tensor], path: Path, part: str) -> None:
-    """Put tensors into a module that was built without memory (device meta), not copying them.
+@contextmanager
+def sized_by(checkpoint: Checkpoint, part: str) -> Iterator[None]:
+    """Around what reads sizes from a file's shapes and builds a network of them.
+
+    Much code of ours and of the host does so, each with its own idea of shapes that cannot be.
 
     Raises:
-        CheckpointKeysError: Keys or sizes differ.
+        CheckpointKeysError: The shapes make no network.
     """
-    check_fit(module, state, path, part)
-    module.load_state_dict(state, assign=True)
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except KeyError as error:
+        raise CheckpointKeysError.of(checkpoint.path, part, [str(error.args[0])], ()) from error
+    except (ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError, ValueError) as e:
+        if is_oom(e):
+            raise
+        raise CheckpointKeysError(
+            f"{checkpoint.path}: the {part} does not fit: its shapes make no network "
+            f"({shortened(e)}). Export the file again."
+        ) from e
+
+
+def fill(
+    module: nn.Module,
+    checkpoint: Checkpoint,
+    prefix: str,
+    part: str,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Read tensors into a module that was built without memory (device meta).
+
+    Args:
+        module: Takes the tensors as they are.
+        checkpoint: Their file.
+        prefix: Of their keys.
+        part: Its name, for the error.
+        dtype: Number format to convert them to; None keeps that of the file.
+
+    Raises:
+        CheckpointKeysError: Keys or sizes differ, which is found before anything is read.
+        CheckpointValuesError: Values are not finite.
+    """
+    check_fit(module, checkpoint.shapes(prefix), checkpoint.path, part)
+    module.load_state_dict(checkpoint.state(prefix, dtype), assign=True)
     module.eval().requires_grad_(False)
 
 
@@ -60,28 +106,16 @@ def check_fit(module: nn.Module, state: Mapping[str, Tensor], path: Path, part: 
         raise CheckpointKeysError.of(path, part, missing, [*unexpected, *misfits])
 
 
-def detect_unet(state: Mapping[str, Tensor], path: Path, part: str) -> dict[str, Any]:
+def detect_unet(state: Mapping[str, Tensor]) -> dict[str, Any]:
     """Sizes of a UNet or ControlNet in LDM layout, in the host's terms.
 
     Raises:
-        CheckpointKeysError: The tensors are not those of a UNet.
+        KeyError: The tensors are not those of a UNet.
     """
-    try:
-        config = comfy.model_detection.detect_unet_config(dict(state), "")
-    except KeyError as error:
-        raise CheckpointKeysError.of(path, part, [str(error.args[0])], ()) from error
+    config = comfy.model_detection.detect_unet_config(dict(state), "")
     if config is None or config.get("context_dim") is None:
-        raise CheckpointKeysError.of(path, part, ["input_blocks.0.0.weight"], ())
+        raise KeyError("input_blocks.0.0.weight")
     return config | _HEADS
-
-
-TINY_DECODER_KEY = "taesd_decoder.1.weight"
-"""By this key the host knows a TAESD."""
-
-
-def is_tiny_vae(state: Mapping[str, Tensor]) -> bool:
-    """Whether the weights are those of a TAESD, as Nano's are."""
-    return TINY_DECODER_KEY in state
 
 
 def vae_config(state: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -109,18 +143,16 @@ def vae_config(state: Mapping[str, Tensor]) -> dict[str, Any]:
 
 def build_prompt_processor(checkpoint: Checkpoint) -> Any:
     """The prompt processor under the host's memory management, on the device of CLIP."""
-    state, part = checkpoint.state("prompt_processor."), "prompt processor"
-    try:
-        config = PromptProcessorConfig.from_state_dict(state)
-    except KeyError as error:
-        raise CheckpointKeysError.of(checkpoint.path, part, [error.args[0]], ()) from error
+    prefix, part = "prompt_processor.", "prompt processor"
+    with sized_by(checkpoint, part):
+        config = PromptProcessorConfig.from_state_dict(checkpoint.shapes(prefix))
+        model = PromptProcessor(config, comfy.ops.manual_cast, device=torch.device("meta"))
     if config.num_types != len(checkpoint.info.types):
         raise CheckpointKeysError(
             f"{checkpoint.path}: the classifier has {config.num_types} outputs, the metadata name "
             f"{len(checkpoint.info.types)} types. Export the file again."
         )
-    model = PromptProcessor(config, comfy.ops.manual_cast, device=torch.device("meta"))
-    fill(model, state, checkpoint.path, part)
+    fill(model, checkpoint, prefix, part)
     device = comfy.model_management.text_encoder_device()
     return ModelPatcher(model, device, comfy.model_management.text_encoder_offload_device())
 
@@ -129,23 +161,22 @@ def build_control(
     checkpoint: Checkpoint, latent_format: Any, dtype: torch.dtype | None
 ) -> DegradationControlNet:
     """The control module, to be copied per use; without `dtype` the host chooses."""
-    state, part = checkpoint.state("control."), "control module"
-    config = detect_unet(state, checkpoint.path, part)
-    config.pop("out_channels")
-    hint = state.get("input_hint_block.0.weight")
-    if hint is None:
-        raise CheckpointKeysError.of(checkpoint.path, part, ["input_hint_block.0.weight"], ())
+    prefix, part = "control.", "control module"
+    shapes = checkpoint.shapes(prefix)
     device = comfy.model_management.get_torch_device()
     cast = None
     if dtype is None:
-        weights = comfy.utils.weight_dtype(state)
+        weights = comfy.utils.weight_dtype(shapes)
         dtype = comfy.model_management.unet_dtype(model_params=-1, weight_dtype=weights)
         cast = comfy.model_management.unet_manual_cast(dtype, device)
     assert dtype is not None
     operations = comfy.ops.pick_operations(dtype, cast)
-    model = ControlModel(config, hint.shape[1], operations, torch.device("meta"), dtype)
-    check_fit(model, state, checkpoint.path, part)
-    fill(model, {key: tensor.to(dtype) for key, tensor in state.items()}, checkpoint.path, part)
+    with sized_by(checkpoint, part):
+        config = detect_unet(shapes)
+        config.pop("out_channels")
+        channels = shapes["input_hint_block.0.weight"].shape[1]
+        model = ControlModel(config, channels, operations, torch.device("meta"), dtype)
+    fill(model, checkpoint, prefix, part, dtype)
     return DegradationControlNet(
         model,
         compression_ratio=1,
@@ -162,14 +193,11 @@ def build_extension(checkpoint: Checkpoint) -> Any:
         (DETAIL_PREFIX, "decoder's detail path", DetailConfig, DetailPath),
         ("decoder.fusion.", "decoder's fusion blocks", FusionConfig, FusionBlocks),
     ):
-        if state := checkpoint.state(prefix):
-            try:
-                config: Any = sizes.from_state_dict(state)
-            except (KeyError, ValueError) as error:
-                missing = [str(error.args[0])]
-                raise CheckpointKeysError.of(checkpoint.path, part, missing, ()) from error
-            model = network(config, comfy.ops.manual_cast, device=torch.device("meta"))
-            fill(model, state, checkpoint.path, part)
+        if shapes := checkpoint.shapes(prefix):
+            with sized_by(checkpoint, part):
+                config: Any = sizes.from_state_dict(shapes)
+                model = network(config, comfy.ops.manual_cast, device=torch.device("meta"))
+            fill(model, checkpoint, prefix, part)
             return _vae_patcher(model)
     return None
 
@@ -179,25 +207,19 @@ def build_tuned_decoder(checkpoint: Checkpoint) -> Any:
 
     Of a TAESD it is the `taesd_decoder`.
     """
-    state, part = checkpoint.state("decoder.vae."), "finetuned VAE decoder"
-    module = nn.Module()
-    if is_tiny_vae(state):
-        with torch.device("meta"):
-            channels = state[TINY_DECODER_KEY].shape[1]
-            module.taesd_decoder = comfy.taesd.taesd.Decoder(channels)
-        fill(module, state, checkpoint.path, part)
-        return _vae_patcher(module)
-    try:
-        config = vae_config(state)
-        embed = state["post_quant_conv.weight"].shape[1]
-    except KeyError as error:
-        raise CheckpointKeysError.of(checkpoint.path, part, [error.args[0]], ()) from error
-    with torch.device("meta"):
-        module.decoder = comfy.ldm.modules.diffusionmodules.model.Decoder(**config)
-        module.post_quant_conv = comfy.ops.disable_weight_init.Conv2d(
-            embed, config["z_channels"], 1
-        )
-    fill(module, state, checkpoint.path, part)
+    prefix, part = "decoder.vae.", "finetuned VAE decoder"
+    shapes, module = checkpoint.shapes(prefix), nn.Module()
+    with sized_by(checkpoint, part), torch.device("meta"):
+        if TINY_VAE_KEY in shapes:
+            module.taesd_decoder = comfy.taesd.taesd.Decoder(shapes[TINY_VAE_KEY].shape[1])
+        else:
+            config = vae_config(shapes)
+            embed = shapes["post_quant_conv.weight"].shape[1]
+            module.decoder = comfy.ldm.modules.diffusionmodules.model.Decoder(**config)
+            module.post_quant_conv = comfy.ops.disable_weight_init.Conv2d(
+                embed, config["z_channels"], 1
+            )
+    fill(module, checkpoint, prefix, part)
     return _vae_patcher(module)
 
 
@@ -207,19 +229,9 @@ def _vae_patcher(module: nn.Module) -> Any:
 
 
 def with_tuned_decoder(vae_module: Any, tuned: Any) -> Any:
-    """The host's VAE with the decoder half of the file, sharing all weights with both.
-
-    Raises:
-        ValueError: One is a TAESD, the other is not.
-    """
-    tiny = hasattr(tuned, "taesd_decoder")
-    if tiny != hasattr(vae_module, "taesd_decoder"):
-        raise ValueError(
-            f"vae: found {'an AutoencoderKL' if tiny else 'a TAESD'}, but the file's decoder "
-            f"belongs to {'a TAESD (Nano)' if tiny else 'an AutoencoderKL'}. Connect the VAE that "
-            "the file was trained for: that of your SD 1.5 checkpoint, or Nano's for Nano."
-        )
-    if tiny:
+    """The host's VAE with the decoder half of the file, sharing all weights with both; `check_vae`
+    has seen that they are of one kind."""
+    if hasattr(tuned, "taesd_decoder"):
         return SimpleNamespace(
             taesd_encoder=vae_module.taesd_encoder,
             taesd_decoder=tuned.taesd_decoder,

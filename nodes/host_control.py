@@ -89,7 +89,7 @@ class EncodedPhoto:
         for known, latent in self._known:
             if known.device == pixels.device and torch.equal(known, pixels):
                 return latent
-        latent = self._vae.encode(pixels)
+        latent = self._vae.encode(pixels.clamp(0, 1))  # bicubic resizing overshoots
         self._known = [self._known[0], *self._known[1:][1 - self._KEPT :], (pixels, latent)]
         return latent
 
@@ -132,6 +132,7 @@ class DegradationControlNet(comfy.controlnet.ControlNet):
             percents: Part of the sampling during which the control acts, each in [0, 1].
         """
         control = self.copy()
+        control.upscale_algorithm = "bicubic"  # for latents of another size than the photos'
         photo = EncodedPhoto(vae, pixels, latent)
         control.set_cond_hint(pixels.movedim(-1, 1), strength, percents, vae=photo)
         control.set_extra_arg("degradation", degradation)
@@ -170,17 +171,25 @@ class DegradationControlNet(comfy.controlnet.ControlNet):
         getattr(self, "cond_hints", {}).clear()
         super().pre_run(model, percent_to_timestep_function)
 
-    def get_control(
-        self, x_noisy: Tensor, t: Tensor, cond: dict, batched_number: int, *rest: Any
-    ) -> Any:
-        """The host's evaluation, once the batches are known to go together."""
-        photos = self.extra_args["degradation"].shape[0]
-        latents = x_noisy.shape[0] // batched_number
+    def check_batch(self, latents: int) -> None:
+        """Whether so many latents are of the photos that the control was made for.
+
+        Raises:
+            ValueError: The host would repeat some of the photos.
+        """
+        hint = cast(Tensor, self.cond_hint_original)
+        photos = max(len(self.extra_args["degradation"]), len(hint))
         if latents % photos:
             raise ValueError(
                 f"latent_image: a batch of {latents}, but Degradation Control was given {photos} "
                 "photos. Use its LATENT output, or a batch that is a multiple of it."
             )
+
+    def get_control(
+        self, x_noisy: Tensor, t: Tensor, cond: dict, batched_number: int, *rest: Any
+    ) -> Any:
+        """The host's evaluation, once the batches are known to go together."""
+        self.check_batch(x_noisy.shape[0] // batched_number)
         return super().get_control(x_noisy, t, cond, batched_number, *rest)
 
 

@@ -22,7 +22,7 @@ from .host_build import (
     build_prompt_processor,
     build_tuned_decoder,
 )
-from .images import digest
+from .images import check_finite, digest
 from .sockets import Degradation
 
 _AT_ONCE = 16
@@ -30,11 +30,7 @@ _AT_ONCE = 16
 
 
 class DiffRestorer:
-    """A loaded Diff-Restorer file: what the socket DIFF_RESTORER carries.
-
-    Weights stay views of the memory-mapped file where their number format is the one that the
-    host computes in.
-    """
+    """A loaded Diff-Restorer file: what the socket DIFF_RESTORER carries."""
 
     def __init__(
         self,
@@ -52,6 +48,7 @@ class DiffRestorer:
 
         Raises:
             CheckpointKeysError: Tensors are missing, left over or of the wrong size.
+            CheckpointValuesError: Values are not finite.
         """
         self.path = checkpoint.path
         self.info = checkpoint.info
@@ -63,9 +60,16 @@ class DiffRestorer:
         self.tuned_decoder: Any = (
             build_tuned_decoder(checkpoint) if checkpoint.has("decoder.vae.") else None
         )
+        self.has_tiny_vae = checkpoint.has_tiny_vae
         self.carried: weakref.WeakSet[Any] = weakref.WeakSet()
         """The `PhotoFeatures` that LATENTs carry at the moment."""
         self._last: tuple[weakref.ref[Any], bytes, PromptOutput] | None = None
+
+    def get_ram_usage(self) -> int:
+        """Bytes of the weights; newer hosts clear their cache by it."""
+        modules = [self.prompt_processor.model, self.control.network]
+        modules += [each.model for each in (self.fusion, self.tuned_decoder) if each is not None]
+        return sum(weight.nbytes for module in modules for weight in module.state_dict().values())
 
     @property
     def sizes(self) -> PromptProcessorConfig:
@@ -158,6 +162,11 @@ class DiffRestorer:
     def _encode(self, clip_vision: Any, view: Tensor) -> Tensor:
         hidden = clip_vision.encode_image(view, crop=False)["last_hidden_state"]
         self._check_clip(clip_vision, hidden.shape[-1])
+        check_finite(
+            "clip_vision",
+            hidden,
+            "Its file is damaged, or it overflows in fp16: start the host with --fp32-text-enc.",
+        )
         return hidden[:, 1:]
 
     def _check_clip(self, clip_vision: Any, width: int) -> None:

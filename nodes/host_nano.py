@@ -12,25 +12,28 @@ from typing import Any
 
 import comfy.clip_vision
 import comfy.latent_formats
+import comfy.ldm.models.autoencoder
 import comfy.model_base
 import comfy.model_detection
 import comfy.model_management
+import comfy.ops
 import comfy.sd
 import comfy.supported_models
+import comfy.taesd.taesd
 import comfy.utils
 import torch
 from torch import Tensor
 
 from ..diff_restorer.checkpoint import (
+    TINY_VAE_KEY,
     V_PREDICTION,
     Checkpoint,
     CheckpointInfo,
-    CheckpointKeysError,
     UnsupportedCheckpointError,
     read_checkpoint,
 )
 from .host import ModelPatcher, for_cpu, nano_unet_dtype, nano_vae_dtype
-from .host_build import TINY_DECODER_KEY, check_fit, detect_unet, is_tiny_vae, vae_config
+from .host_build import check_fit, detect_unet, fill, sized_by, vae_config
 from .host_models import DiffRestorer
 
 
@@ -80,47 +83,50 @@ def load_nano(path: Path, abstain: bool = True) -> tuple[Any, Any, Any, DiffRest
 
 
 def _unet(checkpoint: Checkpoint, dtype: torch.dtype | None) -> Any:
-    state, part = checkpoint.state("base.unet."), "UNet"
-    config: Any = _NanoUNet(detect_unet(state, checkpoint.path, part), checkpoint.info)
+    prefix, part = "base.unet.", "UNet"
+    shapes = checkpoint.shapes(prefix)
+    with sized_by(checkpoint, part):
+        config: Any = _NanoUNet(detect_unet(shapes), checkpoint.info)
     device = comfy.model_management.get_torch_device()
     offload_device = comfy.model_management.unet_offload_device()
     if dtype is None:
         supported = config.supported_inference_dtypes
-        parameters = comfy.utils.calculate_parameters(state)
-        weights = comfy.utils.weight_dtype(state)
-        host_dtype = comfy.model_management.unet_dtype(
+        parameters = comfy.utils.calculate_parameters(shapes)
+        weights = comfy.utils.weight_dtype(shapes)
+        dtype_of_host = comfy.model_management.unet_dtype(
             model_params=parameters, supported_dtypes=supported, weight_dtype=weights
         )
-        cast = comfy.model_management.unet_manual_cast(host_dtype, device, supported)
-        config.set_inference_dtype(host_dtype, cast)
+        cast = comfy.model_management.unet_manual_cast(dtype_of_host, device, supported)
+        config.set_inference_dtype(dtype_of_host, cast)
     else:
         config.set_inference_dtype(dtype, None)
-    model = config.get_model(state, "", device=offload_device)
-    check_fit(model.diffusion_model, state, checkpoint.path, part)
-    model.load_model_weights(dict(state), "")
-    for_cpu(model.diffusion_model, dtype)
+    with sized_by(checkpoint, part):
+        model = config.get_model(shapes, "", device=torch.device("meta"))
+    network = model.diffusion_model
+    fill(network, checkpoint, prefix, part, config.unet_config["dtype"])
+    for_cpu(network, dtype)
+    model.to(offload_device)
     return ModelPatcher(model, load_device=device, offload_device=offload_device)
 
 
 def _vae(checkpoint: Checkpoint) -> Any:
-    state, part = checkpoint.state("base.vae."), "VAE"
-    dtype, config = nano_vae_dtype(), None
-    try:
-        if is_tiny_vae(state):
-            channels, width = state[TINY_DECODER_KEY].shape[1::-1]
+    prefix, part = "base.vae.", "VAE"
+    shapes, config = checkpoint.shapes(prefix), None
+    dtype = nano_vae_dtype()
+    with sized_by(checkpoint, part), torch.device("meta"):
+        if TINY_VAE_KEY in shapes:
+            channels, width = shapes[TINY_VAE_KEY].shape[1::-1]
+            wanted: Any = comfy.taesd.taesd.TAESD(latent_channels=channels)
         else:
-            sizes = vae_config(state)
-            channels, width = state["post_quant_conv.weight"].shape[1], sizes["ch"]
+            sizes = vae_config(shapes)
+            channels, width = shapes["post_quant_conv.weight"].shape[1], sizes["ch"]
             config = {"params": {"ddconfig": sizes, "embed_dim": channels}}
-    except KeyError as error:
-        raise CheckpointKeysError.of(checkpoint.path, part, [error.args[0]], ()) from error
-    try:
-        vae: Any = comfy.sd.VAE(sd=state, config=config, dtype=dtype)
-    except RuntimeError as error:
-        raise CheckpointKeysError(f"{checkpoint.path}: the VAE does not fit ({error}).") from error
+            wanted = comfy.ldm.models.autoencoder.AutoencoderKL(**config["params"])
+    # The host allocates whatever it is asked for, and goes on without what is missing.
+    check_fit(wanted, shapes, checkpoint.path, part)
+    vae: Any = comfy.sd.VAE(sd=checkpoint.state(prefix), config=config, dtype=dtype)
     vae.latent_channels = channels
     _scale_memory(vae, width / 128)
-    check_fit(vae.first_stage_model, state, checkpoint.path, part)
     for_cpu(vae.first_stage_model, dtype)
     return vae
 
@@ -133,11 +139,13 @@ def _scale_memory(vae: Any, share: float) -> None:
 
 
 def _clip_vision(checkpoint: Checkpoint) -> Any:
-    state, part = checkpoint.state("base.clip_vision."), "vision model"
-    try:
-        config = _clip_config(state, checkpoint.info.clip)
-    except KeyError as error:
-        raise CheckpointKeysError.of(checkpoint.path, part, [error.args[0]], ()) from error
+    prefix, part = "base.clip_vision.", "vision model"
+    shapes = checkpoint.shapes(prefix)
+    with sized_by(checkpoint, part):
+        config = _clip_config(shapes, checkpoint.info.clip)
+        kind = comfy.clip_vision.IMAGE_ENCODERS[config["model_type"]]
+        wanted = kind(config, torch.float32, torch.device("meta"), comfy.ops.manual_cast)
+    check_fit(wanted, shapes, checkpoint.path, part)
     # The host's class reads its configuration from a file only.
     handle, name = tempfile.mkstemp(suffix=".json")
     try:
@@ -146,8 +154,7 @@ def _clip_vision(checkpoint: Checkpoint) -> Any:
         clip_vision = comfy.clip_vision.ClipVisionModel(name)
     finally:
         os.unlink(name)
-    check_fit(clip_vision.model, state, checkpoint.path, part)
-    clip_vision.load_sd(state)
+    clip_vision.load_sd(checkpoint.state(prefix))
     return clip_vision
 
 

@@ -278,6 +278,7 @@ class TiledDiffusion:
         tiles.cond_hint_original = crops(control.cond_hint_original)
         tiles.extra_concat_orig = [crops(each) for each in control.extra_concat_orig]
         if isinstance(control, DegradationControlNet):
+            control.check_batch(batch)
             if isinstance(control.vae, EncodedPhoto):
                 latent = comfy.utils.repeat_to_batch_size(control.vae.latent, batch)
                 if latent.shape[-2:] == self.grid.size:

@@ -57,9 +57,8 @@ class PhotoFeatures:
     """Digest of the padded photos."""
     by_level: Features
 
-    @property
-    def size(self) -> int:
-        """In bytes."""
+    def get_ram_usage(self) -> int:
+        """In bytes; newer hosts clear their cache by it."""
         return sum(each.nbytes for each in self.by_level.values())
 
     def fits(self, vae: Any, padded: Tensor, levels: Collection[int]) -> bool:
@@ -86,7 +85,7 @@ def encode_photo(
     Raises:
         ValueError: The VAE is of another kind.
     """
-    check_vae(vae, restorer.control.network.latent_channels)
+    check_vae(vae, restorer)
     padded = pad_to_multiple(rgb, SCALE)
     levels = restorer.fusion.model.levels if restorer.fusion is not None else ()
     try:
@@ -95,7 +94,7 @@ def encode_photo(
         return padded, vae.encode(padded), None
     if not levels:
         return padded, vae.encode(padded), None
-    carried = sum(each.size for each in restorer.carried)
+    carried = sum(each.get_ram_usage() for each in restorer.carried)
     if carried + _features_bytes(trunk, levels, padded, vae.vae_dtype) > MOST_FEATURES:
         levels = ()
     latent, by_level = _encode(vae, trunk, padded, levels)
@@ -214,19 +213,27 @@ def _cut(vae: Any, trunk: VaeTrunk, pixels: Tensor, tile: int, report: _Report) 
     return Cut(max(1, tile // SCALE), like, folder, report.tile)
 
 
-def check_vae(vae: Any, latent_channels: int) -> None:
+def check_vae(vae: Any, restorer: DiffRestorer) -> None:
     """Refuse VAEs whose latents are of another kind.
 
     Raises:
-        ValueError: Channels or scale differ.
+        ValueError: Channels, scale or architecture differ.
     """
     vae.throw_exception_if_invalid()
+    needed = restorer.control.network.latent_channels
     found, scale = vae.latent_channels, vae.spacial_compression_encode()
-    if (found, scale) != (latent_channels, SCALE):
+    if (found, scale) != (needed, SCALE):
         raise ValueError(
-            f"vae: its latents have {found} channels at 1/{scale} size, needed are "
-            f"{latent_channels} at 1/{SCALE}. VAEs of SD 3, Flux and video models do not fit: "
-            "connect the VAE of your Stable Diffusion 1.5 checkpoint, or of Nano for Nano."
+            f"vae: its latents have {found} channels at 1/{scale} size, needed are {needed} at "
+            f"1/{SCALE}. VAEs of SD 3, Flux and video models do not fit: connect the VAE of your "
+            "Stable Diffusion 1.5 checkpoint, or of Nano for Nano."
+        )
+    tiny = hasattr(vae.first_stage_model, "taesd_decoder")
+    if restorer.has_tiny_vae not in (None, tiny):
+        raise ValueError(
+            f"vae: found {'a TAESD' if tiny else 'an AutoencoderKL'}, but {restorer.path.name} was "
+            f"trained with {'an AutoencoderKL' if tiny else 'a TAESD (Nano)'}. Connect the VAE "
+            "that the file was trained for: that of your SD 1.5 checkpoint, or Nano's for Nano."
         )
 
 
@@ -301,8 +308,8 @@ class AwareDecoder:
 
     def _trunk(self) -> VaeTrunk:
         module, tuned = self.vae.first_stage_model, self.restorer.tuned_decoder
+        check_vae(self.vae, self.restorer)
         trunk = VaeTrunk.of(module)
-        check_vae(self.vae, self.restorer.control.network.latent_channels)
         if tuned is not None:
             tuned.model.to(self.vae.vae_dtype)
             trunk = VaeTrunk.of(with_tuned_decoder(module, tuned.model))

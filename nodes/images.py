@@ -3,36 +3,59 @@
 from __future__ import annotations
 
 import hashlib
+from typing import Any
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..diff_restorer.weights import is_finite
 
-def split_alpha(image: Tensor, name: str = "image") -> tuple[Tensor, Tensor | None]:
-    """Check an image and take it apart.
 
-    Args:
-        image: (B, H, W, C), C = 1 (grey), 2 (grey and alpha), 3 (RGB) or 4 (RGBA).
-        name: Name of the input, for the error.
-
-    Returns:
-        RGB (B, H, W, 3) and alpha (B, H, W, 1), None where the image has none.
+def check_finite(name: str, value: Tensor, remedy: str) -> None:
+    """Refuse what would end as a black picture.
 
     Raises:
-        ValueError: The image has another shape, is empty, or holds NaN or infinite values.
+        ValueError: Not all values are finite.
     """
+    if not is_finite(value):
+        raise ValueError(f"{name}: holds NaN or infinite values. {remedy}")
+
+
+def check_image(image: Any, name: str) -> None:
+    """Refuse what is no image.
+
+    Raises:
+        ValueError: It has another shape, is empty, or holds NaN or infinite values.
+    """
+    if not isinstance(image, Tensor) or not image.is_floating_point():
+        found = str(image.dtype) if isinstance(image, Tensor) else f"a {type(image).__name__}"
+        raise ValueError(
+            f"{name}: found {found}, expected images with values from 0 to 1. The node before "
+            "must hand on what Load Image does."
+        )
     if image.ndim != 4 or image.shape[-1] not in (1, 2, 3, 4) or 0 in image.shape:
         raise ValueError(
             f"{name}: expected images (batch, height, width, channels) with 1 to 4 channels, "
             f"found shape {tuple(image.shape)}."
         )
-    if not torch.isfinite(image).all():
-        raise ValueError(
-            f"{name}: holds NaN or infinite values, so it cannot be restored. They come from the "
-            "node before, often a VAE decode in fp16: try --fp32-vae."
-        )
-    channels = image.shape[-1]
+    check_finite(
+        name,
+        image,
+        "They come from the node before, often a VAE decode in fp16: start the host with "
+        "--fp32-vae.",
+    )
+
+
+def split_alpha(image: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Take an image apart, as fp32 from 0 to 1: what is brighter, as in EXR files, is white.
+
+    Args:
+        image: (B, H, W, C), C = 1 (grey), 2 (grey and alpha), 3 (RGB) or 4 (RGBA).
+
+    Returns:
+        RGB (B, H, W, 3) and alpha (B, H, W, 1), None where the image has none.
+    """
+    image, channels = image.float().clamp(0, 1), image.shape[-1]
     alpha = image[..., -1:] if channels in (2, 4) else None
     rgb = image[..., :3] if channels > 2 else image[..., :1].expand(*image.shape[:3], 3)
     # Contiguous, because another memory layout changes the last bits of a convolution.

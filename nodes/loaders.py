@@ -7,6 +7,7 @@ import os
 from comfy_api.latest import io
 
 from . import host
+from .checks import checked
 from .host_models import load_restorer
 from .host_nano import load_nano
 from .sockets import CATEGORY, DiffRestorerSocket
@@ -62,10 +63,13 @@ class DiffRestorerLoader(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, file: str, abstain: bool = True) -> str:
+    def fingerprint_inputs(cls, file: str | None = None, abstain: bool = True) -> str:
+        if file is None:  # linked, so that the host does not know it yet: it may be any of them
+            return " ".join(host.file_stamp(host.model_path(each)) for each in host.model_files())
         return file if file == NO_FILE else host.file_stamp(host.model_path(file))
 
     @classmethod
+    @checked
     def execute(cls, file: str, abstain: bool = True) -> io.NodeOutput:
         return io.NodeOutput(load_restorer(host.model_path(file), abstain))
 
@@ -109,6 +113,7 @@ class DiffRestorerNanoLoader(io.ComfyNode):
         return host.file_stamp(host.NANO_FILE) if host.NANO_FILE.is_file() else "missing"
 
     @classmethod
+    @checked
     def execute(cls, abstain: bool = True) -> io.NodeOutput:
         if not host.NANO_FILE.is_file():
             remedy = "They come with the pack: install it again."

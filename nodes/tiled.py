@@ -10,6 +10,7 @@ from comfy_api.latest import io, ui
 from torch import Tensor
 
 from .chart import degradation_map
+from .checks import checked
 from .conditioning import check_degradation
 from .host_models import DiffRestorer
 from .host_tiled import Grid, LocalView, TiledDiffusion
@@ -98,6 +99,7 @@ class DiffRestorerTiledDiffusion(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(
         cls,
         model: Any,
@@ -109,17 +111,15 @@ class DiffRestorerTiledDiffusion(io.ComfyNode):
         locality: float,
         degradation: Degradation | None = None,
     ) -> io.NodeOutput:
-        if tile_size < 64 or tile_size % SCALE or overlap % SCALE:
+        if tile_size % SCALE or overlap % SCALE:
             raise ValueError(
                 f"tile_size: {tile_size} px with overlap {overlap} px. Both must be multiples of "
-                f"{SCALE}, and the tile at least 64 px."
+                f"{SCALE}."
             )
-        if not 0 <= 2 * overlap <= tile_size:
+        if 2 * overlap > tile_size:
             raise ValueError(
                 f"overlap: {overlap} px with tiles of {tile_size} px. Use at most half a tile."
             )
-        if not 0 <= locality <= 1:
-            raise ValueError(f"locality: {locality}, expected 0 to 1.")
         rgb, _ = split_alpha(image)
         padded = pad_to_multiple(rgb, SCALE)
         height, width = (side // SCALE for side in padded.shape[1:3])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +18,7 @@ from diff_restorer.checkpoint import (
     CheckpointError,
     CheckpointInfo,
     CheckpointKeysError,
+    CheckpointValuesError,
     NewerCheckpointError,
     TruncatedCheckpointError,
     UnsupportedCheckpointError,
@@ -93,23 +96,52 @@ def test_self_contained(nano: Path) -> None:
     assert checkpoint.state("nothing.") == {}
 
 
-def test_tensors_are_views_of_the_file(nano: Path) -> None:
-    """Two tensors lie in memory as far apart as in the file: nothing was copied."""
-    header_size = int.from_bytes(nano.read_bytes()[:8], "little")
-    header = json.loads(nano.read_bytes()[8 : 8 + header_size])
-    state = read_checkpoint(nano).state("control.")
-    first, second = "middle_block_out.0.weight", "time_embed.0.weight"
-    offsets = [header[f"control.{key}"]["data_offsets"][0] for key in (first, second)]
-    addresses = [state[key].data_ptr() for key in (first, second)]
-    assert addresses[1] - addresses[0] == offsets[1] - offsets[0]
+OVERWRITE: dict[str, Callable[[Path, bytes], object]] = {
+    "cut to nothing": lambda path, data: os.truncate(path, 0),
+    "shorter": lambda path, data: path.write_bytes(data[: len(data) // 2]),
+    "as long": lambda path, data: path.write_bytes(bytes(len(data))),
+}
 
 
-def test_changing_a_view_leaves_the_file_alone(nano: Path) -> None:
-    key = "middle_block_out.0.weight"
-    tensor = read_checkpoint(nano).state("control.")[key]
-    before = tensor.clone()
-    tensor.zero_()
-    assert torch.equal(read_checkpoint(nano).state("control.")[key], before)
+@pytest.mark.parametrize("how", OVERWRITE)
+def test_a_file_overwritten_in_place_leaves_what_was_read(
+    nano: Path, tmp_path: Path, how: str
+) -> None:
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(nano.read_bytes())
+    state = read_checkpoint(path).state("control.")
+    before = {key: tensor.clone() for key, tensor in load_file(nano).items()}
+    OVERWRITE[how](path, nano.read_bytes())
+    assert all(torch.equal(before[f"control.{key}"], tensor) for key, tensor in state.items())
+
+
+@pytest.mark.parametrize("how", OVERWRITE)
+def test_a_file_that_changes_before_its_tensors_are_read(
+    nano: Path, tmp_path: Path, how: str
+) -> None:
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(nano.read_bytes())
+    checkpoint = read_checkpoint(path)
+    os.utime(path, (1, 1))
+    OVERWRITE[how](path, nano.read_bytes())
+    with pytest.raises(UnsupportedCheckpointError, match=r"a\.safetensors: changed while"):
+        checkpoint.state("control.")
+
+
+def test_shapes_without_values(nano: Path) -> None:
+    checkpoint = read_checkpoint(nano)
+    shapes, state = checkpoint.shapes("control."), checkpoint.state("control.")
+    assert [(k, t.shape, t.dtype) for k, t in shapes.items()] == [
+        (k, t.shape, t.dtype) for k, t in state.items()
+    ]
+    assert {tensor.device.type for tensor in shapes.values()} == {"meta"}
+
+
+def test_converted_as_it_is_read(nano: Path) -> None:
+    checkpoint = read_checkpoint(nano)
+    converted = checkpoint.state("control.", torch.bfloat16)
+    for key, tensor in checkpoint.state("control.").items():
+        assert torch.equal(converted[key], tensor.to(torch.bfloat16))
 
 
 @pytest.mark.parametrize("share", [0, 0.0001, 0.01, 0.5, 0.999])
@@ -160,6 +192,18 @@ def test_part_missing(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("entry", "value", "message"),
     [
+        ("types", "[" * 100_000, "'types' is not JSON .nested too deeply"),
+        ("scores", '{"a":' * 100_000, "'scores' is not JSON .nested too deeply"),
+        ("types", '["noise", "noise"]', "'types' is .*not names that all differ"),
+        ("latent_scale", "nan", "'latent_scale' is nan, not a number above 0"),
+        ("latent_scale", "0", "'latent_scale' is 0.0"),
+        ("latent_scale", "-inf", "'latent_scale' is -inf"),
+        ("latent_scale", "1e999", "'latent_scale' is inf"),
+        ("format_version", "-1", "'format_version' is -1"),
+        ("prediction", "x" * 100_000, r"'x{60}\.\.\. \(100,000 characters\)'"),
+        ("clip", '{"image_size": 0}', "image_size 0, not 1 to 4096"),
+        ("clip", '{"std": [0, 1, 1]}', "std .*not three finite numbers above 0"),
+        ("clip", '{"mean": [NaN, 1, 1]}', "mean .*not three finite numbers"),
         ("types", "[", "'types' is not JSON"),
         ("types", "{}", "'types' is not a JSON list"),
         ("latent_scale", "big", "big"),
@@ -172,8 +216,108 @@ def test_damaged_metadata(tmp_path: Path, entry: str, value: str | None, message
     metadata = {key: text for key, text in metadata.items() if text is not None}
     path = tmp_path / "a.safetensors"
     save_file(toy_weights.restorer_tensors(), path, metadata=metadata)
-    with pytest.raises(UnsupportedCheckpointError, match=message):
+    with pytest.raises(UnsupportedCheckpointError, match=message) as caught:
         read_checkpoint(path)
+    assert len(str(caught.value)) < 1000
+
+
+def _write_raw(path: Path, header: dict | bytes, body: bytes = b"") -> Path:
+    """A file whose header says what it likes; metadata are right."""
+    if isinstance(header, dict):
+        header = json.dumps({"__metadata__": toy_weights.info().to_metadata()} | header).encode()
+    path.write_bytes(len(header).to_bytes(8, "little") + header + body)
+    return path
+
+
+def _entry(dtype: str = "F32", shape: object = (2,), offsets: object = (0, 8)) -> dict:
+    return {"dtype": dtype, "shape": shape, "data_offsets": offsets}
+
+
+KEY = "control.time_embed.0.weight"
+HEADERS: dict[str, tuple[dict | bytes, str]] = {
+    "integers": ({KEY: _entry("I32")}, "is of type I32, expected one of F16, BF16"),
+    "truth values": ({KEY: _entry("BOOL", [8])}, "is of type BOOL"),
+    "complex numbers": ({KEY: _entry("C64", [1])}, "is of type C64"),
+    "unknown type": ({KEY: _entry("x" * 10**5)}, r"is of type x+\.\.\. \(100,000"),
+    "no values": ({KEY: _entry(shape=[0])}, r"has the shape \[0\]"),
+    "many dimensions": ({KEY: _entry(shape=[1] * 50 + [2])}, "has the shape"),
+    "wrong sum of bytes": ({KEY: _entry(shape=[3])}, r"has 8 bytes, which its shape \[3\]"),
+    "enormous shape": ({KEY: _entry(shape=[10**30])}, "has 8 bytes, which its shape"),
+    "negative size": ({KEY: _entry(shape=[-2])}, "are no whole numbers"),
+    "fractional size": ({KEY: _entry(shape=[2.0])}, "are no whole numbers"),
+    "no shape": ({KEY: {"dtype": "F32", "data_offsets": [0, 8]}}, "cannot be read: 'shape'"),
+    "no object": ({KEY: 3}, "cannot be read"),
+    "shape without end": ({KEY: _entry(shape=3)}, "cannot be read"),
+    "three offsets": ({KEY: _entry(offsets=[0, 4, 8])}, "cannot be read"),
+    "bytes told backwards": ({KEY: _entry(offsets=[8, 0])}, "overlap others or leave a gap"),
+    "a gap": ({KEY: _entry(offsets=[4, 8])}, "overlap others or leave a gap"),
+    "overlap": ({KEY: _entry(), "control.b": _entry()}, "overlap others or leave a gap"),
+    "more bytes than told": ({KEY: _entry(shape=[1], offsets=[0, 4])}, "4 bytes follow after"),
+    "fewer bytes than told": ({KEY: _entry(shape=[9], offsets=[0, 36])}, r"of [\d,]+ are there"),
+    "long name": ({f"control.{'x' * 10**5}": _entry()}, r"tensor control\.x.*more than 200 ch"),
+    "layer without end": ({"control.9999.weight": _entry()}, "number 9999 in its name"),
+    "number without end": ({f"control.{'9' * 5000}": _entry()}, "more than 200 characters"),
+    "unknown part": ({"optimizer.a": _entry()}, r"unexpected: optimizer\.a"),
+    "too many": (
+        {f"control.{i}.a": _entry("F16", [], [2 * i, 2 * i + 2]) for i in range(9000)},
+        "9,000 tensors",
+    ),
+    "deep": (b'{"a":' * 100_000, "nested too deeply"),
+    "no JSON": (b"{no}     ", "header cannot be read"),
+    "a list": (b"[1, 2]", "begins with b'\\['"),
+    "numbers as metadata": (b'{"__metadata__": {"format": 1}}', "metadata of strings"),
+}
+
+
+@pytest.mark.parametrize("case", HEADERS)
+def test_the_header_alone_decides(tmp_path: Path, case: str) -> None:
+    header, message = HEADERS[case]
+    body = bytes(18_000 if case == "too many" else 8 if isinstance(header, dict) else 0)
+    path = _write_raw(tmp_path / "odd.safetensors", header, body)
+    began = time.perf_counter()
+    with pytest.raises(CheckpointError, match=message) as caught:
+        read_checkpoint(path, ())
+    assert time.perf_counter() - began < 0.5
+    assert str(path) in str(caught.value)
+    assert len(str(caught.value)) < 1000
+
+
+def test_more_than_fits_into_memory(tmp_path: Path) -> None:
+    """A sparse file of a terabyte, which its header tells truly."""
+    path = _write_raw(tmp_path / "sparse.safetensors", {KEY: _entry("F32", [2**38], [0, 2**40])})
+    os.truncate(path, path.stat().st_size + 2**40)
+    with pytest.raises(UnsupportedCheckpointError, match="1,099,511,627,776 bytes"):
+        read_checkpoint(path, ())
+
+
+def test_a_header_of_many_megabytes(tmp_path: Path) -> None:
+    path = _write_raw(tmp_path / "wide.safetensors", b"{" + b" " * 10**7)
+    with pytest.raises(UnsupportedCheckpointError, match="header is 10,000,001 bytes long"):
+        read_checkpoint(path, ())
+
+
+def test_what_is_no_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo.safetensors")
+    for path in (tmp_path, tmp_path / "fifo.safetensors"):
+        with pytest.raises(UnsupportedCheckpointError, match="a folder or device, expected"):
+            read_checkpoint(path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_values_are_numbers(tmp_path: Path, dtype: torch.dtype, value: float) -> None:
+    path, weights = tmp_path / "a.safetensors", torch.ones(100, dtype=dtype)
+    weights[50] = value
+    write_checkpoint(path, {KEY: weights}, toy_weights.info())
+    with pytest.raises(CheckpointValuesError, match=rf"{KEY} holds NaN or infinite values"):
+        read_checkpoint(path, ()).state("control.")
+
+
+def test_large_weights_are_numbers(tmp_path: Path) -> None:
+    """Whose sum overflows their format."""
+    path, weights = tmp_path / "a.safetensors", torch.full((1000,), 6e4, dtype=torch.float16)
+    write_checkpoint(path, {KEY: weights}, toy_weights.info())
+    assert torch.equal(read_checkpoint(path, ()).state("control.")["time_embed.0.weight"], weights)
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,9 +16,11 @@ from tests import toy_weights
 from tests.e2e.graph import Graph, Runner
 from tests.toy_weights import VaeSizes, VisionSizes
 from tools.client import ClientError, ExecutionError, PromptRejectedError
+from tools.environment import ROOT
 
 pytestmark = pytest.mark.comfy
 
+SHIPPED = ROOT / "models/diff_restorer_nano.safetensors"
 Change = Callable[[Graph, Path], None]
 
 
@@ -75,6 +79,13 @@ def break_image(graph: Graph, models: Path) -> None:
     graph.nodes[broken]["inputs"]["image"] = [loaded, 0]
 
 
+def set_input(class_type: str, **inputs: object) -> Change:
+    def change(graph: Graph, models: Path) -> None:
+        graph.set(class_type, **inputs)
+
+    return change
+
+
 CASES: dict[str, tuple[Change, tuple[str | tuple[str, ...], ...]]] = {
     "truncated file": (load_file("truncated.safetensors"), ("truncated.safetensors",)),
     "empty file": (load_file("empty.safetensors"), ("empty.safetensors",)),
@@ -94,6 +105,23 @@ CASES: dict[str, tuple[Change, tuple[str | tuple[str, ...], ...]]] = {
     "VAE of 16 channels": (use_output_of("E2EToyModels", 2, 2), ("vae", "16")),
     "SDXL model": (use_output_of("E2ESdxlModel", 0, 0), ("model", "2048", "SDXL")),
     "NaN image": (break_image, ("image", "NaN")),
+    # Which a host's own check of widgets lets pass.
+    "NaN semantic strength": (
+        set_input("DiffRestorerPromptProcessor", semantic_strength="nan"),
+        ("semantic_strength: nan, expected 0 to 2",),
+    ),
+    "NaN strength": (
+        set_input("DiffRestorerDegradationControl", strength="nan"),
+        ("strength: nan, expected 0 to 10",),
+    ),
+    "NaN start": (
+        set_input("DiffRestorerDegradationControl", start_percent="nan"),
+        ("start_percent: nan, expected 0 to 1",),
+    ),
+    "NaN fidelity": (
+        set_input("DiffRestorerAwareVAEDecode", fidelity="nan"),
+        ("fidelity: nan, expected 0 to 1",),
+    ),
 }
 
 
@@ -141,3 +169,32 @@ def test_unconnected_socket_is_named(runner: Runner, nano: Graph):
     del bad.nodes[bad.node("DiffRestorerDegradationControl")]["inputs"]["degradation"]
     with pytest.raises(PromptRejectedError, match="degradation"):
         runner.run(bad)
+
+
+OVERWRITE: dict[str, Callable[[Path], object]] = {
+    "cut, then filled": lambda path: path.write_bytes(path.read_bytes()[:1000]),
+    "emptied": lambda path: os.truncate(path, 0),
+    "other values of the same length": lambda path: path.write_bytes(bytes(path.stat().st_size)),
+}
+
+
+@pytest.mark.parametrize("how", OVERWRITE)
+def test_a_loaded_file_is_overwritten_in_place(
+    runner: Runner, nano: Graph, tmp_path: Path, how: str
+):
+    """As by `cp`, `wget -O` and `rsync --inplace`: mapped weights would kill the server."""
+    path = tmp_path / "nano.safetensors"
+    shutil.copyfile(SHIPPED, path)
+    graph = nano.copy()
+    loaded = graph.add("E2EToyModels", path=str(path))
+    for output in range(4):
+        graph.replace_link([graph.node("DiffRestorerNanoLoader"), output], [loaded, output])
+    runner.pictures(graph)
+    OVERWRITE[how](path)
+    for each in (graph, nano):
+        each.set("KSampler", seed=5)
+    seen, _ = runner.executed(graph)
+    assert "KSampler" in seen
+    assert "E2EToyModels" not in seen
+    (changed,), (expected,) = runner.pictures(graph), runner.pictures(nano)
+    assert np.array_equal(changed, expected)

@@ -258,6 +258,26 @@ def test_batches_that_do_not_go_together(toy, prepare, photo, sample) -> None:
         sample(three.positive, three.negative, latent)
 
 
+def test_photos_that_are_more_than_the_degradation(toy, prepare, photo, sample) -> None:
+    """The host would take the first photo again for the third latent."""
+    two = prepare(photo(batch=2), degradation=prepare(photo()).degradation)
+    latent = {"samples": two.latent["samples"][:1].repeat(3, 1, 1, 1)}
+    with pytest.raises(ValueError, match=r"latent_image: a batch of 3, .* given 2 photos"):
+        sample(two.positive, two.negative, latent)
+
+
+def test_a_latent_of_another_size_gets_a_smooth_hint(toy, prepare, photo, calls) -> None:
+    """Bicubic and within 0 to 1, where the host's ControlNets take the nearest pixel."""
+    import comfy.utils
+
+    restoration = prepare(photo())
+    encoded = calls(toy.vae, "encode")
+    evaluate(restoration.control, toy.model, restoration.degradation.tokens, size=16)
+    (pixels,) = encoded[0][0]
+    enlarged = comfy.utils.common_upscale(photo().movedim(-1, 1), 128, 128, "bicubic", "disabled")
+    torch.testing.assert_close(pixels, enlarged.clamp(0, 1).movedim(1, -1))
+
+
 def test_one_degradation_for_many_photos(toy, prepare, photo, sample) -> None:
     one = prepare(photo())
     many = prepare(photo(batch=2), degradation=one.degradation)
@@ -355,6 +375,16 @@ def test_another_vae(prepare, photo) -> None:
     vae = comfy.sd.VAE(sd=toy_weights.random_state(toy_weights.vae_shapes(sizes)))
     with pytest.raises(ValueError, match="vae: its latents have 16 channels at 1/8 size"):
         prepare(photo(), vae=vae)
+
+
+def test_a_tiny_vae_of_as_many_channels(prepare, photo) -> None:
+    """Its latents are of another kind, which no size tells."""
+    import comfy.sd
+    import comfy.taesd.taesd
+
+    tiny = comfy.sd.VAE(sd=comfy.taesd.taesd.TAESD(latent_channels=4).state_dict())
+    with pytest.raises(ValueError, match=r"vae: found a TAESD, but nano.* an AutoencoderKL"):
+        prepare(photo(), vae=tiny)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

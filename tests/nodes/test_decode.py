@@ -125,8 +125,8 @@ def test_features_of_many_photos_are_bounded(toy, pack, prepare, photo, monkeypa
     """As of a folder, whose latents the host keeps all at once."""
     key = pack.nodes.host_vae.PhotoFeatures.KEY
     first = prepare(photo()).latent
-    carried = sum(each.size for each in toy.restorer.carried)
-    monkeypatch.setattr(pack.nodes.host_vae, "MOST_FEATURES", carried + first[key].size)
+    carried = sum(each.get_ram_usage() for each in toy.restorer.carried)
+    monkeypatch.setattr(pack.nodes.host_vae, "MOST_FEATURES", carried + first[key].get_ram_usage())
     second = prepare(photo(seed=1)).latent
     assert key in second
     assert key not in prepare(photo(seed=2)).latent
@@ -262,10 +262,12 @@ def test_latents_are_a_multiple_of_the_photos(decode, prepare, photo) -> None:
     first = decode(many[:1], samples=restoration.latent, degradation=prepare(many[:1]).degradation)
     torch.testing.assert_close(first[:1], expected[:1], rtol=0, atol=1e-5)
     assert first.shape[0] == 2
-    with pytest.raises(ValueError, match="samples: 2 latents, but 3 photos"):
+    with pytest.raises(ValueError, match="image: of 3 photos, but samples hold 2 latents"):
         decode(photo(batch=3), samples=restoration.latent)
-    with pytest.raises(ValueError, match="samples: 1 latents, but 2 photos"):
+    with pytest.raises(ValueError, match=r"image: of 2 photos, .* 1 latents.*Latent From Batch"):
         decode(many, samples={"samples": latent[:1]})
+    with pytest.raises(ValueError, match="degradation: of 2 photos, but samples hold 1 latents"):
+        decode(many[:1], samples={"samples": latent[:1]}, degradation=restoration.degradation)
     with pytest.raises(ValueError, match="image 3, degradation 2"):
         decode(photo(batch=3), samples=restoration.latent, degradation=restoration.degradation)
 
@@ -420,7 +422,10 @@ def test_interrupt(decode, photo, tiling: str) -> None:
             {"samples": {"samples": torch.zeros(1, 4, 9, 8)}},
             "a latent of 64 x 72 px, .* 64 x 64 px",
         ),
-        ({"samples": {"samples": torch.zeros(1, 4, 1, 8, 8)}}, "samples: a latent"),
+        (
+            {"samples": {"samples": torch.zeros(1, 4, 1, 8, 8)}},
+            "samples: expected latents of",
+        ),
     ],
 )
 def test_wrong_values(decode, inputs: dict, message: str) -> None:
@@ -445,7 +450,7 @@ def vae_of(sizes: toy_weights.VaeSizes) -> Any:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (taesd, "vae: found a TAESD with 64 channels at 1/1 size, but nano.* with 32"),
+        (taesd, "vae: found a TAESD, but nano.* was trained with an AutoencoderKL"),
         (
             lambda: vae_of(toy_weights.VaeSizes(128, (1, 2, 4, 4), 2, 16)),
             "vae: its latents have 16",

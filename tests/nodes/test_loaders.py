@@ -79,6 +79,18 @@ def test_a_replaced_file_is_loaded_again(folder: Path, pack: ModuleType) -> None
     assert node.fingerprint_inputs(file="toy.safetensors") != before
 
 
+def test_a_linked_file_is_loaded_once(folder: Path, pack: ModuleType) -> None:
+    """Links are not known yet when the host asks; what cannot be told counts as changed."""
+    import os
+
+    node = pack.nodes.loaders.DiffRestorerLoader
+    path = toy_weights.write_restorer(folder / "toy.safetensors")
+    before = node.fingerprint_inputs(file=None)
+    assert node.fingerprint_inputs(file=None) == before
+    os.utime(path, (1, 1))
+    assert node.fingerprint_inputs(file=None) != before
+
+
 @pytest.mark.parametrize(
     ("write", "message"),
     [
@@ -194,19 +206,82 @@ def test_damaged_nano(pack: ModuleType, tmp_path: Path, key: str, part: str) -> 
         pack.nodes.host_nano.load_nano(path)
 
 
-def test_weights_are_views_of_the_file(pack: ModuleType, toy_folder: Path) -> None:
-    """In the file's own number format nothing is copied: parts lie together in one mapping."""
-    path = toy_weights.write_restorer(toy_folder / "fp32.safetensors", dtype=torch.float32)
-    restorer = pack.nodes.host_models.load_restorer(path)
-    mapped = [
-        tuple(int(end, 16) for end in line.split()[0].split("-"))
-        for line in Path("/proc/self/maps").read_text().splitlines()
-        if line.endswith(str(path))
-    ]
-    modules = (restorer.prompt_processor.model, restorer.control.network, restorer.fusion.model)
-    for module in modules:
-        for name, tensor in module.state_dict().items():
-            assert any(low <= tensor.data_ptr() < high for low, high in mapped), name
+def _fully(module: torch.nn.Module) -> bool:
+    return not any(tensor.is_meta for tensor in [*module.parameters(), *module.buffers()])
+
+
+def test_nothing_stays_without_memory(toy) -> None:
+    """Networks are built on the device meta; what has no weights in the file needs them, too."""
+    modules = (toy.model.model, toy.clip_vision.model, toy.vae.first_stage_model)
+    assert all(map(_fully, modules))
+    assert all(map(_fully, (toy.restorer.control.network, toy.restorer.prompt_processor.model)))
+
+
+def test_a_loaded_file_may_be_overwritten(pack: ModuleType, toy_folder: Path) -> None:
+    """Of mapped files that kills the server, or changes its pictures."""
+    path, fp32 = toy_folder / "fp32.safetensors", torch.float32
+    tensors = toy_weights.restorer_tensors(dtype=fp32) | toy_weights.base_tensors(dtype=fp32)
+    pack.diff_restorer.checkpoint.write_checkpoint(path, tensors, toy_weights.info())
+    model, clip_vision, vae, restorer = pack.nodes.host_nano.load_nano(path)
+    mapped = Path("/proc/self/maps")
+    if mapped.exists():
+        assert str(path) not in mapped.read_text()
+    modules = [model.model.diffusion_model, clip_vision.model, vae.first_stage_model]
+    modules += [restorer.prompt_processor.model, restorer.control.network, restorer.fusion.model]
+    before = [{k: v.clone() for k, v in each.state_dict().items()} for each in modules]
+    path.write_bytes(bytes(path.stat().st_size))
+    path.write_bytes(b"")
+    for module, weights in zip(modules, before, strict=True):
+        assert all(torch.equal(weights[key], value) for key, value in module.state_dict().items())
+
+
+def test_the_host_is_told_how_large_a_file_is(pack: ModuleType, toy_folder: Path) -> None:
+    path = toy_weights.write_restorer(toy_folder / "sized.safetensors", dtype=torch.float32)
+    size = pack.nodes.host_models.load_restorer(path).get_ram_usage()
+    assert 0 <= path.stat().st_size - size < 100_000  # the header
+
+
+SHAPES = {
+    "prompt_processor.semantic.0.weight": "prompt processor",
+    "control.input_blocks.0.0.weight": "control module",
+    "control.time_embed.0.weight": "control module",
+    "control.input_hint_block.0.weight": "control module",
+    "decoder.fusion.1.out.weight": "decoder's fusion blocks",
+    "base.unet.input_blocks.0.0.weight": "UNet",
+    "base.unet.input_blocks.1.0.in_layers.0.weight": "UNet",
+    "base.vae.decoder.conv_in.weight": "VAE",
+    "base.vae.decoder.up.0.block.0.conv1.weight": "VAE",
+    "base.vae.post_quant_conv.weight": "VAE",
+    "base.clip_vision.vision_model.embeddings.patch_embedding.weight": "vision model",
+    "base.clip_vision.vision_model.embeddings.position_embedding.weight": "vision model",
+    "base.clip_vision.visual_projection.weight": "vision model",
+}
+
+
+@pytest.mark.parametrize("key", SHAPES)
+@pytest.mark.parametrize("shape", [(), (1,), (2, 1, 1, 1), (200_000, 1), (200_000, 1, 1, 1)])
+def test_odd_shapes_are_named_and_cost_nothing(
+    pack: ModuleType, tmp_path: Path, key: str, shape: tuple[int, ...]
+) -> None:
+    """A width of 200,000 would take hundreds of gigabytes, were a network of it allocated."""
+    tensors = toy_weights.restorer_tensors() | toy_weights.base_tensors()
+    assert key in tensors
+    tensors[key] = torch.zeros(shape, dtype=torch.float16)
+    path = tmp_path / "odd.safetensors"
+    pack.diff_restorer.checkpoint.write_checkpoint(path, tensors, toy_weights.info())
+    with pytest.raises(ValueError, match=rf"odd\.safetensors: the {SHAPES[key]} does not fit"):
+        pack.nodes.host_nano.load_nano(path)
+
+
+@pytest.mark.parametrize("key", [*SHAPES, "decoder.fusion.1.film.bias"])
+def test_weights_that_are_no_numbers(pack: ModuleType, tmp_path: Path, key: str) -> None:
+    tensors = toy_weights.restorer_tensors() | toy_weights.base_tensors()
+    tensors[key] = tensors[key].clone()
+    tensors[key].view(-1)[-1] = float("nan")
+    path = tmp_path / "odd.safetensors"
+    pack.diff_restorer.checkpoint.write_checkpoint(path, tensors, toy_weights.info())
+    with pytest.raises(ValueError, match=rf"odd\.safetensors: tensor {key} holds NaN"):
+        pack.nodes.host_nano.load_nano(path)
 
 
 def test_bf16_only_where_it_pays(pack: ModuleType, monkeypatch) -> None:

@@ -294,6 +294,15 @@ def test_the_map_names_each_tile(tiled, photo) -> None:
     assert pictures.max() <= 1
 
 
+def test_a_latent_of_another_batch(tiled, prepare, photo, sample_on) -> None:
+    many = photo(64, 200, batch=2)
+    restoration = prepare(many, degradation=prepare(many[:1]).degradation)
+    three = restoration.latent["samples"][:1].repeat(3, 1, 1, 1)
+    restoration.latent = {"samples": three}
+    with pytest.raises(ValueError, match=r"latent_image: a batch of 3, .* given 2 photos"):
+        sample_on(tiled(many[:1]).model, restoration)
+
+
 def test_a_latent_of_another_size(tiled, prepare, photo, sample_on) -> None:
     patched = tiled(photo(64, 200)).model
     with pytest.raises(ValueError, match="latent_image: 64 x 64 px, but Tiled Diffusion was given"):
@@ -364,7 +373,7 @@ def test_the_model_itself_stays(toy, tiled, prepare, photo, sample_on) -> None:
 @pytest.mark.parametrize(
     ("inputs", "message"),
     [
-        ({"tile_size": 32}, "tile_size: 32 px with overlap 16 px"),
+        ({"tile_size": 32}, "tile_size: 32, expected 64 to 4096"),
         ({"tile_size": 100}, "tile_size: 100 px"),
         ({"overlap": 12}, "overlap 12 px"),
         ({"overlap": 40}, "overlap: 40 px with tiles of 64 px"),

@@ -337,13 +337,16 @@ def test_an_export_that_reads_back_differently_ends_the_run(tmp_path: Path) -> N
 
 
 def test_a_file_is_compared_bit_for_bit(tmp_path: Path) -> None:
-    path, tensors = tmp_path / "a.safetensors", {"x": torch.rand(3), "y": torch.rand(2)}
+    path = tmp_path / "a.safetensors"
+    tensors = {"control.x": torch.rand(3), "control.y": torch.rand(2)}
     write_checkpoint(path, tensors, CheckpointInfo(types=("noise",), base_model="nano", clip={}))
     compare_file(path, tensors)
-    with pytest.raises(ValueError, match=r"a\.safetensors: reads back other .*\(x\)"):
-        compare_file(path, tensors | {"x": tensors["x"].nextafter(torch.tensor(2.0))})
-    with pytest.raises(CheckpointKeysError, match="missing: z"):
-        compare_file(path, tensors | {"z": torch.zeros(1)})
+    with pytest.raises(ValueError, match=r"a\.safetensors: reads back other .*\(control\.x\)"):
+        compare_file(
+            path, tensors | {"control.x": tensors["control.x"].nextafter(torch.tensor(2.0))}
+        )
+    with pytest.raises(CheckpointKeysError, match=r"missing: control\.z"):
+        compare_file(path, tensors | {"control.z": torch.zeros(1)})
 
 
 def test_the_run_folder_holds_settings_logs_and_curves(tmp_path: Path) -> None:

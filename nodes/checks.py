@@ -1,0 +1,100 @@
+"""What nodes take, checked in one place.
+
+The host checks only what is typed into widgets, and takes not-a-number to be within all limits.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from .host_models import DiffRestorer
+from .images import check_finite, check_image
+from .sockets import Degradation, DegradationSocket, DiffRestorerSocket
+
+_OWN = {
+    DegradationSocket.io_type: (Degradation, "the output of a Prompt Processor"),
+    DiffRestorerSocket.io_type: (DiffRestorer, "the output of Load Diff-Restorer"),
+}
+# By what it is asked for, as hosts and packs bring classes of their own.
+_OF_THE_HOST = {"MODEL": "model_options", "VAE": "first_stage_model", "CLIP_VISION": "encode_image"}
+
+
+def checked(execute: Callable[..., Any]) -> Callable[..., Any]:
+    """A node's `execute` that checks each of its inputs, as its schema declares them, before.
+
+    Raises:
+        ValueError: One is not what it is declared as, out of its limits or not finite; the
+            message begins with its name.
+    """
+
+    @functools.wraps(execute)
+    def run(cls: Any, **inputs: Any) -> Any:
+        for entry in cls.SCHEMA.inputs:
+            value = inputs.get(entry.id)
+            if value is not None or (entry.id in inputs and not entry.optional):
+                _check(entry, value)
+        return execute(cls, **inputs)
+
+    return run
+
+
+def _check(entry: Any, value: Any) -> None:
+    name, kind = entry.id, str(entry.get_io_type())
+    if kind in ("FLOAT", "INT"):
+        _check_number(name, value, int if kind == "INT" else (int, float), entry.min, entry.max)
+    elif kind == "IMAGE":
+        check_image(value, name)
+    elif kind == "LATENT":
+        _check_latent(name, value)
+    elif kind == "CONDITIONING":
+        _check_conditioning(name, value)
+    elif kind in _OWN and not isinstance(value, _OWN[kind][0]):
+        raise ValueError(f"{name}: found {_a(value)}, expected {_OWN[kind][1]}.")
+    elif kind in _OF_THE_HOST and not hasattr(value, _OF_THE_HOST[kind]):
+        raise ValueError(f"{name}: found {_a(value)}, expected a {kind} of a loader.")
+    elif kind in ("STRING", "COMBO") and not isinstance(value, str):
+        raise ValueError(f"{name}: found {_a(value)}, expected text.")
+
+
+def _a(value: Any) -> str:
+    return "nothing" if value is None else f"a {type(value).__name__}"
+
+
+def _check_number(name: str, value: Any, kinds: Any, least: float, most: float) -> None:
+    if not isinstance(value, kinds) or not least <= value <= most:
+        found = value if isinstance(value, int | float) else _a(value)
+        raise ValueError(f"{name}: {found}, expected {least:.20g} to {most:.20g}.")
+
+
+def _check_latent(name: str, value: Any) -> None:
+    samples = value.get("samples") if isinstance(value, dict) else None
+    if not isinstance(samples, Tensor):
+        raise ValueError(f"{name}: found {_a(value)} without samples, expected a sampler's LATENT.")
+    if samples.ndim != 4 or 0 in samples.shape or not samples.is_floating_point():
+        raise ValueError(
+            f"{name}: expected latents of pictures (batch, channels, height, width), found shape "
+            f"{tuple(samples.shape)} of {samples.dtype}. Those of videos and sounds do not fit."
+        )
+    check_finite(
+        name,
+        samples,
+        "They come from the sampler: lower its cfg, take another sampler or scheduler, or start "
+        "the host with --fp32-unet.",
+    )
+
+
+def _check_conditioning(name: str, value: Any) -> None:
+    if not isinstance(value, list) or not value:
+        raise ValueError(f"{name}: found {_a(value)} without entries, expected a prompt.")
+    for tokens, _ in value:
+        if not isinstance(tokens, Tensor) or tokens.ndim != 3 or 0 in tokens.shape:
+            found = tuple(tokens.shape) if isinstance(tokens, Tensor) else _a(tokens)
+            raise ValueError(
+                f"{name}: expected tokens (batch, tokens, width), found {found}. Connect the "
+                "output of a text encoder or of the Prompt Processor."
+            )
+        check_finite(name, tokens, "They come from the text encoder: is its file damaged?")

@@ -1,0 +1,156 @@
+"""What is no input is named, by every node and for every socket, before anything is computed."""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+pytestmark = pytest.mark.comfy
+
+NAN, INF = float("nan"), float("inf")
+NODES = (
+    *("DiffRestorerPromptProcessor", "DiffRestorerDegradationControl"),
+    *("DiffRestorerAwareVAEDecode", "DiffRestorerDegradationClassifier"),
+    *("DiffRestorerEditDegradation", "DiffRestorerColorFix", "DiffRestorerSimulateDegradation"),
+    *("DiffRestorerMeasure", "DiffRestorerTiledDiffusion"),
+)
+
+
+def inputs_of(node_id: str) -> dict[str, Any]:
+    host_nodes: Any = importlib.import_module("nodes")
+    return {entry.id: entry for entry in host_nodes.NODE_CLASS_MAPPINGS[node_id].SCHEMA.inputs}
+
+
+@pytest.mark.parametrize("node_id", NODES)
+def test_numbers_are_finite_and_within_their_limits(pack: ModuleType, run, node_id: str) -> None:
+    """Which the host lets pass: its comparisons with NaN are all false."""
+    for name, entry in inputs_of(node_id).items():
+        kind = entry.get_io_type()
+        if kind not in ("FLOAT", "INT"):
+            continue
+        for value in (NAN, INF, -INF, entry.max + 1, entry.min - 1, "1", None):
+            with pytest.raises(ValueError, match=rf"^{name}: .*, expected .* to "):
+                run(node_id, **{name: value})
+
+
+@pytest.mark.parametrize("node_id", NODES)
+def test_sockets_take_what_they_are_named_for(pack: ModuleType, run, node_id: str) -> None:
+    """Another pack may have a socket of the same name, and the API links what it likes."""
+    for name, entry in inputs_of(node_id).items():
+        if entry.get_io_type() in ("FLOAT", "INT", "BOOLEAN"):
+            continue
+        for value in (3, [], {}, *([] if entry.optional else [None])):
+            with pytest.raises(ValueError, match=rf"^{name}: found "):
+                run(node_id, **{name: value})
+
+
+IMAGES: dict[str, tuple[torch.Tensor, str]] = {
+    "bytes": (torch.zeros(1, 8, 8, 3, dtype=torch.uint8), "found torch.uint8, expected images"),
+    "no batch": (torch.zeros(0, 8, 8, 3), "expected images"),
+    "a mask": (torch.zeros(1, 8, 8), "expected images"),
+    "NaN": (torch.full((1, 8, 8, 3), NAN), "holds NaN or infinite values"),
+    "infinite": (torch.full((1, 8, 8, 3), INF), "holds NaN or infinite values"),
+}
+LATENTS: dict[str, tuple[dict, str]] = {
+    "no samples": ({"noise_mask": 1}, "found a dict without samples"),
+    "samples of None": ({"samples": None}, "found a dict without samples"),
+    "no batch": ({"samples": torch.zeros(0, 4, 8, 8)}, "expected latents of pictures"),
+    "a video": ({"samples": torch.zeros(1, 4, 1, 8, 8)}, r"shape \(1, 4, 1, 8, 8\)"),
+    "whole numbers": ({"samples": torch.zeros(1, 4, 8, 8).int()}, "torch.int32"),
+    "NaN": ({"samples": torch.full((1, 4, 8, 8), NAN)}, "holds NaN or infinite.*lower its cfg"),
+}
+PROMPTS: dict[str, tuple[list, str]] = {
+    "empty": ([], "found a list without entries"),
+    "no tokens": ([[torch.zeros(1, 0, 32), {}]], r"found \(1, 0, 32\)"),
+    "None": ([[None, {}]], "found nothing"),
+    "NaN": ([[torch.full((1, 4, 32), NAN), {}]], "holds NaN or infinite values"),
+}
+
+
+@pytest.mark.parametrize("case", IMAGES)
+@pytest.mark.parametrize("node_id", NODES)
+def test_images(pack: ModuleType, run, node_id: str, case: str) -> None:
+    image, message = IMAGES[case]
+    for name, entry in inputs_of(node_id).items():
+        if entry.get_io_type() == "IMAGE":
+            with pytest.raises(ValueError, match=rf"^{name}: .*{message}"):
+                run(node_id, **{name: image})
+
+
+@pytest.mark.parametrize("case", LATENTS)
+def test_latents(pack: ModuleType, run, case: str) -> None:
+    latent, message = LATENTS[case]
+    with pytest.raises(ValueError, match=rf"^samples: .*{message}"):
+        run("DiffRestorerAwareVAEDecode", samples=latent)
+
+
+@pytest.mark.parametrize("case", PROMPTS)
+@pytest.mark.parametrize(
+    ("node_id", "name"),
+    [
+        ("DiffRestorerPromptProcessor", "text"),
+        ("DiffRestorerDegradationControl", "positive"),
+        ("DiffRestorerDegradationControl", "negative"),
+    ],
+)
+def test_prompts(pack: ModuleType, run, node_id: str, name: str, case: str) -> None:
+    prompt, message = PROMPTS[case]
+    with pytest.raises(ValueError, match=rf"^{name}: .*{message}"):
+        run(node_id, **{name: prompt})
+
+
+@pytest.fixture
+def decode(toy, run, prepare, photo):
+    def execute(image: torch.Tensor, latent: torch.Tensor, **inputs: Any) -> torch.Tensor:
+        entries = {"vae": toy.vae, "diff_restorer": toy.restorer, "image": image}
+        entries |= {"samples": {"samples": latent}, "degradation": prepare(photo()).degradation}
+        return run("DiffRestorerAwareVAEDecode", **(entries | inputs))[0]
+
+    return execute
+
+
+@pytest.mark.parametrize("tile_size", [0, 64])
+@pytest.mark.parametrize("tiling", ["exact", "fast"])
+def test_no_black_picture_is_a_success(decode, photo, tile_size: int, tiling: str) -> None:
+    latent = torch.full((1, 4, 8, 8), 3e38)
+    latent[..., ::2] *= -1
+    with pytest.raises(ValueError, match=r"^vae: holds NaN .* samples that reach 3e\+38"):
+        decode(photo(), latent, tile_size=tile_size, overlap=0, tiling=tiling)
+
+
+def test_latents_of_another_model(decode, photo) -> None:
+    with pytest.raises(ValueError, match="samples: latents of 16 channels, needed are 4"):
+        decode(photo(), torch.zeros(1, 16, 8, 8))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_images_in_other_formats(decode, photo, prepare, dtype: torch.dtype) -> None:
+    image, latent = photo().to(dtype), torch.zeros(1, 4, 8, 8)
+    assert torch.equal(decode(image, latent), decode(image.float(), latent))
+    assert torch.equal(prepare(image).latent["samples"], prepare(image.float()).latent["samples"])
+
+
+def test_what_is_brighter_than_white_is_white(decode, photo, prepare) -> None:
+    """As in linear EXR files, or wherever a resize overshoots."""
+    bright, latent = photo() * 3 - 0.5, torch.zeros(1, 4, 8, 8)
+    bright[0, 0, 0, 0] = 1e30
+    assert torch.equal(decode(bright, latent), decode(bright.clamp(0, 1), latent))
+    read, expected = prepare(bright), prepare(bright.clamp(0, 1))
+    assert torch.equal(read.latent["samples"], expected.latent["samples"])
+    assert torch.equal(read.degradation.tokens, expected.degradation.tokens)
+
+
+def test_a_vision_model_that_makes_no_numbers(toy, pack, run, photo, monkeypatch) -> None:
+    bias = toy.clip_vision.model.vision_model.encoder.layers[0].mlp.fc1.bias
+    kept = bias.clone()
+    bias.fill_(NAN)
+    try:
+        with pytest.raises(ValueError, match="clip_vision: holds NaN or infinite values"):
+            run("DiffRestorerDegradationClassifier", diff_restorer=toy.restorer,
+                clip_vision=toy.clip_vision, image=photo(seed=77))  # fmt: skip
+    finally:
+        bias.copy_(kept)

@@ -201,7 +201,7 @@ def test_a_box_too_short_names_the_stage_and_its_share(
     toy: Recipe, packed: Path, tmp_path: Path
 ) -> None:
     recipe = replace(toy, pack=packed, minutes=0.02, out=tmp_path)
-    with pytest.raises(ValueError, match=r"^autoencoder, 0\.002 of --minutes 0\.02: .* too short"):
+    with pytest.raises(ValueError, match=r"^autoencoder, 0\.0023 of --minutes 0\.02: .* too short"):
         main(recipe)
 
 

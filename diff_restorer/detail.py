@@ -146,10 +146,10 @@ class DetailPath(nn.Module):
     It reads the photo itself at 1/2 size (pixel unshuffle), the encoder's features at 1/2, 1/4 and
     1/8, and those of the decoder, which has the sampled latent, at 1/8 and 1/4. P_D modulates every
     block, and has the last word: each kind of damage has a head, which counts by how sure P_D is of
-    that kind. With one head for all, noise is not learnt beside clean photos, which every step
-    towards it harms; with these it is, in a tenth of the steps (docs/decoder.md). There is no norm
-    and no pooling, so that tiles see the same function as the whole photo; what it needs of the
-    whole is in the condition.
+    that kind. With one head for all, 140 steps teach no noise beside clean photos, which every step
+    towards it harms; with several they do (docs/decoder.md). There is no norm and no pooling, so
+    that tiles see the same function as the whole photo; what it needs of the whole is in the
+    condition.
 
     Source: Diff-Restorer (arXiv 2407.03636), degradation-aware decoder: encoder features, residual
     dense blocks, degradation embedding. The arrangement is ours: at full size the same blocks cost

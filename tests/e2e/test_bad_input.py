@@ -106,22 +106,15 @@ CASES: dict[str, tuple[Change, tuple[str | tuple[str, ...], ...]]] = {
     "SDXL model": (use_output_of("E2ESdxlModel", 0, 0), ("model", "2048", "SDXL")),
     "NaN image": (break_image, ("image", "NaN")),
     # Which a host's own check of widgets lets pass.
-    "NaN semantic strength": (
-        set_input("DiffRestorerPromptProcessor", semantic_strength="nan"),
-        ("semantic_strength: nan, expected 0 to 2",),
-    ),
-    "NaN strength": (
-        set_input("DiffRestorerDegradationControl", strength="nan"),
-        ("strength: nan, expected 0 to 10",),
-    ),
-    "NaN start": (
-        set_input("DiffRestorerDegradationControl", start_percent="nan"),
-        ("start_percent: nan, expected 0 to 1",),
-    ),
-    "NaN fidelity": (
-        set_input("DiffRestorerAwareVAEDecode", fidelity="nan"),
-        ("fidelity: nan, expected 0 to 1",),
-    ),
+    **{
+        f"NaN {name}": (set_input(node, **{name: "nan"}), (f"{name}: nan, expected 0 to {most}",))
+        for node, name, most in (
+            ("DiffRestorerPromptProcessor", "semantic_strength", 2),
+            ("DiffRestorerDegradationControl", "strength", 10),
+            ("DiffRestorerDegradationControl", "start_percent", 1),
+            ("DiffRestorerAwareVAEDecode", "fidelity", 1),
+        )
+    },
 }
 
 

@@ -2,9 +2,10 @@
 
 from .control import make_hint_conv, zero_init
 from .decoder import aware_decode, encode_with_features, encoder_features
-from .detail import DetailConfig, DetailPath, tone_quantiles
+from .detail import DetailConfig, DetailPath
 from .fusion import FusionBlocks, FusionConfig
 from .local import LocalPooled
+from .photo_statistics import photo_statistics
 from .prompt_processor import DEFAULT_TYPES, PromptOutput, PromptProcessor, PromptProcessorConfig
 from .vae_trunk import UnsupportedVaeError, VaeTrunk
 
@@ -24,6 +25,6 @@ __all__ = [
     "encode_with_features",
     "encoder_features",
     "make_hint_conv",
-    "tone_quantiles",
+    "photo_statistics",
     "zero_init",
 ]

@@ -93,7 +93,7 @@ def aware_decode(
             return h
         return h + fidelity * fusion.fuse(level, features[level], h, condition)
 
-    levels = _decoder_levels(trunk, raw_latent, fused)
+    levels = decoder_levels(trunk, raw_latent, fused)
     ((_, h),) = deque(levels, maxlen=1)  # the last, and no other is kept
     image = trunk.decoder_head(h)
     if fusion is not None and fusion.config.pixels is not None:
@@ -112,17 +112,17 @@ def _decode_beside(
 ) -> Tensor:
     """The photo and what the detail path adds to it, mixed with the plain decode."""
     photo, decoded, h = features[PIXELS].float(), {}, raw_latent
-    for level, h in _decoder_levels(trunk, raw_latent):
+    for level, h in decoder_levels(trunk, raw_latent):
         decoded[level] = h
         if fidelity == 1 and level == min(detail.decoder_levels):
             break
-    found = detail(photo.to(raw_latent.dtype), features, decoded, condition).float()
+    found = detail(photo, features, decoded, condition).float()
     if fidelity == 1:
         return photo + found
     return torch.lerp(trunk.decoder_head(h).float(), photo + found, fidelity)
 
 
-def _decoder_levels(
+def decoder_levels(
     trunk: VaeTrunk,
     raw_latent: Tensor,
     change: Callable[[int, Tensor], Tensor] = lambda _, h: h,

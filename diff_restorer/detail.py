@@ -12,31 +12,14 @@ from torch.nn import functional as F
 
 from .control import zero_init
 from .local import Condition, LocalPooled, film
-
-QUANTILES = 16
-"""Brightness quantiles per colour channel that tell a photo's tone."""
-_MOST_ROWS = 128
-"""Rows and columns of a photo that its quantiles are read from."""
+from .photo_statistics import NOISE_LEVELS, STATISTICS
+from .shrinkage import THRESHOLDS, shrink
+from .tone import guided_tone, no_change, with_tone
 
 
-def tone_quantiles(photo: Tensor) -> Tensor:
-    """Where black, white and what lies between are in each channel of whole photos.
-
-    Args:
-        photo: (B, 3, H, W) in [0, 1].
-
-    Returns:
-        (B, 48) in [0, 1], in steps of 1/255: 16 quantiles of R, of G and of B, from 0.5 to 99.5 %.
-    """
-    rows, columns = (max(1, side // _MOST_ROWS) for side in photo.shape[-2:])
-    pixels = photo[..., ::rows, ::columns].float().flatten(2).nan_to_num().clamp(0, 1)
-    # Counting the levels takes a tenth of the time of sorting the pixels.
-    counts = pixels.new_zeros(*pixels.shape[:2], 256)
-    counts.scatter_add_(2, (pixels * 255).round().long(), torch.ones_like(pixels))
-    share = torch.linspace(0.005, 0.995, QUANTILES, device=photo.device)
-    places = (share * (pixels.shape[2] - 1)).round() + 0.5
-    wanted = places.expand(*pixels.shape[:2], -1).contiguous()
-    return torch.searchsorted(counts.cumsum(dim=2), wanted).flatten(1) / 255
+SLOW = 0.1
+"""Factor on what layers find that start with knowledge, and do not have it to learn: AdamW moves
+all weights alike, which would undo that in the first steps."""
 
 
 @dataclass(frozen=True)
@@ -174,11 +157,18 @@ class DetailPath(nn.Module):
         vae = config.vae_channels
         self.norm = ops.LayerNorm(width, device=device, dtype=dtype)
         self.tone = nn.Sequential(
-            layers.linear(width + 3 * QUANTILES, width), nn.SiLU(),
+            layers.linear(width + STATISTICS, width), nn.SiLU(),
             layers.linear(width, width), nn.SiLU(),
         )  # fmt: skip
         self.kind = layers.linear(width, config.kinds)
-        self.stem = layers.conv(12, half)
+        self.gauge = zero_init(layers.linear(width, 2))
+        self.thresholds = nn.ModuleList(
+            zero_init(layers.linear(config.kinds, THRESHOLDS)) for _ in range(2)
+        )
+        self.color = layers.conv(vae[2], 3, 1)
+        self.toned = zero_init(layers.linear(config.kinds, 1))
+        self.finer = zero_init(layers.conv(eighth, 6 * config.kinds, 1))
+        self.stem = layers.conv(36, half)
         self.merge = nn.ModuleList([
             zero_init(layers.conv(vae[0], half, 1)),
             zero_init(layers.conv(2 * vae[1], quarter, 1)),
@@ -188,7 +178,7 @@ class DetailPath(nn.Module):
         self.up = nn.ModuleList([layers.double(eighth, quarter), layers.double(quarter, half)])
         widths = (half, quarter, eighth, quarter, half)
         self.groups = nn.ModuleList(
-            _Group(w, depth, width + config.kinds, layers)
+            _Group(w, depth, width + NOISE_LEVELS + config.kinds, layers)
             for w, depth in zip(widths, config.depths, strict=True)
         )
         self.out = zero_init(layers.conv(half, 12 * config.kinds))
@@ -202,23 +192,24 @@ class DetailPath(nn.Module):
                     branch.weight.data.mul_(0.2)
                     nn.init.zeros_(branch.bias)
 
-    def condition(self, pooled: Condition, quantiles: Tensor) -> Condition:
-        """What modulates every block, from P_D and the photo's tone; once per photo.
+    def condition(self, pooled: Condition, statistics: Tensor) -> Condition:
+        """What modulates every block, from P_D and the photo's tone and noise; once per photo.
 
         Args:
             pooled: Pooled P_D, (B, context_width), or of each place of the photos.
-            quantiles: `tone_quantiles` of the whole LQ photos, (B, 48).
+            statistics: `photo_statistics` of the whole LQ photos, (B, 51).
         """
         if isinstance(pooled, LocalPooled):
             tiles = pooled.tiles.movedim(1, -1)  # (B, R, K, C)
-            tone = quantiles[:, None, None].expand(*tiles.shape[:-1], -1)
-            return replace(pooled, tiles=self._condition(tiles, tone).movedim(-1, 1))
-        return self._condition(pooled, quantiles)
+            everywhere = statistics[:, None, None].expand(*tiles.shape[:-1], -1)
+            return replace(pooled, tiles=self._condition(tiles, everywhere).movedim(-1, 1))
+        return self._condition(pooled, statistics)
 
-    def _condition(self, pooled: Tensor, quantiles: Tensor) -> Tensor:
-        tone = ((quantiles - 0.5) / 0.25).to(pooled)
-        told = self.tone(torch.cat([self.norm(pooled), tone], dim=-1))
-        return torch.cat([told, 2 * self.kind(pooled).sigmoid()], dim=-1)
+    def _condition(self, pooled: Tensor, statistics: Tensor) -> Tensor:
+        quantiles, levels = statistics.split([STATISTICS - NOISE_LEVELS, NOISE_LEVELS], dim=-1)
+        seen = torch.cat([4 * quantiles - 2, (255 * levels + 0.5).log()], dim=-1).to(pooled)
+        told = self.tone(torch.cat([self.norm(pooled), seen], dim=-1))
+        return torch.cat([told, levels.to(pooled), 2 * self.kind(pooled).sigmoid()], dim=-1)
 
     def forward(
         self,
@@ -235,15 +226,48 @@ class DetailPath(nn.Module):
             decoded: The VAE decoder's features of the sampled latent at levels 2 and 3.
             condition: From `condition`.
         """
-        half = self.at_half(photo, encoded[1], condition)
+        smooth = self.shrunk(photo, condition)
+        tone = self.first_tone(smooth, decoded[3], condition)
+        half = self.at_half(photo, smooth, tone, encoded[1], condition)
         quarter = self.at_quarter(half, encoded[2], decoded[2], condition)
         eighth = self.at_eighth(quarter, encoded[3], decoded[3], condition)
+        tone = self.finer_tone(eighth, tone, condition)
         quarter = self.back_at_quarter(eighth, quarter, condition)
-        return self.back_at_half(quarter, half, condition)
+        return self.back_at_half(quarter, half, photo, smooth, tone, condition)
 
-    def at_half(self, photo: Tensor, encoded: Tensor, condition: Condition) -> Tensor:
+    def shrunk(self, photo: Tensor, condition: Condition) -> Tensor:
+        """The photo, (B, 3, H, W), without what is as small as the noise or JPEG steps that P_D is
+        sure of."""
+
+        def thresholds(told: Tensor) -> Tensor:
+            kinds, width = self.config.kinds, self.config.context_width
+            seen, levels, shares = told.split([width, NOISE_LEVELS, kinds], dim=-1)
+            gauge = (SLOW * self.gauge(seen).float()).tanh().mul(2).exp()
+            of_noise, of_jpeg = (
+                (SLOW * layer(shares).float()).clamp_min(0) for layer in self.thresholds
+            )
+            noise = 2 * levels.float().repeat_interleave(THRESHOLDS // NOISE_LEVELS, dim=-1)
+            return gauge[..., :1] * of_noise * noise + gauge[..., 1:] * of_jpeg
+
+        return shrink(photo, film(thresholds, condition, photo[..., ::2, ::2]))
+
+    def first_tone(self, smooth: Tensor, decoded: Tensor, condition: Condition) -> Tensor:
+        """Gains and offsets, (B, 6, H/8, W/8), towards the colours of the sampled latent, as far as
+        P_D is sure of kinds that change the tone."""
+        kinds, tone = self.config.kinds, guided_tone(smooth, SLOW * self.color(decoded))
+
+        def sure(told: Tensor) -> Tensor:
+            return (SLOW * self.toned(told[..., -kinds:])).clamp(0, 1)
+
+        share = film(sure, condition, tone)
+        return no_change(tone) + share * (tone - no_change(tone))
+
+    def at_half(
+        self, photo: Tensor, smooth: Tensor, tone: Tensor, encoded: Tensor, condition: Condition
+    ) -> Tensor:
         """(B, 3, H, W) to (B, widths[0], H/2, W/2)."""
-        h = self.stem(F.pixel_unshuffle(photo, 2)) + self.merge[0](encoded)
+        seen = torch.cat([photo, smooth, with_tone(smooth, tone)], dim=1)
+        h = self.stem(F.pixel_unshuffle(seen, 2).to(encoded)) + self.merge[0](encoded)
         return self.groups[0](h, condition)
 
     def at_quarter(
@@ -260,14 +284,33 @@ class DetailPath(nn.Module):
         h = self.down[1](quarter) + self.merge[2](torch.cat([encoded, decoded], dim=1))
         return self.groups[2](h, condition)
 
+    def finer_tone(self, eighth: Tensor, tone: Tensor, condition: Condition) -> Tensor:
+        """Gains and offsets after those that the features at 1/8 find missing."""
+        a, b = tone.chunk(2, dim=1)
+        found = (SLOW * self._of_kinds(self.finer(eighth), condition).float()).tanh()
+        gain, offset = found.chunk(2, dim=1)
+        return torch.cat([a + gain * a, b + gain * b + offset], dim=1)
+
     def back_at_quarter(self, eighth: Tensor, quarter: Tensor, condition: Condition) -> Tensor:
         """To (B, widths[1], H/4, W/4)."""
         return self.groups[3](self.up[0](eighth) + quarter, condition)
 
-    def back_at_half(self, quarter: Tensor, half: Tensor, condition: Condition) -> Tensor:
+    def back_at_half(
+        self,
+        quarter: Tensor,
+        half: Tensor,
+        photo: Tensor,
+        smooth: Tensor,
+        tone: Tensor,
+        condition: Condition,
+    ) -> Tensor:
         """To what is added to the photo, (B, 3, H, W)."""
         h = self.groups[4](self.up[1](quarter) + half, condition)
+        found = F.pixel_shuffle(SLOW * self._of_kinds(self.out(h), condition), 2)
+        return found + (with_tone(smooth, tone) - photo)
+
+    def _of_kinds(self, found: Tensor, condition: Condition) -> Tensor:
+        """What the heads found, (B, kinds * C, h, w), added up to (B, C, h, w)."""
         kinds = self.config.kinds
-        shares = film(lambda told: told[..., -kinds:], condition, h)
-        found = self.out(h).unflatten(1, (kinds, 12)) * shares.unsqueeze(2)
-        return F.pixel_shuffle(found.sum(dim=1), 2)
+        shares = film(lambda told: told[..., -kinds:], condition, found)
+        return (found.unflatten(1, (kinds, -1)) * shares.unsqueeze(2)).sum(dim=1)

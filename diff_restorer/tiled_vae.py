@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -126,25 +127,35 @@ def _beside(
         decoder = decoder[: number[min(detail.decoder_levels)] + 1]
     else:
         decoder[-1].append(Stage(trunk.decoder_head))
-    half = len(decoder)
+    first = len(decoder)
     d2, d3 = (Output(number[level]) for level in detail.decoder_levels)
+    smooth, tone, half, quarter, eighth, finer = (Output(first + place) for place in range(6))
 
-    def at_half(_: Tensor, pixels: Tensor, encoded: Tensor, here: Condition) -> Tensor:
-        return detail.at_half(pixels, encoded, here)
+    def shrunk(_: Tensor, pixels: Tensor, here: Condition) -> Tensor:
+        return detail.shrunk(pixels, here)
+
+    def at_half(tone: Tensor, pixels: Tensor, smooth: Tensor, *rest: Any) -> Tensor:
+        return detail.at_half(pixels, smooth, tone, *rest)
+
+    def back_at_quarter(_: Tensor, *rest: Any) -> Tensor:
+        return detail.back_at_quarter(*rest)
 
     def mixed(found: Tensor, image: Tensor) -> Tensor:
         return torch.lerp(image, found, fidelity)
 
     levels = [
         *decoder,
-        stage(at_half, photo, features[1]),
+        stage(shrunk, photo),
+        stage(detail.first_tone, d3),
+        stage(at_half, photo, smooth, features[1]),
         stage(detail.at_quarter, features[2], d2),
         stage(detail.at_eighth, features[3], d3),
-        stage(detail.back_at_quarter, Output(half + 1)),
-        stage(detail.back_at_half, Output(half)),
+        stage(detail.finer_tone, tone),
+        stage(back_at_quarter, eighth, quarter),
+        stage(detail.back_at_half, half, photo, smooth, finer),
     ]
     if fidelity < 1:
-        levels.append([Stage(mixed, (Output(half - 1),))])
+        levels.append([Stage(mixed, (Output(first - 1),))])
     return levels
 
 

@@ -36,8 +36,8 @@ UNIT = 8
 
 Function = Callable[..., Tensor]
 """(crops of maps, each (1, C, h, w)) -> crop of the result, at its own resolution. It consists of
-convolutions with zero padding, group norms, what works on each pixel alone, and resizing by powers
-of two."""
+convolutions with zero padding or after `pad`, means of the pixels around (`avg_pool2d`), group
+norms, what works on each pixel alone, and resizing by powers of two."""
 
 
 @dataclass(frozen=True)
@@ -393,11 +393,23 @@ class _Counting(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
+        kwargs = kwargs or {}
         if func is F.conv2d:
             pixels, weight = args[:2]
             self.reach += weight.shape[-1] // 2 / pixels.shape[-1]
+        elif func is F.conv_transpose2d:
+            pixels, weight = args[:2]
+            stride = kwargs["stride"] if "stride" in kwargs else args[3]
+            step = stride if isinstance(stride, int) else stride[0]
+            self.reach += (weight.shape[-1] - step) / 2 / step / pixels.shape[-1]
+        elif func is F.pad:
+            self.reach += args[1][0] / args[0].shape[-1]
+        elif func is F.avg_pool2d:
+            self.reach += kwargs.get("padding", 0) / args[0].shape[-1]
+        elif func is F.interpolate and kwargs.get("mode") == "bilinear":
+            self.reach += 1 / args[0].shape[-1]
         self.norms += func is F.group_norm
-        return func(*args, **(kwargs or {}))
+        return func(*args, **kwargs)
 
 
 class _NormReachedError(Exception):

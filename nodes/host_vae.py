@@ -22,7 +22,7 @@ from ..diff_restorer import (
     aware_decode,
     encode_with_features,
     encoder_features,
-    tone_quantiles,
+    photo_statistics,
 )
 from ..diff_restorer.decoder import PIXELS, Features
 from ..diff_restorer.tiled_vae import plan_decode, plan_encode, plan_features
@@ -321,8 +321,8 @@ class AwareDecoder:
         """What modulates the decoder; of whole photos, so that their tiles agree."""
         if not self._fuses:
             return pooled
-        quantiles = tone_quantiles((pixels + 1) / 2).to(self.vae.device)
-        return self.restorer.fusion.model.condition(pooled.to(quantiles), quantiles)
+        statistics = photo_statistics((pixels + 1) / 2).to(self.vae.device)
+        return self.restorer.fusion.model.condition(pooled.to(statistics), statistics)
 
     def _check_fusion(self, trunk: VaeTrunk, kind: str) -> None:
         for level, channels in self.restorer.fusion.model.config.channels:

@@ -230,7 +230,7 @@ def measure_data(photos: Path, crops_per_part: int, batches: int = 60) -> dict[s
     the P_D view of each part in a batch, all kinds, photos decoded before."""
     torch.set_num_threads(1)
     config = DataConfig(photos, crops_per_part=crops_per_part, validation_samples=1)
-    train, _ = open_data(config, Sizes(), seed=0, reads={"gt", "lq", "native_view", "quantiles"})
+    train, _ = open_data(config, Sizes(), seed=0, reads={"gt", "lq", "native_view", "statistics"})
     train = train.sized(16)
     train.finish(train[0], home())
     _synchronize()

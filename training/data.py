@@ -26,7 +26,7 @@ from diff_restorer.degradations import (
     random_look,
     sample_severity,
 )
-from diff_restorer.detail import tone_quantiles
+from diff_restorer.photo_statistics import photo_statistics
 
 from .interruption import leave_group
 from .pairs import PairedPhotos
@@ -39,7 +39,7 @@ PER_CROP = frozenset({"part", "gt", "lq", "latent"})
 """What a batch holds a row of for each crop; of the rest it is one for each part."""
 UNKNOWN_SEVERITY = -1.0
 """In `severities`, of the kind of a pair."""
-PICTURES = frozenset({"gt", "lq", "clip_view", "native_view", "tone", "quantiles"})
+PICTURES = frozenset({"gt", "lq", "clip_view", "native_view", "tone", "statistics"})
 """What a batch may hold beside its labels; a program names those that it reads."""
 
 
@@ -318,7 +318,7 @@ class RestorationBatches(Dataset[Item]):
             `native_view`: likewise, a window of it that is not resized where it is large enough;
             `tone`: (P, 6) float32, how much brighter the clean part is than the degraded one in R,
             G and B, and how much higher its standard deviation is;
-            `quantiles`: (P, 48) float32, `tone_quantiles` of the whole degraded part;
+            `statistics`: (P, 51) float32, `photo_statistics` of the whole degraded part;
 
             and always: `part`: (B,) int64, the part of each crop; `kinds`: (P, N) float32, 1 for
             each kind in the part (`clean` where there is none); `severities`: (P, N) in [0, 1], 0
@@ -351,7 +351,7 @@ class RestorationBatches(Dataset[Item]):
             "clip_view": lambda: clip_view(degraded, self.clip_size),
             "native_view": lambda: clip_view(windows(degraded, side, every, near), self.clip_size),
             "tone": lambda: _tone(clean) - _tone(degraded),
-            "quantiles": lambda: tone_quantiles(degraded),
+            "statistics": lambda: photo_statistics(degraded),
         }
         return {key: make[key]() for key in sorted(self.reads)}
 

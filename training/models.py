@@ -31,6 +31,8 @@ from diff_restorer.checkpoint import (
     read_checkpoint,
     write_checkpoint,
 )
+from diff_restorer.decoder import decoder_levels
+from diff_restorer.detail import SLOW
 from diff_restorer.ldm_keys import from_ldm, tiny_vae_keys, to_ldm, unet_keys, vae_keys
 from diff_restorer.views import NATIVE, WHOLE
 
@@ -62,6 +64,10 @@ __all__ = [
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+TONE_SHARES = dict.fromkeys(("low_light", "haze", "rain", "snow"), 1.1)
+"""Kinds that change a photo's tone, which the sampled latent mends."""
+NOISE_SHARES, JPEG_SHARES = {"noise": 2.8}, {"jpeg": 0.15}
+"""Where thresholds start: in standard deviations of the noise, and in units of [-1, 1]."""
 NANO, SD15 = "nano", "sd15"
 SD15_LATENT_SCALE = 0.18215
 ABLATIONS = (
@@ -172,11 +178,11 @@ class Models(nn.Module):
     def start_decoder(self) -> None:
         """Copy the trained VAE decoder into the aware decoder (start of stage 2).
 
-        A detail path starts from the photo itself, with the classifier's word on whose head counts;
-        the pixel gate of fusion blocks starts from the photo, too.
+        A detail path starts from the photo in the sampled latent's tone, with the classifier's word
+        on whose head counts; the pixel gate of fusion blocks starts from the photo itself.
         """
         if isinstance(self.decoder.extension, DetailPath):
-            self.decoder.extension.kind.load_state_dict(self.prompt.classifier.state_dict())
+            self._start_detail(self.decoder.extension)
             return
         self.decoder.decoder.load_state_dict(self.vae.decoder.state_dict())
         if not self._vae_is_tiny:
@@ -184,6 +190,35 @@ class Models(nn.Module):
         if self.sizes.fusion_pixel_width:
             gate: Any = cast(Any, self.decoder.extension)["pixels"]
             nn.init.ones_(gate.out.bias[:3])
+
+    @torch.no_grad()
+    def _start_detail(self, path: DetailPath) -> None:
+        path.kind.load_state_dict(self.prompt.classifier.state_dict())
+        # Half of each, as shares of kinds are up to 2; where P_D only wonders, the tone stays.
+        for layer, share in zip(
+            (path.toned, *path.thresholds), (TONE_SHARES, NOISE_SHARES, JPEG_SHARES), strict=True
+        ):
+            values = [share.get(kind, 0.0) / 2 for kind in self.types]
+            layer.weight.copy_(torch.tensor(values) / SLOW)
+        path.toned.bias.fill_(-0.1 / SLOW)
+        # The decoder's colours at 1/8 size by least squares, on pictures without a photo.
+        pictures = _color_fields().to(path.toned.weight)
+        latent = self.encode(pictures)
+        features = self._features_at(latent, path.levels[-1])
+        wanted = F.avg_pool2d(self.decode(latent), 8)
+        rows = F.pad(features.movedim(1, -1).flatten(0, 2), (0, 1), value=1.0).double()
+        found = torch.linalg.lstsq(rows.cpu(), wanted.movedim(1, -1).flatten(0, 2).double().cpu())
+        weight = found.solution.T.to(path.color.weight) / SLOW
+        path.color.weight.copy_(weight[:, :-1, None, None])
+        path.color.bias.copy_(weight[:, -1])
+
+    def _features_at(self, latent: Tensor, level: int) -> Tensor:
+        """The VAE decoder's features of a scaled latent there."""
+        trunk = VaeTrunk.of(self.vae)
+        with own_precision(self.vae):
+            raw = suited(self.vae, latent / self.latent_scale)
+            found = next(h for each, h in decoder_levels(trunk, raw) if each == level)
+        return found.float()
 
     def start_control(self) -> None:
         """Copy the UNet's encoder into the control module (start of stage 1)."""
@@ -397,6 +432,19 @@ class Models(nn.Module):
             self.classification = checkpoint.info.classification
             self.abstention = checkpoint.info.abstention
         return found
+
+
+def _color_fields() -> Tensor:
+    """Pictures of smooth and rough colours, (32, 3, 64, 64) in [-1, 1], always the same."""
+    generator = torch.Generator().manual_seed(0)
+    found = torch.zeros(32, 3, 64, 64)
+    for cells in (1, 2, 4, 8, 32):
+        field = torch.rand(32, 3, cells, cells, generator=generator)
+        weight = torch.rand(32, 1, 1, 1, generator=generator)
+        found += weight * F.interpolate(field, size=(64, 64), mode="bilinear")
+    low, high = (found.flatten(1).aminmax(dim=1)[place][:, None, None, None] for place in (0, 1))
+    ends = torch.rand(2, 32, 1, 1, 1, generator=generator)
+    return torch.lerp(ends[0] - 1, 1 - ends[1], (found - low) / (high - low))
 
 
 def check_base(checkpoint: Checkpoint, base_model: str) -> None:

@@ -255,7 +255,7 @@ class DecoderLoss:
         return mean * self.models.latent_scale, {k: v[:count] for k, v in features.items()}
 
     def decode(
-        self, latent: Tensor, features: Features, pooled: Tensor, quantiles: Tensor
+        self, latent: Tensor, features: Features, pooled: Tensor, statistics: Tensor
     ) -> Tensor:
         """Pixels of a scaled latent.
 
@@ -263,10 +263,10 @@ class DecoderLoss:
             latent: (B, 4, h, w).
             features: Of the degraded photos.
             pooled: Pooled P_D, (B, context_width).
-            quantiles: `tone_quantiles` of the whole degraded photos, (B, 48).
+            statistics: `photo_statistics` of the whole degraded photos, (B, 51).
         """
         raw, condition = latent / self.models.latent_scale, self.extension.condition
-        return aware_decode(self.trunk, self.extension, raw, features, condition(pooled, quantiles))
+        return aware_decode(self.trunk, self.extension, raw, features, condition(pooled, statistics))
 
     def _latent_and_features(
         self, batch: dict[str, Tensor], generator: torch.Generator
@@ -293,7 +293,7 @@ class DecoderLoss:
             pooled = self.models.read_pooled(batch)
             latent, features = self._latent_and_features(batch, generator)
         pooled = doubted(pooled, config.doubt, generator)[part]
-        pixels = self._decode_fast(latent, features, pooled, batch["quantiles"][part]).float()
+        pixels = self._decode_fast(latent, features, pooled, batch["statistics"][part]).float()
         image = (pixels + 1) / 2
         l1 = F.l1_loss(image, batch["gt"])
         terms = {"l1": l1}
@@ -377,7 +377,7 @@ def build(
         models.start_decoder()
     prepare(models, config)
     _check_sampling(models, config, found)
-    reads = {"gt", "lq", "quantiles", models.degradation_key}
+    reads = {"gt", "lq", "statistics", models.degradation_key}
     if config.sample_steps:
         reads.add("clip_view")
     train, fixed = open_data(
@@ -403,7 +403,7 @@ def build(
                 latent = sample(models, hint, prompt.semantic, prompt.degradation, steps, generator)
             else:
                 latent = hint
-            pixels = loss.decode(latent, features, prompt.pooled, batch["quantiles"])
+            pixels = loss.decode(latent, features, prompt.pooled, batch["statistics"])
             images.append((pixels.float() + 1) / 2)
         image = torch.cat(images)
         before = psnr(validation["lq"], validation["gt"])

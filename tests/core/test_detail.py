@@ -21,6 +21,19 @@ def detail_path() -> DetailPath:
     return path
 
 
+def test_shrinkage_and_tone_go_by_kinds() -> None:
+    path = detail_path()
+    path.toned.weight[0, 1], path.thresholds[1].weight[:, 2] = 5, 5
+    path.out.weight.zero_()
+    none, tone, noise = (path.condition(sure_of(*k), torch.rand(1, 51)) for k in ((), (1,), (2,)))
+    photo = torch.rand(1, 3, 32, 48)
+    assert torch.equal(path.shrunk(photo, none), photo)
+    assert torch.equal(path.shrunk(photo, tone), photo)
+    assert not torch.equal(path.shrunk(photo, noise), photo)
+    assert not run(path, none).any()
+    assert run(path, tone).any()
+
+
 def run(path: DetailPath, condition: Tensor | LocalPooled) -> Tensor:
     """What it adds to a photo of 32 x 48 pixels."""
     torch.manual_seed(1)
@@ -41,7 +54,7 @@ def test_sizes_are_read_back_from_weights() -> None:
 
 
 def test_a_head_counts_where_its_kind_is() -> None:
-    path, tone = detail_path(), torch.rand(1, 48)
+    path, tone = detail_path(), torch.rand(1, 51)
     conditions = [path.condition(sure_of(*kinds), tone) for kinds in ((), (1,), (0, 2))]
     before = [run(path, condition) for condition in conditions]
     assert not before[0].any()
@@ -53,7 +66,7 @@ def test_a_head_counts_where_its_kind_is() -> None:
 
 
 def test_heads_go_by_the_place() -> None:
-    path, tone = detail_path(), torch.rand(1, 48)
+    path, tone = detail_path(), torch.rand(1, 51)
     tiles = torch.stack([sure_of(), sure_of(1)], dim=2)[:, :, None]  # (1, C, 1 row, 2 columns)
     columns = torch.zeros(2, 6)
     columns[0, :3], columns[1, 3:] = 1, 1

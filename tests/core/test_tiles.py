@@ -23,7 +23,7 @@ from diff_restorer import (
     aware_decode,
     encode_with_features,
     encoder_features,
-    tone_quantiles,
+    photo_statistics,
 )
 from diff_restorer.tiled_vae import plan_decode, plan_encode, plan_features
 from diff_restorer.tiles import Cut, Map, Plan, Stage, Window
@@ -81,7 +81,7 @@ class Decoder:
 
     @property
     def condition(self) -> Tensor | LocalPooled:
-        return self.extension.condition(self.pooled, tone_quantiles((self.photo + 1) / 2))
+        return self.extension.condition(self.pooled, photo_statistics((self.photo + 1) / 2))
 
     def whole(self, fidelity: float) -> Tensor:
         features = encoder_features(self.trunk, self.photo, self.extension.levels)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from diff_restorer import tone_quantiles
+from diff_restorer import photo_statistics
 from tests import toy_weights
 
 pytestmark = pytest.mark.comfy
@@ -54,14 +54,15 @@ def test_fidelity_goes_from_the_stock_decode_to_the_detail_path(
 def test_an_untrained_detail_path_gives_the_photo_with_all_its_digits(
     decode, restorer, photo
 ) -> None:
-    out, image = restorer.fusion.model.out, photo(61, 75)
-    kept = {key: tensor.clone() for key, tensor in out.state_dict().items()}
+    model, image = restorer.fusion.model, photo(61, 75)
+    zero_at_start = torch.nn.ModuleList([model.out, model.finer, model.toned, model.thresholds])
+    kept = {key: tensor.clone() for key, tensor in zero_at_start.state_dict().items()}
     try:
-        for parameter in out.parameters():
+        for parameter in zero_at_start.parameters():
             parameter.zero_()
         found = [decode(image, tile_size=tile) for tile in (0, 64)]
     finally:
-        out.load_state_dict(kept)
+        zero_at_start.load_state_dict(kept)
     for each in found:
         torch.testing.assert_close(each, image, rtol=0, atol=1e-6)
 
@@ -84,8 +85,8 @@ def test_all_tiles_know_the_tone_of_the_whole_photo(decode, prepare, restorer, p
     alone = decode(dark, samples=latent, degradation=restoration.degradation)
     before = (tiled - alone).abs().mean()
     assert before > 1e-3
-    model, quantiles = restorer.fusion.model, tone_quantiles(image.movedim(-1, 1))
-    told = model.condition(restoration.degradation.pooled, quantiles)
+    model, statistics = restorer.fusion.model, photo_statistics(image.movedim(-1, 1))
+    told = model.condition(restoration.degradation.pooled, statistics)
     known = model.condition
     model.condition = lambda *_: told
     try:

@@ -54,7 +54,7 @@ def batch_for(models: Models) -> dict[str, Tensor]:
     side = models.sizes.vision_image
     shapes = {
         "gt": (2, 3, 32, 32), "lq": (2, 3, 32, 32), "clip_view": (2, 3, side, side),
-        "native_view": (2, 3, side, side), "quantiles": (2, 48),
+        "native_view": (2, 3, side, side), "statistics": (2, 51),
     }  # fmt: skip
     batch = {name: torch.rand(shape, generator=generator) for name, shape in shapes.items()}
     kinds = torch.zeros(2, len(models.types))

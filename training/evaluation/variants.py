@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from diff_restorer import PromptOutput, aware_decode, encode_with_features, tone_quantiles
+from diff_restorer import PromptOutput, aware_decode, encode_with_features, photo_statistics
 from diff_restorer.decoder import Features
 
 from ..data import seeded
@@ -104,13 +104,13 @@ class Photo:
             neutral = self.models.prompt.prototypes.mean(dim=0, keepdim=True)
             pooled = self.prompt.pooled if variant.pooled else neutral
             extension = self.models.decoder.extension
-            quantiles = tone_quantiles((self.pixels + 1) / 2)
+            statistics = photo_statistics((self.pixels + 1) / 2)
             image = aware_decode(
                 self.trunk,
                 extension,
                 latent / self.models.latent_scale,
                 self.features,
-                extension.condition(pooled, quantiles),
+                extension.condition(pooled, statistics),
                 variant.fidelity,
             )
         height, width = self.size

@@ -1,0 +1,57 @@
+"""Shrinkage of a photo's local frequencies: what noise and JPEG leave of them is small."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+SIDE = 8
+"""Of the blocks, pixels: as JPEG's."""
+THRESHOLDS = 3 * SIDE * SIDE
+"""A threshold for each frequency of each opponent colour."""
+_STEP, _EDGE = 2, 3
+"""From block to block, and how far the first ones lie outside of the photo."""
+
+
+def shrink(photo: Tensor, thresholds: Tensor) -> Tensor:
+    """The mean of what all blocks of a photo are without their small frequencies.
+
+    The blocks overlap, which hides their edges. Frequencies well above their threshold stay as they
+    are, those well below go; the means never go. With thresholds of 0 the photo stays, bit for bit.
+
+    Args:
+        photo: (B, 3, H, W) in any units; H and W even.
+        thresholds: In the same units, (B, 192, 1, 1), or (B, 192, H/2, W/2) of each place.
+
+    Source: hard thresholding of translated DCT blocks (Yu and Sapiro 2011,
+    https://doi.org/10.5201/ipol.2011.ys-dct), with a threshold that gradients pass.
+    """
+    photo, filters = photo.float(), _cosines(photo.device)
+    colors = F.pad(opponent(photo), (_EDGE,) * 4, mode="replicate")
+    planes = F.conv2d(colors.flatten(0, 1)[:, None], filters, stride=_STEP)
+    limits = thresholds.float().unflatten(1, (3, -1)).flatten(0, 1)
+    ratio = (limits.square() / (planes.square() + 1e-10)).clamp_max(100.0) ** 4
+    small = planes[:, 1:] * (ratio / (1 + ratio))[:, 1:]
+    summed = F.conv_transpose2d(small, filters[1:], stride=_STEP)
+    blocks = torch.ones_like(planes[:1, :1])
+    count = F.conv_transpose2d(blocks, torch.ones_like(filters[:1]), stride=_STEP)
+    mean = (summed / count)[..., _EDGE:-_EDGE, _EDGE:-_EDGE]
+    return photo - opponent(mean.unflatten(0, (-1, 3)).squeeze(2), inverse=True)
+
+
+def opponent(photo: Tensor, *, inverse: bool = False) -> Tensor:
+    """Grey, red against blue, and green against both, (B, 3, H, W), by a rotation of the colours;
+    or the way back."""
+    rows = torch.tensor([[1.0, 1, 1], [1, 0, -1], [1, -2, 1]], device=photo.device)
+    rotation = F.normalize(rows, dim=1)
+    return torch.einsum("ck,bkhw->bchw", rotation.T if inverse else rotation, photo)
+
+
+def _cosines(device: torch.device) -> Tensor:
+    """The orthonormal cosine transform of blocks, (64, 1, 8, 8), the mean first."""
+    place = torch.arange(SIDE, device=device)
+    rows = F.normalize(torch.cos(math.pi * (place[None] + 0.5) * place[:, None] / SIDE), dim=1)
+    return torch.einsum("ui,vj->uvij", rows, rows).flatten(0, 1)[:, None]

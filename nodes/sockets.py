@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from comfy_api.latest import io
 from torch import Tensor
@@ -10,6 +11,9 @@ from torch import Tensor
 from ..diff_restorer import LocalPooled
 from ..diff_restorer.abstention import CLEAN, Abstention
 from ..diff_restorer.checkpoint import ONE_KIND
+
+if TYPE_CHECKING:
+    from .host_models import DiffRestorer
 
 CATEGORY = "restoration/diff-restorer"
 
@@ -40,6 +44,10 @@ class Degradation:
     """Names of the N types."""
     prototypes: Tensor
     """(N, C): pooled P_D of each type, averaged over the training photos."""
+    restorer: DiffRestorer
+    """The file that read it."""
+    image: Tensor
+    """The photos that it was read from, as they came: with their transparency."""
     local: LocalPooled | None = None
     """Pooled P_D of each place, where Tiled Diffusion has looked at parts of the photos."""
     classification: str = ONE_KIND
@@ -56,6 +64,11 @@ class Degradation:
             for value in (self.tokens, self.pooled, self.probabilities)
         )
         return replace(self, tokens=tokens, pooled=pooled, probabilities=probabilities)
+
+    def get_ram_usage(self) -> int:
+        """Bytes that go with it; newer hosts clear their cache by it."""
+        own = (self.tokens, self.pooled, self.probabilities, self.prototypes, self.image)
+        return self.restorer.get_ram_usage() + sum(each.nbytes for each in own)
 
     @property
     def batch(self) -> int:

@@ -69,7 +69,12 @@ NODES = {
     ),
     "DiffRestorerDegradationClassifier": (
         "Degradation Classifier",
-        {"diff_restorer": "DIFF_RESTORER", "clip_vision": "CLIP_VISION", "image": "IMAGE"},
+        {
+            "diff_restorer": "DIFF_RESTORER",
+            "clip_vision": "CLIP_VISION",
+            "image": "IMAGE",
+            "degradation": "DEGRADATION",
+        },
         {
             "label": "STRING",
             "confidence": "FLOAT",
@@ -140,13 +145,16 @@ NODES = {
     ),
 }
 SHOWING = ("DiffRestorerDegradationClassifier", "DiffRestorerMeasure")
+BROUGHT = ("diff_restorer", "clip_vision", "image", "degradation")
 OPTIONAL = {
     ("DiffRestorerLoader", "abstain"),
     ("DiffRestorerNanoLoader", "abstain"),
-    ("DiffRestorerPromptProcessor", "text"),
-    ("DiffRestorerAwareVAEDecode", "tiling"),
+    *(("DiffRestorerPromptProcessor", name) for name in ("clip_vision", "text")),
+    *(("DiffRestorerDegradationControl", name) for name in ("diff_restorer", "image", "vae")),
+    *(("DiffRestorerAwareVAEDecode", name) for name in ("vae", "diff_restorer", "image", "tiling")),
+    *(("DiffRestorerTiledDiffusion", name) for name in BROUGHT),
+    *(("DiffRestorerDegradationClassifier", name) for name in BROUGHT),
     ("DiffRestorerMeasure", "lq"),
-    ("DiffRestorerTiledDiffusion", "degradation"),
 }
 
 

@@ -134,6 +134,8 @@ class DiffRestorerPromptProcessor(io.ComfyNode):
                     ),
                 ),
             ],
+            # Else the host would not show the chart again where the node need not run again.
+            is_output_node=True,
         )
 
     @classmethod

@@ -99,6 +99,13 @@ def expand_blueprint(blueprint: dict[str, Any], **sockets: Any) -> tuple[Workflo
         only output.
     """
     (outer,), (inner,) = blueprint["nodes"], blueprint["definitions"]["subgraphs"]
+    return expand_subgraph(outer, inner, sockets)
+
+
+def expand_subgraph(
+    outer: dict[str, Any], inner: dict[str, Any], sockets: dict[str, Any]
+) -> tuple[Workflow, list[Any]]:
+    """`expand_blueprint` for a node of any workflow and the subgraph that is its type."""
     widgets = [entry["name"] for entry in outer["inputs"] if "widget" in entry]
     given = dict(zip(widgets, outer["widgets_values"], strict=True)) | sockets
     links = {link["id"]: link for link in inner["links"]}

@@ -23,7 +23,7 @@ CLASSIFIER = "DiffRestorerDegradationClassifier"
 SURE = ("noise", "low_light")
 ONE_PHOTO = (
     "compare_decoders", "measure_restoration", "restore_by_kind", "restore_if_degraded",
-    "restore_large", "restore_nano", "restore_override", "restore_upscale_x2",
+    "restore_large", "restore_nano", "restore_override", "restore_photo", "restore_upscale_x2",
 )  # fmt: skip
 
 

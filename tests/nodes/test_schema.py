@@ -144,7 +144,11 @@ NODES = {
         {"image": "IMAGE"},
     ),
 }
-SHOWING = ("DiffRestorerDegradationClassifier", "DiffRestorerMeasure")
+SHOWING = (
+    "DiffRestorerPromptProcessor",
+    "DiffRestorerDegradationClassifier",
+    "DiffRestorerMeasure",
+)
 BROUGHT = ("diff_restorer", "clip_vision", "image", "degradation")
 OPTIONAL = {
     ("DiffRestorerLoader", "abstain"),

@@ -11,7 +11,7 @@ from torch import Tensor
 from .chart import charts_of
 from .checks import checked
 from .host_models import DiffRestorer
-from .sockets import CATEGORY, Degradation, DegradationSocket, DiffRestorerSocket
+from .sockets import CATEGORY, Degradation, DegradationSocket, DiffRestorerSocket, found_by
 from .sources import COMPLETE, clip_vision_of, photos_of, restorer_of
 
 
@@ -24,6 +24,7 @@ class DiffRestorerDegradationClassifier(io.ComfyNode):
             node_id="DiffRestorerDegradationClassifier",
             display_name="Degradation Classifier",
             category=CATEGORY,
+            **found_by("detect noise", "detect blur", "image quality", "what is wrong"),
             description=(
                 "Says how a photo is degraded and shows the probabilities of all kinds. It shares "
                 "its look at the photo with the Prompt Processor, so using both costs no more "

@@ -15,7 +15,14 @@ from .host_models import DiffRestorer
 from .host_tiled import SEMANTIC_KEY
 from .host_vae import PhotoFeatures, encode_photo
 from .images import common_batch, split_alpha, to_batch
-from .sockets import CATEGORY, Degradation, DegradationSocket, DiffRestorerSocket
+from .sockets import (
+    CATEGORY,
+    RESTORATION,
+    Degradation,
+    DegradationSocket,
+    DiffRestorerSocket,
+    found_by,
+)
 from .sources import (
     COMPLETE,
     OVERRIDE,
@@ -79,6 +86,7 @@ class DiffRestorerPromptProcessor(io.ComfyNode):
             node_id="DiffRestorerPromptProcessor",
             display_name="Diff-Restorer Prompt Processor",
             category=CATEGORY,
+            **found_by(*RESTORATION),
             description=(
                 "Looks at the degraded photo with CLIP and separates what it shows from how it is "
                 "degraded. The content becomes the prompt; the degradation steers Degradation "
@@ -173,6 +181,7 @@ class DiffRestorerDegradationControl(io.ComfyNode):
             node_id="DiffRestorerDegradationControl",
             display_name="Degradation Control",
             category=CATEGORY,
+            **found_by("restore", "controlnet", "denoise", "deblur"),
             description=(
                 "Encodes the degraded photo and steers the sampler with it, like a ControlNet that "
                 "knows how the photo is degraded. Other ControlNets can be applied before and "

@@ -14,7 +14,7 @@ from .conditioning import check_degradation
 from .host_models import DiffRestorer
 from .host_vae import AUTO_TILE, EXACT, FAST, SCALE, AwareDecoder, PhotoFeatures
 from .images import check_finite, common_batch, pad_to_multiple, split_alpha, to_batch
-from .sockets import CATEGORY, Degradation, DegradationSocket, DiffRestorerSocket
+from .sockets import CATEGORY, Degradation, DegradationSocket, DiffRestorerSocket, found_by
 from .sources import COMPLETE, OVERRIDE, photos_of, restorer_of, vae_of
 
 
@@ -27,6 +27,7 @@ class DiffRestorerAwareVAEDecode(io.ComfyNode):
             node_id="DiffRestorerAwareVAEDecode",
             display_name="Aware VAE Decode",
             category=CATEGORY,
+            **found_by("restore", "vae decode", "keep detail", "sharpen"),
             description=(
                 "Decodes like VAE Decode, but puts back detail of the degraded photo that the "
                 "VAE loses, filtered by what is known of its degradation. The result has the "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from comfy_api.latest import io
 from torch import Tensor
@@ -16,6 +16,20 @@ if TYPE_CHECKING:
     from .host_models import DiffRestorer
 
 CATEGORY = "restoration/diff-restorer"
+
+RESTORATION = (
+    "restore", "restore photo", "photo restoration", "old photo", "enhance", "denoise",
+    "remove noise", "deblur", "sharpen", "dehaze", "derain", "remove rain", "remove snow",
+    "jpeg artifacts", "low light",
+)  # fmt: skip
+"""What people type who look for a restoration."""
+
+
+def found_by(*words: str) -> dict[str, Any]:
+    """Arguments of a schema: other words to find a node by, where the host knows such."""
+    known = "search_aliases" in io.Schema.__dataclass_fields__  # not in 0.3.75
+    return {"search_aliases": list(words)} if known else {}
+
 
 PRESENT = 0.5
 """Probability from which on a kind is there, where any number of kinds may be."""

@@ -16,7 +16,7 @@ from .host_models import DiffRestorer
 from .host_tiled import Grid, LocalView, TiledDiffusion
 from .host_vae import SCALE
 from .images import common_batch, pad_to_multiple, split_alpha
-from .sockets import CATEGORY, Degradation, DegradationSocket, DiffRestorerSocket
+from .sockets import CATEGORY, Degradation, DegradationSocket, DiffRestorerSocket, found_by
 from .sources import COMPLETE, OVERRIDE, clip_vision_of, photos_of, restorer_of
 
 
@@ -29,6 +29,7 @@ class DiffRestorerTiledDiffusion(io.ComfyNode):
             node_id="DiffRestorerTiledDiffusion",
             display_name="Tiled Diffusion",
             category=CATEGORY,
+            **found_by("upscale", "large photo", "tiles", "multidiffusion"),
             description=(
                 "Lets the sampler work on large photos in overlapping tiles, at the size that the "
                 "model is at home with. Each tile is restored by what is seen in it and by how "

@@ -18,7 +18,7 @@ from tools.host import PACK_NAME
 pytestmark = pytest.mark.comfy
 
 API = ROOT / "workflows/api"
-BLUEPRINT = ROOT / "subgraphs/Restore photo.json"
+(BLUEPRINT,) = (ROOT / "subgraphs").glob("*.json")
 CLASSIFIER = "DiffRestorerDegradationClassifier"
 SURE = ("noise", "low_light")
 ONE_PHOTO = (

@@ -199,6 +199,16 @@ def test_everything_is_explained(schemas: dict[str, Any], node_id: str) -> None:
         assert entry.tooltip.endswith(".")
 
 
+def test_nodes_are_found_by_what_people_type(schemas: dict[str, Any], pack: ModuleType) -> None:
+    words = ("denoise", "deblur", "dehaze", "derain", "jpeg artifacts", "low light", "old photo")
+    assert set(words) <= set(pack.nodes.sockets.RESTORATION)
+    nano = schemas["DiffRestorerNanoLoader"]
+    assert [word for word in words[:-1] if word not in nano.description.lower()] == []
+    if hasattr(nano, "search_aliases"):  # newer hosts
+        assert all(schema.search_aliases for schema in schemas.values())
+        assert set(words) <= set(nano.search_aliases)
+
+
 def test_the_host_registered_them(pack: ModuleType) -> None:
     import nodes
 

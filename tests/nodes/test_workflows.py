@@ -17,7 +17,7 @@ from tests.e2e.graph import expand_blueprint, expand_subgraph, inputs_of
 pytestmark = pytest.mark.comfy
 
 FOLDER = Path(__file__).parents[2] / "workflows"
-BLUEPRINT = Path(__file__).parents[2] / "subgraphs/Restore photo.json"
+(BLUEPRINT,) = (Path(__file__).parents[2] / "subgraphs").glob("*.json")
 NAMES = (
     "compare_decoders", "measure_restoration", "restore_by_kind", "restore_folder",
     "restore_if_degraded", "restore_large", "restore_nano", "restore_override", "restore_photo",
@@ -329,6 +329,11 @@ def test_blueprint() -> None:
             assert number == end["link"]
         assert start["type"] == end["type"] == kind
     assert load(SIMPLE)["definitions"] == blueprint["definitions"]
+    for word in ("denoise", "deblur", "dehaze", "derain", "old photo"):
+        assert word in BLUEPRINT.stem, "all that ComfyUI 0.3.75 searches"
+        assert word in blueprint["extra"]["BlueprintSearchAliases"]
+    assert inner["category"] == "restoration/diff-restorer"
+    assert inner["description"] == blueprint["extra"]["BlueprintDescription"]
     expanded, output = expand_blueprint(blueprint, image=["101", 0])
     full = load("restore_nano", api=True)
     assert output == [f"1:{full['110']['inputs']['images'][0]}", 0]

@@ -17,8 +17,8 @@ from tools.host import Host
 from tools.restore import NANO_WORKFLOW, OUTPUT_TITLE
 
 OnProgress = Callable[[Progress], None]
-AFTER_SEED = "fixed"
-"""What the front end does with a seed after a run."""
+AFTER_RUN = {"seed": "fixed", "index": "increment"}
+"""What the front end does with a number after a run."""
 
 
 @dataclass
@@ -79,8 +79,8 @@ def inputs_of(node: dict[str, Any], source: Callable[[int], Any]) -> dict[str, A
     for entry in node["inputs"]:
         if "widget" in entry:
             inputs[entry["name"]] = next(values)
-            if entry["name"] == "seed":
-                assert next(values) == AFTER_SEED
+            if entry["name"] in AFTER_RUN:
+                assert next(values) == AFTER_RUN[entry["name"]]
         if entry["link"] is not None:
             inputs[entry["name"]] = source(entry["link"])
     assert not list(values)

@@ -143,6 +143,11 @@ NODES = {
         {"switch": "BOOLEAN", "on_false": "IMAGE", "on_true": "IMAGE"},
         {"image": "IMAGE"},
     ),
+    "DiffRestorerFolderPhoto": (
+        "Load Photo from Folder",
+        {"folder": "COMBO", "index": ("INT", 0, 0, 2**31 - 1)},
+        {"image": "IMAGE", "name": "STRING", "progress": "STRING", "count": "INT"},
+    ),
 }
 SHOWING = (
     "DiffRestorerPromptProcessor",

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from tests.e2e.graph import expand_blueprint, expand_subgraph, inputs_of
+from tests.e2e.graph import AFTER_RUN, expand_blueprint, expand_subgraph, inputs_of
 
 pytestmark = pytest.mark.comfy
 
@@ -20,14 +20,18 @@ FOLDER = Path(__file__).parents[2] / "workflows"
 (BLUEPRINT,) = (Path(__file__).parents[2] / "subgraphs").glob("*.json")
 NAMES = (
     "compare_decoders", "measure_restoration", "restore_by_kind", "restore_folder",
-    "restore_if_degraded", "restore_large", "restore_nano", "restore_override", "restore_photo",
-    "restore_sd15", "restore_upscale_x2",
+    "restore_frames", "restore_if_degraded", "restore_large", "restore_nano", "restore_override",
+    "restore_photo", "restore_sd15", "restore_upscale_x2",
 )  # fmt: skip
 WIRES = {"restore_photo": 2, "restore_nano": 13}
 SIMPLE = "restore_photo"
 """A note, the blueprint as one node, and Save."""
 # What programs cannot send a degraded photo to.
-OTHER_INPUTS = {"measure_restoration": "Clean photo", "restore_folder": "Folder of photos"}
+OTHER_INPUTS = {
+    "measure_restoration": ("Clean photo", "LoadImage"),
+    "restore_folder": ("Folder of photos", "DiffRestorerFolderPhoto"),
+    "restore_frames": ("Folder of frames", "LoadImageDataSetFromFolder"),
+}
 NOTES = ("Note", "MarkdownNote")
 # Files of the host's comfy_extras whose nodes the workflows use.
 EXTRAS = ("dataset", "images", "latent", "preview_any", "rebatch", "string")
@@ -110,8 +114,8 @@ def test_what_programs_rely_on(name: str) -> None:
     titles = {
         node["_meta"]["title"]: node["class_type"] for node in graph.values() if "_meta" in node
     }
-    start = titles[OTHER_INPUTS.get(name, "Degraded photo")]
-    assert start == ("LoadImageDataSetFromFolder" if name == "restore_folder" else "LoadImage")
+    title, start = OTHER_INPUTS.get(name, ("Degraded photo", "LoadImage"))
+    assert titles[title] == start
     assert titles["Restored"] == "SaveImage"
     assert ("DiffRestorerDegradationClassifier" in titles.values()) == (name != SIMPLE)
     nodes = {node["class_type"]: node for node in graph.values()}
@@ -196,8 +200,8 @@ def test_widgets_are_in_the_order_of_the_schema(info, name: str) -> None:
             if is_widget(kind)
         ]
         assert [key for key in stored if key not in UPLOAD] == expected
-        fixed = sum(key == "seed" for key in stored)
-        assert len(node["widgets_values"]) == len(stored) + fixed, node["type"]
+        after = sum(key in AFTER_RUN for key in stored)
+        assert len(node["widgets_values"]) == len(stored) + after, node["type"]
 
 
 TITLE, COLLAPSED, STUB = 30, 150, 15

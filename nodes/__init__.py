@@ -14,6 +14,7 @@ from .degradations import (
     DiffRestorerMeasure,
     DiffRestorerSimulateDegradation,
 )
+from .folders import DiffRestorerFolderPhoto
 from .loaders import DiffRestorerLoader, DiffRestorerNanoLoader
 from .routing import DiffRestorerSwitch
 from .tiled import DiffRestorerTiledDiffusion
@@ -37,4 +38,5 @@ class DiffRestorerExtension(ComfyExtension):
             DiffRestorerMeasure,
             DiffRestorerTiledDiffusion,
             DiffRestorerSwitch,
+            DiffRestorerFolderPhoto,
         ]

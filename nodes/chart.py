@@ -1,4 +1,4 @@
-"""Pictures of degradation probabilities: a bar chart, and a map over a photo."""
+"""Pictures of degradation probabilities: bar charts, and a map over a photo."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
+
+from .sockets import Degradation
 
 _WIDTH, _ROW, _MARGIN, _LABELS, _NUMBERS = 480, 30, 12, 120, 64
 _BACKGROUND, _TEXT, _TRACK, _BAR, _BEST = "#1f1f1f", "#dddddd", "#333333", "#5b7fa6", "#e8a33d"
@@ -39,6 +41,12 @@ def bar_chart(probabilities: Mapping[str, float], highlighted: Collection[str]) 
         number = f"{100 * probability:.1f} %"
         draw.text((_WIDTH - _MARGIN, middle), number, _TEXT, font, anchor="rm")
     return torch.from_numpy(np.asarray(picture, dtype=np.float32) / 255)
+
+
+def charts_of(degradation: Degradation) -> Tensor:
+    """The bar chart of each photo, (B, H, W, 3) in [0, 1]."""
+    pairs = zip(degradation.as_dicts(), degradation.kinds, strict=True)
+    return torch.stack([bar_chart(*pair) for pair in pairs])
 
 
 _HUES = (

@@ -5,15 +5,14 @@ from __future__ import annotations
 import json
 from typing import Any
 
-import torch
 from comfy_api.latest import io, ui
 from torch import Tensor
 
-from .chart import bar_chart
+from .chart import charts_of
 from .checks import checked
 from .host_models import DiffRestorer
-from .images import split_alpha
-from .sockets import CATEGORY, DegradationSocket, DiffRestorerSocket
+from .sockets import CATEGORY, Degradation, DegradationSocket, DiffRestorerSocket, found_by
+from .sources import COMPLETE, clip_vision_of, photos_of, restorer_of
 
 
 class DiffRestorerDegradationClassifier(io.ComfyNode):
@@ -25,18 +24,38 @@ class DiffRestorerDegradationClassifier(io.ComfyNode):
             node_id="DiffRestorerDegradationClassifier",
             display_name="Degradation Classifier",
             category=CATEGORY,
+            **found_by("detect noise", "detect blur", "image quality", "what is wrong"),
             description=(
                 "Says how a photo is degraded and shows the probabilities of all kinds. It shares "
                 "its look at the photo with the Prompt Processor, so using both costs no more "
-                "than one."
+                "than one. What a Prompt Processor has read can be connected in place of the photo."
             ),
             inputs=[
-                DiffRestorerSocket.Input("diff_restorer", tooltip="From Load Diff-Restorer."),
+                DiffRestorerSocket.Input(
+                    "diff_restorer",
+                    optional=True,
+                    tooltip="From Load Diff-Restorer. Not needed with degradation.",
+                ),
                 io.ClipVision.Input(
-                    "clip_vision", tooltip="The vision model that the file was trained with."
+                    "clip_vision",
+                    optional=True,
+                    tooltip=COMPLETE + "Else the vision model that the file was trained with.",
                 ),
                 io.Image.Input(
-                    "image", tooltip="The degraded photos. Transparency is not looked at."
+                    "image",
+                    optional=True,
+                    tooltip=(
+                        "The degraded photos. Transparency is not looked at. Not needed with "
+                        "degradation."
+                    ),
+                ),
+                DegradationSocket.Input(
+                    "degradation",
+                    optional=True,
+                    tooltip=(
+                        "From the Prompt Processor or Edit Degradation: shown as it is, without "
+                        "another look, unless one of the inputs above asks for one."
+                    ),
                 ),
             ],
             outputs=[
@@ -72,14 +91,23 @@ class DiffRestorerDegradationClassifier(io.ComfyNode):
 
     @classmethod
     @checked
-    def execute(cls, diff_restorer: DiffRestorer, clip_vision: Any, image: Tensor) -> io.NodeOutput:
-        rgb, _ = split_alpha(image)
-        _, degradation = diff_restorer.read(clip_vision, rgb)
+    def execute(
+        cls,
+        diff_restorer: DiffRestorer | None = None,
+        clip_vision: Any = None,
+        image: Tensor | None = None,
+        degradation: Degradation | None = None,
+    ) -> io.NodeOutput:
+        if degradation is None or not (diff_restorer is clip_vision is image is None):
+            restorer, photos = (
+                restorer_of(diff_restorer, degradation),
+                photos_of(image, degradation),
+            )
+            _, degradation = restorer.read(clip_vision_of(clip_vision, restorer), photos)
         rows = degradation.as_dicts()
         text = json.dumps(rows[0] if len(rows) == 1 else rows)
         confidence, best = degradation.probabilities.mean(dim=0).max(dim=0)
-        kinds = degradation.kinds
-        charts = torch.stack([bar_chart(*pair) for pair in zip(rows, kinds, strict=True)])
+        charts = charts_of(degradation)
         # The front end takes one dictionary: pictures for the node, text for /history.
         shown = ui.PreviewImage(charts, cls=cls).as_dict() | ui.PreviewText(text).as_dict()
         label = degradation.types[int(best)]

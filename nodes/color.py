@@ -11,7 +11,7 @@ from ..diff_restorer.color import METHODS, match_colors
 from .checks import checked
 from .host import check_interrupt
 from .images import common_batch, split_alpha, to_batch
-from .sockets import CATEGORY
+from .sockets import CATEGORY, found_by
 
 
 class DiffRestorerColorFix(io.ComfyNode):
@@ -23,6 +23,7 @@ class DiffRestorerColorFix(io.ComfyNode):
             node_id="DiffRestorerColorFix",
             display_name="Match Colors",
             category=CATEGORY,
+            **found_by("color match", "color transfer", "color fix"),
             description=(
                 "Gives a restored photo the colours of the degraded one, where diffusion has "
                 "shifted them. Leave it out for haze and low light: there the colours of the "

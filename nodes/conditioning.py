@@ -5,16 +5,32 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from comfy_api.latest import io
+from comfy_api.latest import io, ui
 from torch import Tensor
 
+from .chart import charts_of
 from .checks import checked
 from .host_control import DegradationControlNet
 from .host_models import DiffRestorer
 from .host_tiled import SEMANTIC_KEY
 from .host_vae import PhotoFeatures, encode_photo
 from .images import common_batch, split_alpha, to_batch
-from .sockets import CATEGORY, Degradation, DegradationSocket, DiffRestorerSocket
+from .sockets import (
+    CATEGORY,
+    RESTORATION,
+    Degradation,
+    DegradationSocket,
+    DiffRestorerSocket,
+    found_by,
+)
+from .sources import (
+    COMPLETE,
+    OVERRIDE,
+    clip_vision_of,
+    photos_of,
+    restorer_of,
+    vae_of,
+)
 
 Conditioning = list[list[Any]]
 
@@ -70,18 +86,20 @@ class DiffRestorerPromptProcessor(io.ComfyNode):
             node_id="DiffRestorerPromptProcessor",
             display_name="Diff-Restorer Prompt Processor",
             category=CATEGORY,
+            **found_by(*RESTORATION),
             description=(
                 "Looks at the degraded photo with CLIP and separates what it shows from how it is "
                 "degraded. The content becomes the prompt; the degradation steers Degradation "
-                "Control and Aware VAE Decode."
+                "Control and Aware VAE Decode, and the node shows it as a chart."
             ),
             inputs=[
                 DiffRestorerSocket.Input("diff_restorer", tooltip="From Load Diff-Restorer."),
                 io.ClipVision.Input(
                     "clip_vision",
+                    optional=True,
                     tooltip=(
-                        "The vision model that the file was trained with: OpenAI's ViT-L/14 for "
-                        "Stable Diffusion 1.5, Nano's own for Nano."
+                        COMPLETE + "Else the vision model that the file was trained with: OpenAI's "
+                        "ViT-L/14 for Stable Diffusion 1.5."
                     ),
                 ),
                 io.Image.Input(
@@ -118,9 +136,14 @@ class DiffRestorerPromptProcessor(io.ComfyNode):
                 ),
                 DegradationSocket.Output(
                     display_name="degradation",
-                    tooltip="How the photo is degraded, for the other Diff-Restorer nodes.",
+                    tooltip=(
+                        "How the photo is degraded, for the other Diff-Restorer nodes. Brings the "
+                        "file and the photos along."
+                    ),
                 ),
             ],
+            # Else the host would not show the chart again where the node need not run again.
+            is_output_node=True,
         )
 
     @classmethod
@@ -128,13 +151,13 @@ class DiffRestorerPromptProcessor(io.ComfyNode):
     def execute(
         cls,
         diff_restorer: DiffRestorer,
-        clip_vision: Any,
         image: Tensor,
         semantic_strength: float,
+        clip_vision: Any = None,
         text: Conditioning | None = None,
     ) -> io.NodeOutput:
-        rgb, _ = split_alpha(image)
-        semantic, degradation = diff_restorer.read(clip_vision, rgb)
+        vision = clip_vision_of(clip_vision, diff_restorer)
+        semantic, degradation = diff_restorer.read(vision, image)
         semantic = semantic * semantic_strength
         if text:
             positive = join_text(text, semantic)
@@ -145,7 +168,8 @@ class DiffRestorerPromptProcessor(io.ComfyNode):
         # P_S was replaced by zeros in a part of the training, as CFG needs it.
         empty = torch.zeros_like(positive[0][0])
         negative = [[empty, {"pooled_output": torch.zeros_like(semantic.mean(dim=1))}]]
-        return io.NodeOutput(positive, negative, degradation)
+        shown = ui.PreviewImage(charts_of(degradation), cls=cls)
+        return io.NodeOutput(positive, negative, degradation, ui=shown)
 
 
 class DiffRestorerDegradationControl(io.ComfyNode):
@@ -157,6 +181,7 @@ class DiffRestorerDegradationControl(io.ComfyNode):
             node_id="DiffRestorerDegradationControl",
             display_name="Degradation Control",
             category=CATEGORY,
+            **found_by("restore", "controlnet", "denoise", "deblur"),
             description=(
                 "Encodes the degraded photo and steers the sampler with it, like a ControlNet that "
                 "knows how the photo is degraded. Other ControlNets can be applied before and "
@@ -166,15 +191,25 @@ class DiffRestorerDegradationControl(io.ComfyNode):
             inputs=[
                 io.Conditioning.Input("positive", tooltip="From the Prompt Processor."),
                 io.Conditioning.Input("negative", tooltip="From the Prompt Processor."),
-                DiffRestorerSocket.Input("diff_restorer", tooltip="From Load Diff-Restorer."),
+                DiffRestorerSocket.Input(
+                    "diff_restorer", optional=True, tooltip=OVERRIDE + "From Load Diff-Restorer."
+                ),
                 DegradationSocket.Input(
-                    "degradation", tooltip="From the Prompt Processor, for the same photos."
+                    "degradation",
+                    tooltip="From the Prompt Processor. Brings its file and its photos along.",
                 ),
                 io.Image.Input(
-                    "image", tooltip="The degraded photos. Transparency is not looked at."
+                    "image",
+                    optional=True,
+                    tooltip=OVERRIDE + "The degraded photos. Transparency is not looked at.",
                 ),
                 io.Vae.Input(
-                    "vae", tooltip="The VAE of the diffusion model; it encodes the photos once."
+                    "vae",
+                    optional=True,
+                    tooltip=(
+                        COMPLETE
+                        + "Else the VAE of the diffusion model; it encodes the photos once."
+                    ),
                 ),
                 io.Float.Input(
                     "strength",
@@ -224,28 +259,30 @@ class DiffRestorerDegradationControl(io.ComfyNode):
         cls,
         positive: Conditioning,
         negative: Conditioning,
-        diff_restorer: DiffRestorer,
         degradation: Degradation,
-        image: Tensor,
-        vae: Any,
         strength: float,
         start_percent: float,
         end_percent: float,
+        diff_restorer: DiffRestorer | None = None,
+        image: Tensor | None = None,
+        vae: Any = None,
     ) -> io.NodeOutput:
         if start_percent > end_percent:
             raise ValueError(
                 f"start_percent: {start_percent} is after end_percent {end_percent}. Swap them."
             )
-        check_degradation(degradation, diff_restorer)
-        rgb, _ = split_alpha(image)
+        restorer = restorer_of(diff_restorer, degradation)
+        check_degradation(degradation, restorer)
+        vae = vae_of(vae, restorer)
+        rgb, _ = split_alpha(photos_of(image, degradation))
         batch = common_batch(image=len(rgb), degradation=degradation.batch)
-        padded, encoded, features = encode_photo(vae, rgb, diff_restorer)
+        padded, encoded, features = encode_photo(vae, rgb, restorer)
         latent: dict[str, Any] = {"samples": to_batch(encoded, batch).contiguous()}
         if features is not None:
             latent[PhotoFeatures.KEY] = features
         if strength == 0:
             return io.NodeOutput(positive, negative, latent)
-        control = diff_restorer.control.attach(
+        control = restorer.control.attach(
             padded, encoded, degradation.tokens, vae, strength, (start_percent, end_percent)
         )
         return io.NodeOutput(*apply_control(control, positive, negative), latent)

@@ -14,7 +14,8 @@ from .conditioning import check_degradation
 from .host_models import DiffRestorer
 from .host_vae import AUTO_TILE, EXACT, FAST, SCALE, AwareDecoder, PhotoFeatures
 from .images import check_finite, common_batch, pad_to_multiple, split_alpha, to_batch
-from .sockets import CATEGORY, Degradation, DegradationSocket, DiffRestorerSocket
+from .sockets import CATEGORY, Degradation, DegradationSocket, DiffRestorerSocket, found_by
+from .sources import COMPLETE, OVERRIDE, photos_of, restorer_of, vae_of
 
 
 class DiffRestorerAwareVAEDecode(io.ComfyNode):
@@ -26,6 +27,7 @@ class DiffRestorerAwareVAEDecode(io.ComfyNode):
             node_id="DiffRestorerAwareVAEDecode",
             display_name="Aware VAE Decode",
             category=CATEGORY,
+            **found_by("restore", "vae decode", "keep detail", "sharpen"),
             description=(
                 "Decodes like VAE Decode, but puts back detail of the degraded photo that the "
                 "VAE loses, filtered by what is known of its degradation. The result has the "
@@ -33,12 +35,23 @@ class DiffRestorerAwareVAEDecode(io.ComfyNode):
             ),
             inputs=[
                 io.Latent.Input("samples", tooltip="The sampler's result."),
-                io.Vae.Input("vae", tooltip="The VAE of the diffusion model."),
-                DiffRestorerSocket.Input("diff_restorer", tooltip="From Load Diff-Restorer."),
-                DegradationSocket.Input(
-                    "degradation", tooltip="From the Prompt Processor, for the same photos."
+                io.Vae.Input(
+                    "vae",
+                    optional=True,
+                    tooltip=COMPLETE + "Else the VAE of the diffusion model.",
                 ),
-                io.Image.Input("image", tooltip="The degraded photos that were restored."),
+                DiffRestorerSocket.Input(
+                    "diff_restorer", optional=True, tooltip=OVERRIDE + "From Load Diff-Restorer."
+                ),
+                DegradationSocket.Input(
+                    "degradation",
+                    tooltip="From the Prompt Processor. Brings its file and its photos along.",
+                ),
+                io.Image.Input(
+                    "image",
+                    optional=True,
+                    tooltip=OVERRIDE + "The degraded photos that were restored.",
+                ),
                 io.Float.Input(
                     "fidelity",
                     default=1.0,
@@ -95,13 +108,13 @@ class DiffRestorerAwareVAEDecode(io.ComfyNode):
     def execute(
         cls,
         samples: dict[str, Any],
-        vae: Any,
-        diff_restorer: DiffRestorer,
         degradation: Degradation,
-        image: Tensor,
         fidelity: float,
         tile_size: int,
         overlap: int,
+        vae: Any = None,
+        diff_restorer: DiffRestorer | None = None,
+        image: Tensor | None = None,
         tiling: str = EXACT,
     ) -> io.NodeOutput:
         if tiling not in (EXACT, FAST):
@@ -115,10 +128,11 @@ class DiffRestorerAwareVAEDecode(io.ComfyNode):
                 f"overlap: {overlap} px with tiles of {tile_size or AUTO_TILE} px. Use at most "
                 "half a tile."
             )
-        check_degradation(degradation, diff_restorer)
-        rgb, alpha = split_alpha(image)
+        restorer = restorer_of(diff_restorer, degradation)
+        check_degradation(degradation, restorer)
+        rgb, alpha = split_alpha(photos_of(image, degradation))
         latent, photo = samples["samples"], pad_to_multiple(rgb, SCALE)
-        check_size(latent, photo, diff_restorer.control.network.latent_channels)
+        check_size(latent, photo, restorer.control.network.latent_channels)
         batch = len(latent)
         common_batch(image=len(photo), degradation=degradation.batch)
         for name, photos in (("image", len(photo)), ("degradation", degradation.batch)):
@@ -129,7 +143,8 @@ class DiffRestorerAwareVAEDecode(io.ComfyNode):
                     "them. After Latent From Batch take the same from the images, too, and let a "
                     "Prompt Processor read those."
                 )
-        decoder = AwareDecoder(vae, diff_restorer, fidelity, samples.get(PhotoFeatures.KEY))
+        features = samples.get(PhotoFeatures.KEY)
+        decoder = AwareDecoder(vae_of(vae, restorer), restorer, fidelity, features)
         restored = decoder.decode(
             latent,
             photo,

@@ -18,7 +18,7 @@ from .checks import checked
 from .host import check_interrupt
 from .images import common_batch, split_alpha, to_batch
 from .measures import MISSING, difference_picture, lpips, psnr, side_by_side, ssim
-from .sockets import CATEGORY, Degradation, DegradationSocket
+from .sockets import CATEGORY, Degradation, DegradationSocket, found_by
 
 KINDS = tuple(kind for kind in ALL_KINDS if kind != "clean")
 MIX, ADD, SCALE = "mix", "add", "scale"
@@ -34,6 +34,7 @@ class DiffRestorerEditDegradation(io.ComfyNode):
             node_id="DiffRestorerEditDegradation",
             display_name="Edit Degradation",
             category=CATEGORY,
+            **found_by("noise", "blur", "haze", "rain", "jpeg", "low light"),
             description=(
                 "Changes the degradation that the Prompt Processor has found: towards a kind that "
                 "it overlooked, away from one that it imagines, or stronger and weaker as a "
@@ -147,6 +148,7 @@ class DiffRestorerSimulateDegradation(io.ComfyNode):
             node_id="DiffRestorerSimulateDegradation",
             display_name="Simulate Degradation",
             category=CATEGORY,
+            **found_by("add noise", "add blur", "jpeg artifacts", "haze", "rain", "snow"),
             description=(
                 "Degrades clean photos with the very functions that the models are trained on, to "
                 "try restorations and to measure them. Several of these nodes can follow each "
@@ -205,6 +207,7 @@ class DiffRestorerMeasure(io.ComfyNode):
             node_id="DiffRestorerMeasure",
             display_name="Measure Restoration",
             category=CATEGORY,
+            **found_by("psnr", "ssim", "lpips", "compare images", "image quality"),
             description=(
                 "Compares restored photos with clean ones: PSNR, SSIM and, where its weights are "
                 "on this machine, LPIPS. Shows them side by side, or their difference."

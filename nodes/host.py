@@ -68,6 +68,31 @@ def model_path(name: str) -> Path:
     return Path(path)
 
 
+def photo_folders() -> list[str]:
+    """Folders below the host's input folder."""
+    return folder_paths.get_input_subfolders()
+
+
+def photos_of_folder(name: str) -> list[Path]:
+    """The photos in one of `photo_folders`, in the order of their names.
+
+    Raises:
+        ValueError: There is no such folder, or no photo in it.
+    """
+    folders = photo_folders()
+    if name not in folders:  # nor one outside of the input folder
+        raise ValueError(
+            f"folder: there is no '{name}' in {folder_paths.get_input_directory()}. Found there: "
+            f"{', '.join(folders) or 'no folders'}."
+        )
+    folder = Path(folder_paths.get_input_directory()) / name
+    names = [path.name for path in folder.iterdir() if path.is_file()]
+    photos = folder_paths.filter_files_content_types(names, ["image"])
+    if not photos:
+        raise ValueError(f"folder: there are no photos in {folder}.")
+    return [folder / each for each in sorted(photos, key=lambda each: (each.lower(), each))]
+
+
 def file_stamp(path: Path) -> str:
     """Changes when the file does, so that a replaced model is loaded again."""
     stat = path.stat()

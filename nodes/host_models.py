@@ -22,7 +22,7 @@ from .host_build import (
     build_prompt_processor,
     build_tuned_decoder,
 )
-from .images import check_finite, digest
+from .images import check_finite, digest, split_alpha
 from .sockets import Degradation
 
 _AT_ONCE = 16
@@ -61,6 +61,9 @@ class DiffRestorer:
             build_tuned_decoder(checkpoint) if checkpoint.has("decoder.vae.") else None
         )
         self.has_tiny_vae = checkpoint.has_tiny_vae
+        self.clip_vision: Any = None
+        self.vae: Any = None
+        """As `clip_vision`: the host's own class, where the file is complete."""
         self.carried: weakref.WeakSet[Any] = weakref.WeakSet()
         """The `PhotoFeatures` that LATENTs carry at the moment."""
         self._last: tuple[weakref.ref[Any], bytes, PromptOutput] | None = None
@@ -76,8 +79,8 @@ class DiffRestorer:
         """Widths and number of types, as read from the file."""
         return self.prompt_processor.model.config
 
-    def read(self, clip_vision: Any, rgb: Tensor) -> tuple[Tensor, Degradation]:
-        """P_S (B, T, C) and the degradation of photos (B, H, W, 3) in [0, 1].
+    def read(self, clip_vision: Any, image: Tensor) -> tuple[Tensor, Degradation]:
+        """P_S (B, T, C) and the degradation of photos (B, H, W, 1 to 4) in [0, 1].
 
         What is read is remembered for the graph's next node. The photos are recognised by their
         bytes, which costs a thousandth of the vision model.
@@ -85,8 +88,8 @@ class DiffRestorer:
         Raises:
             ValueError: `clip_vision` is not the model that the file was trained with.
         """
-        out = self._recall(clip_vision, rgb, remember=True)
-        return out.semantic, self._degradation(out)
+        out = self._recall(clip_vision, split_alpha(image)[0], remember=True)
+        return out.semantic, self._degradation(out, image)
 
     def read_tiles(
         self, clip_vision: Any, tiles: Tensor, whole: Degradation
@@ -97,13 +100,15 @@ class DiffRestorer:
         """
         out = self._recall(clip_vision, tiles, remember=False)  # a lone tile is the photo
         if self.abstention is None:
-            return out.semantic, self._degradation(out)
+            return out.semantic, self._degradation(out, tiles)
         photos = whole.probabilities
         found = out.probabilities(self.info.classification).unflatten(0, (-1, len(photos)))
         limit = self.abstention.agreement(found, photos).expand_as(found).flatten(0, 1)
-        return out.semantic, self._degradation(out, limit)
+        return out.semantic, self._degradation(out, tiles, limit)
 
-    def _degradation(self, out: PromptOutput, limit: Tensor | None = None) -> Degradation:
+    def _degradation(
+        self, out: PromptOutput, image: Tensor, limit: Tensor | None = None
+    ) -> Degradation:
         """What the nodes go by; the only place where abstention acts."""
         prototypes = self.prompt_processor.model.prototypes.to(out.pooled.device, torch.float32)
         probabilities = out.probabilities(self.info.classification)
@@ -118,6 +123,8 @@ class DiffRestorer:
             probabilities=probabilities,
             types=self.info.types,
             prototypes=prototypes,
+            restorer=self,
+            image=image,
             classification=self.info.classification,
             abstention=self.abstention,
         )

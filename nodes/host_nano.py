@@ -79,7 +79,8 @@ def load_nano(path: Path, abstain: bool = True) -> tuple[Any, Any, Any, DiffRest
     dtype = nano_unet_dtype()
     restorer = DiffRestorer(checkpoint, dtype, abstain)
     for_cpu(restorer.control.network, dtype)
-    return _unet(checkpoint, dtype), _clip_vision(checkpoint), _vae(checkpoint), restorer
+    restorer.clip_vision, restorer.vae = _clip_vision(checkpoint), _vae(checkpoint)
+    return _unet(checkpoint, dtype), restorer.clip_vision, restorer.vae, restorer
 
 
 def _unet(checkpoint: Checkpoint, dtype: torch.dtype | None) -> Any:

@@ -10,7 +10,7 @@ from . import host
 from .checks import checked
 from .host_models import load_restorer
 from .host_nano import load_nano
-from .sockets import CATEGORY, DiffRestorerSocket
+from .sockets import CATEGORY, RESTORATION, DiffRestorerSocket, found_by
 
 NO_FILE = "(put a .safetensors file into models/diff_restorer)"
 
@@ -38,10 +38,12 @@ class DiffRestorerLoader(io.ComfyNode):
             node_id="DiffRestorerLoader",
             display_name="Load Diff-Restorer",
             category=CATEGORY,
+            **found_by(*RESTORATION),
             description=(
-                "Opens a Diff-Restorer file from models/diff_restorer: prompt processor, "
-                "degradation control and decoder. The diffusion model, the VAE and the CLIP "
-                "vision model that it was trained with are loaded by the usual nodes."
+                "Opens a Diff-Restorer file from models/diff_restorer, to restore photos with any "
+                "mix of damage: prompt processor, degradation control and decoder. The diffusion "
+                "model, the VAE and the CLIP vision model that it was trained with are loaded by "
+                "the usual nodes."
             ),
             inputs=[
                 io.Combo.Input(
@@ -83,10 +85,12 @@ class DiffRestorerNanoLoader(io.ComfyNode):
             node_id="DiffRestorerNanoLoader",
             display_name="Load Diff-Restorer Nano",
             category=CATEGORY,
+            **found_by(*RESTORATION),
             description=(
                 "Loads Nano, the small self-contained Diff-Restorer that comes with this pack and "
-                "runs on a CPU. Nothing else has to be downloaded. Its parts only work with each "
-                "other, not with Stable Diffusion files."
+                "runs on a CPU, to denoise, deblur, dehaze or derain photos, to take away JPEG "
+                "artifacts and snow, and to brighten low light. Nothing else has to be "
+                "downloaded. Its parts only work with each other, not with Stable Diffusion files."
             ),
             inputs=[_abstain_input()],
             outputs=[

@@ -5,7 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import io
 from torch import Tensor
 
-from .sockets import CATEGORY
+from .sockets import CATEGORY, found_by
 
 
 class DiffRestorerSwitch(io.ComfyNode):
@@ -21,6 +21,7 @@ class DiffRestorerSwitch(io.ComfyNode):
             node_id="DiffRestorerSwitch",
             display_name="Switch Image",
             category=CATEGORY,
+            **found_by("if else", "condition"),
             description=(
                 "Hands on one of two pictures. The nodes before the other one do not run at all, "
                 "so that clean photos cost no sampling: connect degraded of the Degradation "

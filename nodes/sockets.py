@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 from comfy_api.latest import io
 from torch import Tensor
@@ -11,7 +12,24 @@ from ..diff_restorer import LocalPooled
 from ..diff_restorer.abstention import CLEAN, Abstention
 from ..diff_restorer.checkpoint import ONE_KIND
 
+if TYPE_CHECKING:
+    from .host_models import DiffRestorer
+
 CATEGORY = "restoration/diff-restorer"
+
+RESTORATION = (
+    "restore", "restore photo", "photo restoration", "old photo", "enhance", "denoise",
+    "remove noise", "deblur", "sharpen", "dehaze", "derain", "remove rain", "remove snow",
+    "jpeg artifacts", "low light",
+)  # fmt: skip
+"""What people type who look for a restoration."""
+
+
+def found_by(*words: str) -> dict[str, Any]:
+    """Arguments of a schema: other words to find a node by, where the host knows such."""
+    known = "search_aliases" in io.Schema.__dataclass_fields__  # not in 0.3.75
+    return {"search_aliases": list(words)} if known else {}
+
 
 PRESENT = 0.5
 """Probability from which on a kind is there, where any number of kinds may be."""
@@ -40,6 +58,10 @@ class Degradation:
     """Names of the N types."""
     prototypes: Tensor
     """(N, C): pooled P_D of each type, averaged over the training photos."""
+    restorer: DiffRestorer
+    """The file that read it."""
+    image: Tensor
+    """The photos that it was read from, as they came: with their transparency."""
     local: LocalPooled | None = None
     """Pooled P_D of each place, where Tiled Diffusion has looked at parts of the photos."""
     classification: str = ONE_KIND
@@ -56,6 +78,11 @@ class Degradation:
             for value in (self.tokens, self.pooled, self.probabilities)
         )
         return replace(self, tokens=tokens, pooled=pooled, probabilities=probabilities)
+
+    def get_ram_usage(self) -> int:
+        """Bytes that go with it; newer hosts clear their cache by it."""
+        own = (self.tokens, self.pooled, self.probabilities, self.prototypes, self.image)
+        return self.restorer.get_ram_usage() + sum(each.nbytes for each in own)
 
     @property
     def batch(self) -> int:

@@ -16,7 +16,8 @@ from .host_models import DiffRestorer
 from .host_tiled import Grid, LocalView, TiledDiffusion
 from .host_vae import SCALE
 from .images import common_batch, pad_to_multiple, split_alpha
-from .sockets import CATEGORY, Degradation, DegradationSocket, DiffRestorerSocket
+from .sockets import CATEGORY, Degradation, DegradationSocket, DiffRestorerSocket, found_by
+from .sources import COMPLETE, OVERRIDE, clip_vision_of, photos_of, restorer_of
 
 
 class DiffRestorerTiledDiffusion(io.ComfyNode):
@@ -28,6 +29,7 @@ class DiffRestorerTiledDiffusion(io.ComfyNode):
             node_id="DiffRestorerTiledDiffusion",
             display_name="Tiled Diffusion",
             category=CATEGORY,
+            **found_by("upscale", "large photo", "tiles", "multidiffusion"),
             description=(
                 "Lets the sampler work on large photos in overlapping tiles, at the size that the "
                 "model is at home with. Each tile is restored by what is seen in it and by how "
@@ -36,12 +38,20 @@ class DiffRestorerTiledDiffusion(io.ComfyNode):
             ),
             inputs=[
                 io.Model.Input("model", tooltip="The diffusion model."),
-                DiffRestorerSocket.Input("diff_restorer", tooltip="From Load Diff-Restorer."),
+                DiffRestorerSocket.Input(
+                    "diff_restorer", optional=True, tooltip=OVERRIDE + "From Load Diff-Restorer."
+                ),
                 io.ClipVision.Input(
-                    "clip_vision", tooltip="The vision model that the file was trained with."
+                    "clip_vision",
+                    optional=True,
+                    tooltip=COMPLETE + "Else the vision model that the file was trained with.",
                 ),
                 io.Image.Input(
-                    "image", tooltip="The degraded photos, the same as for Degradation Control."
+                    "image",
+                    optional=True,
+                    tooltip=(
+                        OVERRIDE + "The degraded photos, the same as for Degradation Control."
+                    ),
                 ),
                 io.Int.Input(
                     "tile_size",
@@ -80,7 +90,8 @@ class DiffRestorerTiledDiffusion(io.ComfyNode):
                     "degradation",
                     optional=True,
                     tooltip=(
-                        "Only where Edit Degradation has changed it: tiles are then changed alike."
+                        "From the Prompt Processor. Brings its file and its photos along. Where "
+                        "Edit Degradation has changed it, tiles are changed alike."
                     ),
                 ),
             ],
@@ -103,12 +114,12 @@ class DiffRestorerTiledDiffusion(io.ComfyNode):
     def execute(
         cls,
         model: Any,
-        diff_restorer: DiffRestorer,
-        clip_vision: Any,
-        image: Tensor,
         tile_size: int,
         overlap: int,
         locality: float,
+        diff_restorer: DiffRestorer | None = None,
+        clip_vision: Any = None,
+        image: Tensor | None = None,
         degradation: Degradation | None = None,
     ) -> io.NodeOutput:
         if tile_size % SCALE or overlap % SCALE:
@@ -120,7 +131,9 @@ class DiffRestorerTiledDiffusion(io.ComfyNode):
             raise ValueError(
                 f"overlap: {overlap} px with tiles of {tile_size} px. Use at most half a tile."
             )
-        rgb, _ = split_alpha(image)
+        restorer, photos = restorer_of(diff_restorer, degradation), photos_of(image, degradation)
+        vision = clip_vision_of(clip_vision, restorer)
+        rgb, _ = split_alpha(photos)
         padded = pad_to_multiple(rgb, SCALE)
         height, width = (side // SCALE for side in padded.shape[1:3])
         grid = Grid((height, width), tile_size // SCALE, overlap // SCALE)
@@ -130,12 +143,12 @@ class DiffRestorerTiledDiffusion(io.ComfyNode):
         crops = torch.cat([
             padded[:, top : top + high, left : left + wide] for top, left, high, wide in parts
         ])  # fmt: skip
-        whole = diff_restorer.read(clip_vision, rgb)[1]
-        edited = replace(degradation or whole, local=None)
-        check_degradation(edited, diff_restorer)
+        whole = restorer.read(vision, photos)[1]
+        edited = replace(degradation or whole, local=None, restorer=restorer, image=photos)
+        check_degradation(edited, restorer)
         common_batch(image=len(rgb), degradation=edited.batch)
         change = edited.pooled - whole.pooled
-        p_s, read = diff_restorer.read_tiles(clip_vision, crops, whole)
+        p_s, read = restorer.read_tiles(vision, crops, whole)
 
         def by_tile(rows: Tensor) -> Tensor:
             return rows.unflatten(0, (len(parts), len(padded)))
@@ -146,7 +159,7 @@ class DiffRestorerTiledDiffusion(io.ComfyNode):
             pooled = by_tile(read.pooled) + change
             local = grid.local(torch.lerp(edited.pooled.expand_as(pooled), pooled, locality))
             edited = replace(edited.repeated(pooled.shape[1]), local=local)
-        types = diff_restorer.info.types
+        types = restorer.info.types
         maps = []
         for index, photo in enumerate(padded):
             best = [row.max(dim=0) for row in seen[:, index]]

@@ -20,6 +20,7 @@ HELP = ROOT / "web/docs"
 DOCS = ROOT / "docs"
 SHOWN_IN = {
     "DiffRestorerDegradationClassifier": "restore_nano",
+    "DiffRestorerPromptProcessor": "restore_nano",
     "DiffRestorerMeasure": "measure_restoration",
     "DiffRestorerTiledDiffusion": "restore_large",
 }
@@ -35,11 +36,12 @@ def draw_nodes(editor: Editor) -> None:
         if node in SHOWN_IN:
             editor.open_template(SHOWN_IN[node])
             editor.page.evaluate(
-                """name => {
+                """([node, name]) => {
                     const found = app.graph.nodes.find(each => each.title === "Clean photo");
                     if (found) found.widgets.find(each => each.name === "image").value = name;
+                    app.graph.nodes.find(each => each.type === node).flags.collapsed = false;
                 }""",
-                CLEAN,
+                [node, CLEAN],
             )
             editor.run()
             editor.shown_pictures(node)

@@ -19,6 +19,8 @@ pytestmark = [pytest.mark.comfy, pytest.mark.browser]
 WORKFLOWS = sorted(path.stem for path in (ROOT / "workflows").glob("*.json"))
 NEEDS_FILES = "restore_sd15"
 CLASSIFIER = "DiffRestorerDegradationClassifier"
+PROCESSOR = "DiffRestorerPromptProcessor"
+CATEGORY = re.compile(f"restoration [>/] {PACK_NAME}")
 
 
 def test_templates_list_the_pack(editor: Editor) -> None:
@@ -73,17 +75,24 @@ def test_missing_files_are_named_with_source_and_folder(editor: Editor) -> None:
     editor.screenshot(NEEDS_FILES)
 
 
-def test_the_classifier_shows_a_chart(editor: Editor) -> None:
+def test_the_prompt_processor_shows_a_chart(editor: Editor) -> None:
     editor.open_template("restore_nano")
     editor.run()
-    assert editor.shown_pictures(CLASSIFIER) == [[480, 294]]
-    editor.screenshot("classifier", editor.place_of(CLASSIFIER))
+    assert editor.shown_pictures(PROCESSOR) == [[480, 294]]
+    editor.screenshot("processor", editor.place_of(PROCESSOR))
 
 
-def add_node(editor: Editor, words: str) -> None:
+def test_the_blueprint_is_found_by_what_people_type(editor: Editor) -> None:
+    add_node(editor, "denoise", re.compile("Restore photo"))
+    (node,) = editor.nodes()
+    assert node["title"].startswith("Restore photo")
+    assert editor.errors == []
+
+
+def add_node(editor: Editor, words: str, shown: re.Pattern[str] = CATEGORY) -> None:
     """Find a node by words in the search box of the canvas, and add it."""
     editor.page.evaluate("app.graph.clear()")
-    found = editor.page.get_by_text(re.compile(f"restoration [>/] {PACK_NAME}")).first
+    found = editor.page.get_by_text(shown).first
     for _ in range(6):  # the box may open only after the canvas has drawn
         editor.page.mouse.dblclick(900, 450)
         editor.page.wait_for_timeout(1000)

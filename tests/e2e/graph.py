@@ -17,8 +17,8 @@ from tools.host import Host
 from tools.restore import NANO_WORKFLOW, OUTPUT_TITLE
 
 OnProgress = Callable[[Progress], None]
-AFTER_SEED = "fixed"
-"""What the front end does with a seed after a run."""
+AFTER_RUN = {"seed": "fixed", "index": "increment"}
+"""What the front end does with a number after a run."""
 
 
 @dataclass
@@ -79,8 +79,8 @@ def inputs_of(node: dict[str, Any], source: Callable[[int], Any]) -> dict[str, A
     for entry in node["inputs"]:
         if "widget" in entry:
             inputs[entry["name"]] = next(values)
-            if entry["name"] == "seed":
-                assert next(values) == AFTER_SEED
+            if entry["name"] in AFTER_RUN:
+                assert next(values) == AFTER_RUN[entry["name"]]
         if entry["link"] is not None:
             inputs[entry["name"]] = source(entry["link"])
     assert not list(values)
@@ -99,6 +99,13 @@ def expand_blueprint(blueprint: dict[str, Any], **sockets: Any) -> tuple[Workflo
         only output.
     """
     (outer,), (inner,) = blueprint["nodes"], blueprint["definitions"]["subgraphs"]
+    return expand_subgraph(outer, inner, sockets)
+
+
+def expand_subgraph(
+    outer: dict[str, Any], inner: dict[str, Any], sockets: dict[str, Any]
+) -> tuple[Workflow, list[Any]]:
+    """`expand_blueprint` for a node of any workflow and the subgraph that is its type."""
     widgets = [entry["name"] for entry in outer["inputs"] if "widget" in entry]
     given = dict(zip(widgets, outer["widgets_values"], strict=True)) | sockets
     links = {link["id"]: link for link in inner["links"]}

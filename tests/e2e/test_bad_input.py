@@ -60,6 +60,13 @@ def load_file(name: str) -> Change:
     return change
 
 
+BROUGHT = {
+    1: ("clip_vision", ("DiffRestorerPromptProcessor",)),
+    2: ("vae", ("DiffRestorerDegradationControl", "DiffRestorerAwareVAEDecode")),
+}
+"""Output of Nano -> the inputs that need no wire from it."""
+
+
 def use_output_of(
     class_type: str, output: int, nano_output: int, file: str = "other.safetensors"
 ) -> Change:
@@ -68,6 +75,9 @@ def use_output_of(
         loader = graph.add(class_type, **inputs)
         nano = graph.node("DiffRestorerNanoLoader")
         graph.replace_link([nano, nano_output], [loader, output])
+        name, nodes = BROUGHT.get(nano_output, ("", ()))
+        for node in nodes:
+            graph.set(node, **{name: [loader, output]})
 
     return change
 

@@ -11,19 +11,19 @@ from PIL import Image
 
 from tests.e2e.graph import Graph, Runner, expand_blueprint, make_photo
 from tools import demo
-from tools.client import find_node
+from tools.client import ExecutionError, find_node
 from tools.environment import ROOT
 from tools.host import PACK_NAME
 
 pytestmark = pytest.mark.comfy
 
 API = ROOT / "workflows/api"
-BLUEPRINT = ROOT / "subgraphs/Restore photo.json"
+(BLUEPRINT,) = (ROOT / "subgraphs").glob("*.json")
 CLASSIFIER = "DiffRestorerDegradationClassifier"
 SURE = ("noise", "low_light")
 ONE_PHOTO = (
     "compare_decoders", "measure_restoration", "restore_by_kind", "restore_if_degraded",
-    "restore_large", "restore_nano", "restore_override", "restore_upscale_x2",
+    "restore_large", "restore_nano", "restore_override", "restore_photo", "restore_upscale_x2",
 )  # fmt: skip
 
 
@@ -54,7 +54,7 @@ def write_folder(runner: Runner, name: str, photos: list[Image.Image]) -> Graph:
     folder.mkdir()
     for index, photo in enumerate(photos):
         photo.save(folder / f"{index}.png")
-    return load("restore_folder").set("LoadImageDataSetFromFolder", folder=name)
+    return load("restore_frames").set("LoadImageDataSetFromFolder", folder=name)
 
 
 @pytest.mark.parametrize("name", ONE_PHOTO)
@@ -137,6 +137,30 @@ def test_folder_of_unequal_photos(runner: Runner) -> None:
     restored = runner.pictures(write_folder(runner, "unequal", photos))
     shapes = sorted(each.shape[:2] for each in restored)
     assert shapes == sorted((photo.height, photo.width) for photo in photos)
+
+
+def test_a_folder_is_restored_photo_by_photo(runner: Runner) -> None:
+    """Each run takes the next one, saves it under its name, and says which of how many."""
+    sizes = {"b": (96, 72), "a": (53, 61)}
+    folder = runner.host.base / "input" / "by_name"
+    folder.mkdir()
+    (folder / "notes.txt").write_text("no photo")
+    for name, size in sizes.items():
+        make_photo(*size).save(folder / f"{name}.png")
+    graph = load("restore_folder")
+    shown = graph.node("PreviewAny")
+    for index, name in enumerate(sorted(sizes)):
+        result = runner.run(graph.set("DiffRestorerFolderPhoto", folder="by_name", index=index))
+        (saved,) = result.outputs[graph.node("SaveImage")]["images"]
+        assert saved["filename"].startswith(f"{name}_")
+        assert result.outputs[shown]["text"] == [f"{index + 1} of 2: {name}.png"]
+        (restored,) = runner.client.images(result, graph.node("SaveImage"))
+        assert restored.size == sizes[name]
+    with pytest.raises(ExecutionError, match="holds 2 photos, counted from 0"):
+        runner.run(graph.set("DiffRestorerFolderPhoto", index=2))
+    for outside in ("..", "by_name/..", "/"):
+        with pytest.raises(ExecutionError, match="folder: there is no"):
+            runner.run(graph.set("DiffRestorerFolderPhoto", folder=outside, index=0))
 
 
 def test_same_noise_for_all_frames(runner: Runner) -> None:

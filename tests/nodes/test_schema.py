@@ -69,7 +69,12 @@ NODES = {
     ),
     "DiffRestorerDegradationClassifier": (
         "Degradation Classifier",
-        {"diff_restorer": "DIFF_RESTORER", "clip_vision": "CLIP_VISION", "image": "IMAGE"},
+        {
+            "diff_restorer": "DIFF_RESTORER",
+            "clip_vision": "CLIP_VISION",
+            "image": "IMAGE",
+            "degradation": "DEGRADATION",
+        },
         {
             "label": "STRING",
             "confidence": "FLOAT",
@@ -138,15 +143,27 @@ NODES = {
         {"switch": "BOOLEAN", "on_false": "IMAGE", "on_true": "IMAGE"},
         {"image": "IMAGE"},
     ),
+    "DiffRestorerFolderPhoto": (
+        "Load Photo from Folder",
+        {"folder": "COMBO", "index": ("INT", 0, 0, 2**31 - 1)},
+        {"image": "IMAGE", "name": "STRING", "progress": "STRING", "count": "INT"},
+    ),
 }
-SHOWING = ("DiffRestorerDegradationClassifier", "DiffRestorerMeasure")
+SHOWING = (
+    "DiffRestorerPromptProcessor",
+    "DiffRestorerDegradationClassifier",
+    "DiffRestorerMeasure",
+)
+BROUGHT = ("diff_restorer", "clip_vision", "image", "degradation")
 OPTIONAL = {
     ("DiffRestorerLoader", "abstain"),
     ("DiffRestorerNanoLoader", "abstain"),
-    ("DiffRestorerPromptProcessor", "text"),
-    ("DiffRestorerAwareVAEDecode", "tiling"),
+    *(("DiffRestorerPromptProcessor", name) for name in ("clip_vision", "text")),
+    *(("DiffRestorerDegradationControl", name) for name in ("diff_restorer", "image", "vae")),
+    *(("DiffRestorerAwareVAEDecode", name) for name in ("vae", "diff_restorer", "image", "tiling")),
+    *(("DiffRestorerTiledDiffusion", name) for name in BROUGHT),
+    *(("DiffRestorerDegradationClassifier", name) for name in BROUGHT),
     ("DiffRestorerMeasure", "lq"),
-    ("DiffRestorerTiledDiffusion", "degradation"),
 }
 
 
@@ -185,6 +202,16 @@ def test_everything_is_explained(schemas: dict[str, Any], node_id: str) -> None:
     for entry in (*schema.inputs, *schema.outputs):
         assert entry.tooltip, f"{node_id}.{entry.id}"
         assert entry.tooltip.endswith(".")
+
+
+def test_nodes_are_found_by_what_people_type(schemas: dict[str, Any], pack: ModuleType) -> None:
+    words = ("denoise", "deblur", "dehaze", "derain", "jpeg artifacts", "low light", "old photo")
+    assert set(words) <= set(pack.nodes.sockets.RESTORATION)
+    nano = schemas["DiffRestorerNanoLoader"]
+    assert [word for word in words[:-1] if word not in nano.description.lower()] == []
+    if hasattr(nano, "search_aliases"):  # newer hosts
+        assert all(schema.search_aliases for schema in schemas.values())
+        assert set(words) <= set(nano.search_aliases)
 
 
 def test_the_host_registered_them(pack: ModuleType) -> None:

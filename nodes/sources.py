@@ -1,0 +1,76 @@
+"""Where nodes get what is not connected to them: from a degradation, or from a complete file."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from .host_models import DiffRestorer
+from .sockets import Degradation
+
+OVERRIDE = "Only where it is to be another one than that of degradation. "
+"""Begins the tooltip of an input that `degradation` brings, too."""
+COMPLETE = "Not needed with a complete file such as Nano's. "
+"""Begins the tooltip of an input that a self-contained file brings, too."""
+
+
+def restorer_of(given: DiffRestorer | None, degradation: Degradation | None) -> DiffRestorer:
+    """The connected file, else the one that read the degradation.
+
+    Raises:
+        ValueError: Neither is connected.
+    """
+    if given is not None:
+        return given
+    if degradation is None:
+        raise ValueError(
+            "diff_restorer: nothing is connected. Connect Load Diff-Restorer, or degradation of a "
+            "Prompt Processor, which brings its file and its photos."
+        )
+    return degradation.restorer
+
+
+def photos_of(given: Tensor | None, degradation: Degradation | None) -> Tensor:
+    """The connected photos, else those that the degradation was read from.
+
+    Raises:
+        ValueError: Neither is connected.
+    """
+    if given is not None:
+        return given
+    if degradation is None:
+        raise ValueError(
+            "image: nothing is connected. Connect the degraded photos, or degradation of a Prompt "
+            "Processor, which brings its file and its photos."
+        )
+    return degradation.image
+
+
+def clip_vision_of(given: Any, restorer: DiffRestorer) -> Any:
+    """The connected vision model, else the file's own.
+
+    Raises:
+        ValueError: Nothing is connected, and the file has none.
+    """
+    return _part(given, restorer.clip_vision, "clip_vision", restorer, "Load CLIP Vision")
+
+
+def vae_of(given: Any, restorer: DiffRestorer) -> Any:
+    """The connected VAE, else the file's own.
+
+    Raises:
+        ValueError: Nothing is connected, and the file has none.
+    """
+    return _part(given, restorer.vae, "vae", restorer, "Load Checkpoint")
+
+
+def _part(given: Any, own: Any, name: str, restorer: DiffRestorer, loader: str) -> Any:
+    if given is not None:
+        return given
+    if own is None:
+        raise ValueError(
+            f"{name}: nothing is connected, and {restorer.path.name} has none of its own. Connect "
+            f"{name} of {loader}."
+        )
+    return own

@@ -17,14 +17,18 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from skimage import data
 
+from diff_restorer import VaeTrunk, aware_decode, encoder_features, photo_statistics
 from diff_restorer.abstention import Abstention
 from diff_restorer.checkpoint import read_checkpoint, write_checkpoint
+from diff_restorer.degradations import degrade
 from diff_restorer.prompt_processor import DEFAULT_TYPES
 from tests.training import toy_sd15
 from training import ablate, export, sample_decoder_data, train_control, train_decoder
 from training.common import DataConfig, ModelConfig, home, open_models
+from training.data import clip_view
+from training.diffusion import sample
 from training.loop import LoopConfig
-from training.models import Models, Sizes
+from training.models import Models, Sizes, psnr_gain, to_pixels
 from training.nano import autoencoder, vision
 
 TOY = Sizes(
@@ -499,3 +503,25 @@ def test_sd15_s_unet_cannot_train(photos: Path, tmp_path: Path) -> None:
                 train_unet=True,
             )
         )
+
+
+@pytest.mark.parametrize(("kind", "gain"), [("low_light", 5.0), ("haze", 3.0), ("noise", 2.0)])
+def test_a_fresh_detail_path_restores_before_it_is_trained(kind: str, gain: float) -> None:
+    """By what it knows: the noise in the photo, and the tone of what stage 1 samples."""
+    shipped = Path(__file__).parents[2] / "models/diff_restorer_nano.safetensors"
+    models, _ = open_models(ModelConfig(init=(shipped,), fresh_decoder=True))
+    models.start_decoder()
+    generator = torch.Generator().manual_seed(0)
+    clean = torch.from_numpy(data.astronaut()[:256, 100:356].copy()).permute(2, 0, 1)[None] / 255
+    photo = degrade(kind, clean, 0.6, generator).clamp(0, 1)
+    view = clip_view(photo, models.sizes.vision_image)
+    near = photo[..., :192, :192].contiguous()
+    prompt = models.read({"clip_view": view, "native_view": near})
+    path, pixels = models.decoder.extension, to_pixels(photo)
+    trunk, hint = VaeTrunk.of(models.vae), models.encode(pixels)
+    with torch.no_grad():
+        latent = sample(models, hint, prompt.semantic, prompt.degradation, 5, generator)
+        features = encoder_features(trunk, pixels, path.levels)
+        condition = path.condition(prompt.pooled, photo_statistics(photo))
+        restored = aware_decode(trunk, path, latent / models.latent_scale, features, condition)
+    assert psnr_gain((restored + 1) / 2, photo, clean) > gain

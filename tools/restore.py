@@ -12,6 +12,7 @@ was when it is called again. The report in the folder of the results says what b
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
 import os
 import sys
@@ -26,7 +27,7 @@ from tqdm import tqdm
 
 from tools.batch import Batch, Event, Options, Server
 from tools.client import (
-    Client,
+    AsyncClient,
     ClientError,
     ServerUnreachableError,
     Workflow,
@@ -172,17 +173,20 @@ def own_server(out: Path, *, cpu: bool) -> Iterator[Server]:
     out.mkdir(parents=True, exist_ok=True)
     with Host(cpu=cpu, log=out / "host.log") as host:
 
-        def revive() -> None:
+        async def revive() -> None:
             try:
                 if not host.running():
-                    host.restart()
+                    await asyncio.to_thread(host.restart)
             except HostError as error:
                 raise ServerUnreachableError(str(error)) from error
+            except asyncio.CancelledError:
+                host.kill()  # else the thread would wait for its start
+                raise
 
         yield Server(host.url, revive=revive)
 
 
-def find_servers(urls: Sequence[str], workflow: Workflow) -> list[Server]:
+async def find_servers(urls: Sequence[str], workflow: Workflow) -> list[Server]:
     """Checks servers, each once; one that cannot run the workflow is left out of several.
 
     Raises:
@@ -190,22 +194,26 @@ def find_servers(urls: Sequence[str], workflow: Workflow) -> list[Server]:
         ServerUnreachableError: None answers.
         AddressError: One has no address.
     """
-    servers: list[Server] = []
-    faults: list[ClientError] = []
-    for client in {client.server: client for client in map(Client, urls)}.values():
+
+    async def fault_of(client: AsyncClient) -> ClientError | None:
         try:
-            client.check()
-            client.require_nodes(workflow)
-            servers.append(Server(client.url))
-        except ServerUnreachableError as error:
-            faults.append(error)
-            servers.append(Server(client.url, answers=False))
-        except WorkflowError as error:
-            faults.append(error)
+            await client.check()
+            await client.require_nodes(workflow)
+        except ClientError as error:
+            return error
+
+    clients = list({client.server: client for client in map(AsyncClient, urls)}.values())
+    found = list(zip(clients, await asyncio.gather(*map(fault_of, clients)), strict=True))
+    servers = [
+        Server(client.url, answers=fault is None)
+        for client, fault in found
+        if not isinstance(fault, WorkflowError)
+    ]
+    faults = [fault for _, fault in found if fault]
     if not any(server.answers for server in servers):
         if len(faults) == 1 or not servers:
             raise faults[0]
-        names = ", ".join(Client(server.url).server for server in servers)
+        names = ", ".join(AsyncClient(server.url).server for server in servers)
         reasons = "".join(f"\n{fault}" for fault in faults)
         raise ServerUnreachableError(f"no ComfyUI answers at any of {names}:{reasons}")
     for fault in faults:
@@ -279,7 +287,7 @@ def _restore_all(
         if all(job.status != "pending" for job in jobs):
             pass
         elif options.server:
-            restore_on(find_servers(options.server, workflow))
+            restore_on(asyncio.run(find_servers(options.server, workflow)))
         else:
             with own_server(options.out, cpu=not options.gpu) as server:
                 restore_on([server])

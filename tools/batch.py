@@ -22,7 +22,7 @@ from tools.client import (
 from tools.jobs import Job, digest_workflow
 from tools.photo import Photo
 from tools.photo_writer import OutputError
-from tools.restoration import Restoration, restore_photo
+from tools.restoration import Restoration, restore_pixels
 
 POLL_SECONDS = 0.5
 MOST_DOUBLINGS = 4
@@ -196,7 +196,7 @@ class Batch:
             self.tell(Event(job=job, progress=progress))
 
         source = await asyncio.to_thread(photo.read, job.source, self.options.max_side)
-        restoration = await restore_photo(client, self.workflow, source, report)
+        restoration = await restore_pixels(client, self.workflow, source.pixels, report)
         await asyncio.to_thread(self._write, job, source, restoration)
         job.status = "done"
 

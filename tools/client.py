@@ -123,7 +123,9 @@ class AsyncClient:
 
     async def get(self, path: str) -> Any:
         """Returns the JSON at a path such as ``/object_info``."""
-        return await self._json("GET", path)
+        _, data = await self._request("GET", path)
+        with self.expecting(path):
+            return json.loads(data)
 
     async def check(self) -> None:
         """Asks for a sign of life.
@@ -152,23 +154,21 @@ class AsyncClient:
                 "Install the pack that brings it in that ComfyUI and restart it"
             )
 
-    async def upload(
-        self, data: bytes, name: str, *, overwrite: bool = True, subfolder: str = ""
-    ) -> str:
+    async def upload(self, data: bytes, name: str, subfolder: str = "") -> str:
         """Uploads an image file and returns the value for ``LoadImage``'s ``image`` input.
 
         Args:
             data: Content of the file, in any format that the server can read.
-            name: File name on the server.
-            overwrite: Replace a file of that name; otherwise the server picks another name.
+            name: File name on the server; a file of that name is replaced.
             subfolder: Of the server's input folder; made when missing.
         """
         form = aiohttp.FormData(quote_fields=False)
         form.add_field("image", data, filename=name)
-        form.add_field("overwrite", "true" if overwrite else "false")
+        form.add_field("overwrite", "true")
         form.add_field("subfolder", subfolder)
-        stored = await self._json("POST", "/upload/image", data=form)
+        _, answer = await self._request("POST", "/upload/image", data=form)
         with self.expecting("/upload/image"):
+            stored = json.loads(answer)
             return "/".join(part for part in (stored["subfolder"], stored["name"]) if part)
 
     async def run(
@@ -257,11 +257,6 @@ class AsyncClient:
                 f"answers: {path} gave what ComfyUI never gives ({type(error).__name__}: {error}). "
                 "Check the address, and log in to the proxy or tunnel if there is one"
             ) from error
-
-    async def _json(self, method: str, path: str, **arguments: Any) -> Any:
-        status, data = await self._request(method, path, **arguments)
-        with self.expecting(f"{method} {path} with status {status}"):
-            return json.loads(data)
 
     def _session(self) -> aiohttp.ClientSession:
         return aiohttp.ClientSession(trust_env=not self.local, headers=self.headers)
@@ -423,9 +418,8 @@ class Client:
     def require_nodes(self, workflow: Workflow) -> None:
         asyncio.run(self.asynchronous.require_nodes(workflow))
 
-    def upload(self, data: bytes, name: str, *, overwrite: bool = True, subfolder: str = "") -> str:
-        upload = self.asynchronous.upload(data, name, overwrite=overwrite, subfolder=subfolder)
-        return asyncio.run(upload)
+    def upload(self, data: bytes, name: str, subfolder: str = "") -> str:
+        return asyncio.run(self.asynchronous.upload(data, name, subfolder))
 
     def run(
         self, workflow: Workflow, on_progress: Callable[[Progress], None] | None = None

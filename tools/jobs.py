@@ -39,6 +39,8 @@ RECORD_FIELDS = {
     "bits": (int,),
     "notes": (list,),
 }
+TAKEN_OVER = ("kind", "probabilities", "seconds", "bits", "notes")
+"""By the job that finds the record."""
 
 Status = Literal["pending", "done", "skipped", "failed"]
 
@@ -74,7 +76,7 @@ class Job:
     def take_over(self, record: dict[str, Any]) -> None:
         """Marks it as skipped, with what the record of its output says."""
         self.status = "skipped"
-        for name in ("kind", "probabilities", "seconds", "bits", "notes"):
+        for name in TAKEN_OVER:
             setattr(self, name, record[name])
 
     def record(self, photo: str, workflow: str) -> dict[str, Any]:
@@ -84,11 +86,7 @@ class Job:
             "source": self.source.name,
             "photo": photo,
             "workflow": workflow,
-            "kind": self.kind,
-            "probabilities": self.probabilities,
-            "seconds": self.seconds,
-            "bits": self.bits,
-            "notes": self.notes,
+            **{name: getattr(self, name) for name in TAKEN_OVER},
         }
 
 

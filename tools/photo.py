@@ -80,6 +80,11 @@ class Photo:
         return self.color.dtype.itemsize * 8
 
     @property
+    def pixels(self) -> Pixels:
+        """(H, W, 3), or (H, W, 4) with transparency."""
+        return self.color if self.alpha is None else np.dstack([self.color, self.alpha])
+
+    @property
     def picture(self) -> Image.Image:
         """The colours at 8 bits."""
         return Image.fromarray(to_bits(self.color, 8))

@@ -30,7 +30,7 @@ from tools.client import (
     find_node,
 )
 from tools.environment import ROOT
-from tools.photo import Photo, Pixels, to_bits
+from tools.photo import Pixels, to_bits
 
 NANO_WORKFLOW = ROOT / "workflows/api/restore_nano.json"
 INPUT_TITLE = "Degraded photo"
@@ -112,37 +112,17 @@ def restore(client: Client, workflow: Workflow, photo: Image.Image, name: str) -
             bar.refresh()
 
         pixels = np.asarray(photo.convert("RGB"))
-        return asyncio.run(run(client.asynchronous, workflow, pixels, show))
+        return asyncio.run(restore_pixels(client.asynchronous, workflow, pixels, show))
 
 
-async def restore_photo(
-    client: AsyncClient, workflow: Workflow, photo: Photo, on_progress: OnProgress
-) -> Restoration:
-    """Restores a photo with its transparency, which the workflow may use or not.
-
-    Args:
-        client: The server to use.
-        workflow: As for `restore`.
-        photo: From `tools.photo.read`.
-        on_progress: As for `AsyncClient.run`.
-
-    Raises:
-        ClientError: Anything that keeps the server from restoring it.
-    """
-    pixels = photo.color
-    if photo.alpha is not None:
-        pixels = np.concatenate([pixels, photo.alpha[..., None]], 2)
-    return await run(client, workflow, pixels, on_progress)
-
-
-async def run(
+async def restore_pixels(
     client: AsyncClient, workflow: Workflow, pixels: Pixels, on_progress: OnProgress
 ) -> Restoration:
     """Sends pixels through a workflow.
 
     Args:
         client: The server to use.
-        workflow: As for `restore`.
+        workflow: As for `restore`; it may use the transparency or not.
         pixels: (H, W, 3) or (H, W, 4), uint8 or uint16.
         on_progress: As for `AsyncClient.run`.
 
@@ -239,7 +219,7 @@ def encode(pixels: Pixels) -> tuple[bytes, str]:
 
 async def _upload(client: AsyncClient, pixels: Pixels) -> str:
     data, name = await asyncio.to_thread(encode, pixels)
-    return await client.upload(data, name, subfolder=UPLOADS)
+    return await client.upload(data, name, UPLOADS)
 
 
 async def _fetch(client: AsyncClient, result: Result, target: str) -> Pixels:

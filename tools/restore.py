@@ -37,27 +37,15 @@ from tools.client import (
 )
 from tools.host import Host, HostError, exit_on_termination
 from tools.jobs import SUFFIXES, Job, count_others, digest_workflow, plan, settle
-from tools.photo import read_photo
 from tools.photo_writer import PART_PREFIX, whole
 from tools.restoration import (
     INPUT_TITLE,
     NANO_WORKFLOW,
     OUTPUT_TITLE,
     PRESETS,
-    Restoration,
-    restore,
     with_preset,
 )
-
-__all__ = [
-    "INPUT_TITLE",
-    "NANO_WORKFLOW",
-    "OUTPUT_TITLE",
-    "Restoration",
-    "main",
-    "read_photo",
-    "restore",
-]
+from tools.restoration import restore as restore
 
 try:
     import fcntl

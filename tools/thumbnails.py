@@ -16,8 +16,8 @@ from tools.client import Client, Workflow, find_node, load_workflow
 from tools.demo import LONG_SIDE, SAMPLES, Sample, degrade_photo
 from tools.environment import ROOT
 from tools.host import Host
-from tools.restoration import encode
-from tools.restore import read_photo, restore
+from tools.photo import read_photo
+from tools.restoration import encode, restore
 
 SIDE = 480
 LINE = 3
@@ -76,7 +76,7 @@ def folder_of(client: Client, workflow: Workflow, clean: Image.Image, lq: Image.
     samples = [sample for sample in SAMPLES if sample.kind in TWO]
     before = [strip(degrade_photo(read(each), each)) for each in samples]
     for photo in before:
-        client.upload(*encode(np.asarray(photo)), subfolder="thumbnail_photos")
+        client.upload(*encode(np.asarray(photo)), "thumbnail_photos")
     loader = find_node(workflow, "LoadImageDataSetFromFolder", "Folder of photos")
     workflow[loader]["inputs"]["folder"] = "thumbnail_photos"
     result = client.run(workflow)

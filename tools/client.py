@@ -88,6 +88,9 @@ class Progress:
     """Steps in all; 0 when the node does not say."""
 
 
+OnProgress = Callable[[Progress], Awaitable[None]]
+
+
 @dataclass(frozen=True)
 class Result:
     """What a finished run left on the server."""
@@ -171,11 +174,7 @@ class AsyncClient:
             stored = json.loads(answer)
             return "/".join(part for part in (stored["subfolder"], stored["name"]) if part)
 
-    async def run(
-        self,
-        workflow: Workflow,
-        on_progress: Callable[[Progress], Awaitable[None]] | None = None,
-    ) -> Result:
+    async def run(self, workflow: Workflow, on_progress: OnProgress | None = None) -> Result:
         """Queues a workflow in API format and waits for its end, also across lost connections.
 
         Who cancels this cancels the run.
@@ -364,12 +363,7 @@ class AsyncClient:
                 socket = None
             yield socket
 
-    async def _follow(
-        self,
-        socket: Socket,
-        run_id: str,
-        on_progress: Callable[[Progress], Awaitable[None]] | None,
-    ) -> bool:
+    async def _follow(self, socket: Socket, run_id: str, on_progress: OnProgress | None) -> bool:
         """Whether the run has ended or was dropped by the server, not just the connection."""
         asked = time.monotonic()
         while True:
@@ -447,21 +441,16 @@ def _decode(data: bytes) -> Image.Image:
 
 def _parse_address(url: str) -> tuple[str, dict[str, str]]:
     """The address without password, query and what a browser adds; and the header of the login."""
-    text = url if "://" in url else f"http://{url}"
     try:
-        parts = urlsplit(text)
+        parts = urlsplit(url if "://" in url else f"http://{url}")
         host, port = parts.hostname, parts.port
+        if not host or parts.scheme not in ("http", "https"):
+            raise ValueError(f"it has no {'http:// or https://' if host else 'host'}")
     except ValueError as error:
         raise AddressError(
-            f"{_without_password(url)} is no address of a server ({error}). "
+            f"{_without_password(url)} is no address of a server: {error}. "
             "Accepted are such as http://127.0.0.1:8188"
         ) from error
-    if not host or parts.scheme not in ("http", "https"):
-        raise AddressError(
-            f"{_without_password(url)} is no address of a server: it has no "
-            f"{'http:// or https://' if host else 'host'}. Accepted are such as "
-            "http://127.0.0.1:8188"
-        )
     place = f"[{host}]" if ":" in host else host
     place += f":{port}" if port else ""
     headers: dict[str, str] = {}

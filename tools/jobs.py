@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -231,6 +232,16 @@ def settle(job: Job, workflow: str, *, overwrite: bool) -> None:
     return job.fail(
         f"{job.output} is there and {reason}. Choose another --out, or pass --overwrite"
     )
+
+
+def make_room(job: Job) -> None:
+    """Makes the folder of a result; fails the photo if nothing can be written there."""
+    try:
+        job.output.parent.mkdir(parents=True, exist_ok=True)
+        if not os.access(job.output.parent, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        job.fail(f"{job.output} cannot be written: {error.strerror}. Choose another --out")
 
 
 def _twins(jobs: Iterable[Job]) -> list[list[Job]]:

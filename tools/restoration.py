@@ -11,7 +11,6 @@ import copy
 import hashlib
 import io
 import json
-from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +22,7 @@ from tools.client import (
     AsyncClient,
     Client,
     ClientError,
+    OnProgress,
     Progress,
     Result,
     Workflow,
@@ -36,7 +36,6 @@ NANO_WORKFLOW = ROOT / "workflows/api/restore_nano.json"
 INPUT_TITLE = "Degraded photo"
 OUTPUT_TITLE = "Restored"
 CLASSIFIER = "DiffRestorerDegradationClassifier"
-OnProgress = Callable[[Progress], Awaitable[None]]
 UPLOADS = "diff-restorer"
 """Subfolder of the server's input folder."""
 DOUBLINGS = 8

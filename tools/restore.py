@@ -36,7 +36,7 @@ from tools.client import (
     load_workflow,
 )
 from tools.host import Host, HostError, exit_on_termination
-from tools.jobs import SUFFIXES, Job, count_others, digest_workflow, plan, settle
+from tools.jobs import SUFFIXES, Job, count_others, digest_workflow, make_room, plan, settle
 from tools.photo_writer import PART_PREFIX, whole
 from tools.restoration import (
     INPUT_TITLE,
@@ -190,23 +190,18 @@ async def find_servers(urls: Sequence[str], workflow: Workflow) -> list[Server]:
         except ClientError as error:
             return error
 
-    clients = list({client.server: client for client in map(AsyncClient, urls)}.values())
-    found = list(zip(clients, await asyncio.gather(*map(fault_of, clients)), strict=True))
-    servers = [
-        Server(client.url, answers=fault is None)
-        for client, fault in found
-        if not isinstance(fault, WorkflowError)
-    ]
-    faults = [fault for _, fault in found if fault]
-    if not any(server.answers for server in servers):
-        if len(faults) == 1 or not servers:
+    clients = {client.server: client for client in map(AsyncClient, urls)}
+    found = dict(zip(clients, await asyncio.gather(*map(fault_of, clients.values())), strict=True))
+    faults = [fault for fault in found.values() if fault]
+    able = {name: fault for name, fault in found.items() if not isinstance(fault, WorkflowError)}
+    if all(able.values()):
+        if len(faults) == 1 or not able:
             raise faults[0]
-        names = ", ".join(AsyncClient(server.url).server for server in servers)
         reasons = "".join(f"\n{fault}" for fault in faults)
-        raise ServerUnreachableError(f"no ComfyUI answers at any of {names}:{reasons}")
+        raise ServerUnreachableError(f"no ComfyUI answers at any of {', '.join(able)}:{reasons}")
     for fault in faults:
         complain(fault)
-    return servers
+    return [Server(clients[name].url, answers=fault is None) for name, fault in able.items()]
 
 
 def write_report(path: Path, jobs: Sequence[Job], workflow: Path, seconds: float) -> None:
@@ -259,6 +254,8 @@ def _restore_all(
     for job in jobs:
         if job.status == "pending":
             settle(job, digest, overwrite=options.overwrite)
+        if job.status == "pending":
+            make_room(job)
     display = Display(jobs)
     for job in jobs:
         display.tell(job)

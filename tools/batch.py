@@ -66,6 +66,10 @@ class Event:
     """Of the job, while it is with a server."""
 
 
+class CallerFault(BaseException):  # not an Exception: no server and no photo is to blame
+    """Carries what ``on_event`` raised."""
+
+
 @dataclass
 class Worker:
     """A server, and what it has failed at since it restored a photo."""
@@ -113,7 +117,7 @@ class Batch:
         self.given_up: dict[str, str] = {}
         """Servers that get no more photos, and why."""
         self.tasks: list[asyncio.Task[None]] = []
-        self.tell: Callable[[Event], None] = lambda event: None
+        self.on_event: Callable[[Event], None] = lambda event: None
 
     def run(self, on_event: Callable[[Event], None] = lambda event: None) -> None:
         """Restores all pending photos; ``Job.status`` says what became of each.
@@ -122,11 +126,12 @@ class Batch:
             on_event: Called in this thread, while nothing else goes on. An exception in it ends the
                 batch, as Ctrl-C does: what is done is kept, the servers' runs are cancelled.
         """
-        self.tell = on_event
+        self.on_event = on_event
         try:
             asyncio.run(self._run())
-        except BaseExceptionGroup as faults:  # of this program
-            raise faults.exceptions[0] from None
+        except BaseExceptionGroup as faults:
+            fault = faults.exceptions[0]
+            raise fault.args[0] if isinstance(fault, CallerFault) else fault from None
         reasons = "; ".join(f"{url} {reason}" for url, reason in self.given_up.items())
         for job in self.pending:
             job.fail(f"no server was left to restore it: {reasons}")
@@ -169,7 +174,6 @@ class Batch:
         """
         try:
             await self._restore(worker.client, job)
-            self._land(job)
         except RunLostError as error:
             self._lose(worker, job, error)
             return False
@@ -188,12 +192,12 @@ class Batch:
                 self._pass_on(worker, job, str(error))
                 return False
             job.fail(str(error) or type(error).__name__)
-            self._land(job)
+        self._land(job)
         return True
 
     async def _restore(self, client: AsyncClient, job: Job) -> None:
         async def report(progress: Progress) -> None:
-            self.tell(Event(job=job, progress=progress))
+            self._tell(Event(job=job, progress=progress))
 
         source = await asyncio.to_thread(photo.read, job.source, self.options.max_side)
         restoration = await restore_pixels(client, self.workflow, source.pixels, report)
@@ -213,7 +217,7 @@ class Batch:
     def _land(self, job: Job) -> None:
         """Ends a photo's flight for good; the last one ends all that servers wait for."""
         self.flying -= 1
-        self.tell(Event(job=job))
+        self._tell(Event(job=job))
         if not (self.pending or self.flying):
             for task in self.tasks:
                 task.cancel()
@@ -287,4 +291,10 @@ class Batch:
         return False
 
     def _say(self, text: str) -> None:
-        self.tell(Event(text=text))
+        self._tell(Event(text=text))
+
+    def _tell(self, event: Event) -> None:
+        try:
+            self.on_event(event)
+        except Exception as error:
+            raise CallerFault(error) from error

@@ -33,10 +33,9 @@ help:
 # Paths are read by the shell ("$$PHOTOS"), not put into its text, where a name could be a command.
 
 # The set-up prints its progress on stderr and the environment's interpreter on stdout.
-least = $(if $(filter dev,$(1)),3.11,3.10)
 define in_environment
-@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < tuple(map(int, "$(least)".split("."))))' 2>/dev/null || { \
-  echo "error: '$(PYTHON)' is missing or older than Python $(least) ($$($(PYTHON) --version 2>&1))." \
+@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < tuple(map(int, "3.11".split("."))))' 2>/dev/null || { \
+  echo "error: '$(PYTHON)' is missing or older than Python 3.11 ($$($(PYTHON) --version 2>&1))." \
     "Name another one: make $@ PYTHON=/path/to/python3" >&2; exit 1; }
 @python=$$($(PYTHON) -m tools.host setup --stage $(1)) || exit 1; $(2)
 endef

@@ -313,7 +313,7 @@ LEVERS: dict[str, dict[str, Any]] = {
 def levers(setting: Setting) -> Figures:
     """What each lever does to time and PSNR: Nano on the eight degraded photos of the demo."""
     from tools.demo import SAMPLES, degrade_photo
-    from tools.restore import read_photo
+    from tools.photo import read_photo
 
     psnr = open_host(setting.folder, "own").nodes.measures.psnr
     graph = nano()

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
-import queue
-import threading
+import asyncio
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
 from tools import photo, photo_writer
 from tools.client import (
-    Client,
+    AsyncClient,
     ClientError,
     Progress,
     PromptRejectedError,
@@ -22,14 +20,14 @@ from tools.client import (
     Workflow,
 )
 from tools.jobs import Job, digest_workflow
+from tools.photo import Photo
 from tools.photo_writer import OutputError
-from tools.restoration import restore_photo
+from tools.restoration import Restoration, restore_pixels
 
 POLL_SECONDS = 0.5
 MOST_DOUBLINGS = 4
 """Of the pause before a server that answers, but fails, gets the next photo."""
 PROBE_TIMEOUT = 5.0
-STOP_TIMEOUT = 5.0
 
 
 @dataclass(frozen=True)
@@ -49,16 +47,16 @@ class Server:
     """One ComfyUI that takes photos, one at a time."""
 
     url: str
-    """With its password, if it has one; for messages see `Client.server`."""
+    """With its password, if it has one; for messages see `AsyncClient.server`."""
     answers: bool = True
     """Whether it did when the batch began; otherwise it is waited for first."""
-    revive: Callable[[], None] | None = None
+    revive: Callable[[], Awaitable[None]] | None = None
     """Starts it again if it is dead; for servers of this program."""
 
 
 @dataclass(frozen=True)
 class Event:
-    """What the batch tells while it runs, in the caller's thread."""
+    """What the batch tells while it runs."""
 
     text: str | None = None
     """News about a server."""
@@ -68,11 +66,18 @@ class Event:
     """Of the job, while it is with a server."""
 
 
-@dataclass
-class Trouble:
-    """What a server has failed at since it restored a photo."""
+class CallerFault(BaseException):  # not an Exception: no server and no photo is to blame
+    """Carries what ``on_event`` raised."""
 
+
+@dataclass
+class Worker:
+    """A server, and what it has failed at since it restored a photo."""
+
+    server: Server
+    client: AsyncClient
     since: float
+    """When it began to fail."""
     faults: int = 0
     """How often it was no ComfyUI for a photo, in whatever way."""
     lost: int = 0
@@ -84,7 +89,7 @@ class Trouble:
 class Batch:
     """Photos, servers and the state between them.
 
-    Each server has a thread that takes the next photo whenever it is free. A photo whose server
+    Each server has a task that takes the next photo whenever it is free. A photo whose server
     died goes to the front of the queue, so any living server takes it next; one that a server did
     not even begin goes to the end, so that a bad server costs time and not photos. Whatever
     servers do, it is bounded: by `Options.wait` without a restored photo, by `Options.attempts`
@@ -105,146 +110,101 @@ class Batch:
         self.digest = digest_workflow(workflow, options.max_side)
         self.options = options
         self.pending = deque(job for job in jobs if job.status == "pending")
-        self.flying: dict[Client, Job] = {}
-        """The photo that each server has."""
+        self.flying = 0
+        """How many photos are with servers."""
+        self.returned = asyncio.Event()
+        """One of them is pending again."""
         self.given_up: dict[str, str] = {}
         """Servers that get no more photos, and why."""
-        self.changed = threading.Condition()
-        self.stopped = threading.Event()
-        """Nothing is left to do, or the run is being given up."""
-        self.fault: BaseException | None = None
-        """Of this program, in one of the threads."""
-        self.events: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
+        self.tasks: list[asyncio.Task[None]] = []
+        self.on_event: Callable[[Event], None] = lambda event: None
 
     def run(self, on_event: Callable[[Event], None] = lambda event: None) -> None:
         """Restores all pending photos; ``Job.status`` says what became of each.
 
         Args:
-            on_event: Called in this thread. An exception in it ends the batch, as Ctrl-C does:
-                what is done is kept, the servers' runs are cancelled.
+            on_event: Called in this thread, while nothing else goes on. An exception in it ends the
+                batch, as Ctrl-C does: what is done is kept, the servers' runs are cancelled.
         """
-        # Daemons, so that a server which does not let go of its run cannot keep the program.
-        threads = [
-            threading.Thread(target=self._serve, args=(server,), daemon=True)
-            for server in self.servers
-        ]
-        for thread in threads:
-            thread.start()
+        self.on_event = on_event
         try:
-            for _ in threads:
-                while (event := self.events.get()) is not None:
-                    on_event(event)
-        except BaseException:
-            self._stop()
-            for thread in threads:
-                thread.join(STOP_TIMEOUT)
-            raise
-        if self.fault is not None:
-            raise self.fault
+            asyncio.run(self._run())
+        except BaseExceptionGroup as faults:
+            fault = faults.exceptions[0]
+            raise fault.args[0] if isinstance(fault, CallerFault) else fault from None
         reasons = "; ".join(f"{url} {reason}" for url, reason in self.given_up.items())
         for job in self.pending:
             job.fail(f"no server was left to restore it: {reasons}")
             on_event(Event(job=job))
 
-    def _stop(self) -> None:
-        """Ends the threads: no photo is taken any more, runs are taken from the servers."""
-        with self.changed:
-            self.pending.clear()
-            self.stopped.set()
-            self.changed.notify_all()
-            clients = list(self.flying)
-        for client in clients:
-            if client.prompt_id is not None:
-                # A server that is gone has no run any more.
-                with contextlib.suppress(ClientError):
-                    Client(client.url, PROBE_TIMEOUT).cancel(client.prompt_id)
+    async def _run(self) -> None:
+        async with asyncio.TaskGroup() as group:
+            if self.pending:
+                self.tasks = [group.create_task(self._serve(server)) for server in self.servers]
 
-    def _serve(self, server: Server) -> None:
-        """The thread of one server."""
-        try:
-            client = Client(server.url)
-            trouble = Trouble(time.monotonic())
-            if not server.answers and not self._wait_for(server, trouble):
-                return
-            while (job := self._take(client)) is not None:
-                if self._try(client, job, trouble):
-                    trouble = Trouble(0.0)
-                elif not self._wait_for(server, trouble):
-                    return
-        except BaseException as error:
-            self.fault = error
-            self._stop()
-        finally:
-            self.events.put(None)
+    async def _serve(self, server: Server) -> None:
+        """Gives a server photos until it is given up, or the last photo is settled."""
+        client = AsyncClient(server.url)
+        worker = Worker(server, client, time.monotonic())
+        there = server.answers or await self._wait_for(worker)
+        while there:
+            while not self.pending:  # one in flight may yet come back
+                self.returned.clear()
+                await self.returned.wait()
+            if await self._try(worker, self._take(client.server)):
+                worker = Worker(server, client, 0.0)
+            else:
+                there = await self._wait_for(worker)
 
-    def _try(self, client: Client, job: Job, trouble: Trouble) -> bool:
-        """Restores a photo, fails it or puts it back; whether its server is still there."""
+    def _take(self, server: str) -> Job:
+        # Rather one that another server has lost than one that this server has.
+        anew = (each for each in self.pending if each.server != server)
+        job = self.pending[0] if self._is_last() else next(anew, self.pending[0])
+        self.pending.remove(job)
+        self.flying += 1
+        job.server = server
+        job.attempts += 1
+        return job
+
+    async def _try(self, worker: Worker, job: Job) -> bool:
+        """Restores a photo, fails it or puts it back; whether its server is still there.
+
+        The one place that decides whose fault it is: the server's, and another may have the photo;
+        the photo's, and it fails; or the user's, and all ends.
+        """
         try:
-            self._restore(client, job)
+            await self._restore(worker.client, job)
         except RunLostError as error:
-            self._lose(client, job, error)
-            # It did take the photo, so it has all the time to come back.
-            trouble.since, trouble.lost = time.monotonic(), trouble.lost + 1
-            if trouble.lost >= self.options.attempts and not self._is_last():
-                self._give_up(client.server, f"lost {trouble.lost} runs in a row: {error}")
+            self._lose(worker, job, error)
             return False
-        except (ServerUnreachableError, TooLargeError) as error:
-            if isinstance(error, ServerUnreachableError) or not self._is_last():
-                self._pass_on(client, job, trouble, str(error))
-                return False
-            job.fail(str(error))
-            self._land(client, job)
         except PromptRejectedError as error:
             # Not the photo's fault: this server cannot run this workflow.
-            self._put_back(client, job)
-            self._give_up(client.server, f"refuses the workflow: {error}")
+            self._put_back(job)
+            self._give_up(worker, f"refuses the workflow: {error}")
             return False
         except OutputError:
             job.attempts -= 1
             raise
         except (ClientError, OSError, MemoryError) as error:
-            if not self.stopped.is_set():  # otherwise its run was cancelled by us
-                job.fail(str(error) or type(error).__name__)
-            self._land(client, job)
+            of_server = isinstance(error, ServerUnreachableError)
+            # Another server may take what is too large for this one.
+            if of_server or (isinstance(error, TooLargeError) and not self._is_last()):
+                self._pass_on(worker, job, str(error))
+                return False
+            job.fail(str(error) or type(error).__name__)
+        self._land(job)
         return True
 
-    def _pass_on(self, client: Client, job: Job, trouble: Trouble, reason: str) -> None:
-        """Leaves a photo that a server did not even begin to others."""
-        if not trouble.faults and not trouble.lost:
-            trouble.since = time.monotonic()
-        trouble.faults += 1
-        if reason != trouble.reason:
-            self._say(reason)
-        trouble.reason = reason
-        self._put_back(client, job)
+    async def _restore(self, client: AsyncClient, job: Job) -> None:
+        async def report(progress: Progress) -> None:
+            self._tell(Event(job=job, progress=progress))
 
-    def _take(self, client: Client) -> Job | None:
-        """The next photo; waits as long as one in flight may yet come back."""
-        with self.changed:
-            while not self.pending:
-                if self.stopped.is_set() or not self.flying:
-                    self.stopped.set()
-                    self.changed.notify_all()
-                    return None
-                self.changed.wait()
-            # Rather one that another server has lost than one that this server has.
-            anew = (each for each in self.pending if each.server != client.server)
-            job = self.pending[0] if self._is_last() else next(anew, self.pending[0])
-            self.pending.remove(job)
-            self.flying[client] = job
-            job.server = client.server
-            job.attempts += 1
-            return job
+        source = await asyncio.to_thread(photo.read, job.source, self.options.max_side)
+        restoration = await restore_pixels(client, self.workflow, source.pixels, report)
+        await asyncio.to_thread(self._write, job, source, restoration)
+        job.status = "done"
 
-    def _restore(self, client: Client, job: Job) -> None:
-        source = photo.read(job.source, self.options.max_side)
-
-        def report(progress: Progress) -> None:
-            if self.stopped.is_set():  # since before it was queued
-                client.cancel(progress.prompt_id)
-            self.events.put(Event(job=job, progress=progress))
-
-        restoration = restore_photo(client, self.workflow, source, report)
+    def _write(self, job: Job, source: Photo, restoration: Restoration) -> None:
         notes = []
         if restoration.pixels.dtype != source.color.dtype:
             notes = ["its 16 bits are filled from a result of 8 bits: the workflow gives alpha"]
@@ -253,78 +213,88 @@ class Batch:
         job.seconds, job.bits = round(restoration.seconds, 3), result.bits
         job.notes, job.error = list(result.notes), None
         photo_writer.write(job.output, result, job.record(source.digest, self.digest))
-        job.status = "done"
-        self._land(client, job)
 
-    def _land(self, client: Client, job: Job) -> None:
-        """Ends a photo's flight for good."""
-        self.events.put(Event(job=job))
-        with self.changed:
-            del self.flying[client]
-            self.changed.notify_all()
+    def _land(self, job: Job) -> None:
+        """Ends a photo's flight for good; the last one ends all that servers wait for."""
+        self.flying -= 1
+        self._tell(Event(job=job))
+        if not (self.pending or self.flying):
+            for task in self.tasks:
+                task.cancel()
 
-    def _put_back(self, client: Client, job: Job, *, ran: bool = False) -> None:
-        with self.changed:
-            job.attempts -= not ran
-            del self.flying[client]
-            if not self.stopped.is_set():
-                (self.pending.appendleft if ran else self.pending.append)(job)
-            self.changed.notify_all()
+    def _put_back(self, job: Job, *, ran: bool = False) -> None:
+        job.attempts -= not ran
+        self.flying -= 1
+        (self.pending.appendleft if ran else self.pending.append)(job)
+        self.returned.set()
 
-    def _lose(self, client: Client, job: Job, error: RunLostError) -> None:
+    def _lose(self, worker: Worker, job: Job, error: RunLostError) -> None:
+        """Gives a photo to the next free server, or fails it if it is what servers die of."""
         self._say(f"{error} {job.source} was in flight.")
+        # It did take the photo, so it has all the time to come back.
+        worker.since, worker.lost = time.monotonic(), worker.lost + 1
+        if worker.lost >= self.options.attempts and not self._is_last():
+            self._give_up(worker, f"lost {worker.lost} runs in a row: {error}")
         if job.attempts < self.options.attempts:
-            return self._put_back(client, job, ran=True)
-        job.fail(f"its server died {job.attempts} times while it ran, the last time: {error}")
-        return self._land(client, job)
+            self._put_back(job, ran=True)
+        else:
+            job.fail(f"its server died {job.attempts} times while it ran, the last time: {error}")
+            self._land(job)
 
-    def _give_up(self, url: str, reason: str) -> None:
-        self.given_up[url] = reason
-        self._say(f"{url} {reason}. It gets no more photos.")
+    def _pass_on(self, worker: Worker, job: Job, reason: str) -> None:
+        """Leaves a photo that a server did not even begin to others."""
+        if not worker.faults and not worker.lost:
+            worker.since = time.monotonic()
+        worker.faults += 1
+        if reason != worker.reason:
+            self._say(reason)
+        worker.reason = reason
+        self._put_back(job)
+
+    def _give_up(self, worker: Worker, reason: str) -> None:
+        self.given_up[worker.client.server] = reason
+        self._say(f"{worker.client.server} {reason}. It gets no more photos.")
 
     def _is_last(self) -> bool:
         return len(self.servers) - len(self.given_up) <= 1
 
-    def _wait_for(self, server: Server, trouble: Trouble) -> bool:
-        """Whether the server answers again in time, while there may be work for it.
+    async def _wait_for(self, worker: Worker) -> bool:
+        """Whether the server answers again in time.
 
         One that answers, but fails all the same, is asked less and less often, and not for ever.
         """
-        probe = Client(server.url, PROBE_TIMEOUT)
-        if probe.server in self.given_up:
-            return False
-        deadline = trouble.since + self.options.wait
-        doublings = min(trouble.faults, MOST_DOUBLINGS)
+        probe, wait = AsyncClient(worker.server.url, PROBE_TIMEOUT), f"{self.options.wait:g} s"
+        deadline = worker.since + self.options.wait
+        doublings = min(worker.faults, MOST_DOUBLINGS)
         pause = POLL_SECONDS * 2**doublings if doublings > 1 else 0.0
         told = False
-        while not self._idle():
-            with self.changed:  # the last photo ends every pause
-                self.changed.wait_for(self._idle, max(min(pause, deadline - time.monotonic()), 0.0))
+        while probe.server not in self.given_up:
+            await asyncio.sleep(max(min(pause, deadline - time.monotonic()), 0.0))
             try:
-                if server.revive:
-                    server.revive()
-                probe.check()
-                if trouble.faults > 1 and time.monotonic() >= deadline:
-                    wait = f"{self.options.wait:g} s"
-                    self._give_up(probe.server, f"restored nothing for {wait}: {trouble.reason}")
-                    return False
+                if worker.server.revive:
+                    await worker.server.revive()
+                await probe.check()
+            except ClientError as error:
+                if time.monotonic() >= deadline:
+                    self._give_up(worker, f"did not answer for {wait}: {error}")
+                elif not told:
+                    self._say(f"Waiting up to {wait} for {probe.server}.")
+                    told = True
+                pause = POLL_SECONDS
+            else:
+                if worker.faults > 1 and time.monotonic() >= deadline:
+                    self._give_up(worker, f"restored nothing for {wait}: {worker.reason}")
+                    continue
                 if told:
                     self._say(f"{probe.server} answers again.")
                 return True
-            except ClientError as error:
-                if time.monotonic() >= deadline:
-                    reason = f"did not answer for {self.options.wait:g} s: {error}"
-                    self._give_up(probe.server, reason)
-                    return False
-            if not told:
-                self._say(f"Waiting up to {self.options.wait:g} s for {probe.server}.")
-                told = True
-            pause = POLL_SECONDS
         return False
 
-    def _idle(self) -> bool:
-        with self.changed:
-            return self.stopped.is_set() or not (self.pending or self.flying)
-
     def _say(self, text: str) -> None:
-        self.events.put(Event(text=text))
+        self._tell(Event(text=text))
+
+    def _tell(self, event: Event) -> None:
+        try:
+            self.on_event(event)
+        except Exception as error:
+            raise CallerFault(error) from error

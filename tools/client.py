@@ -10,8 +10,8 @@ import struct
 import time
 import uuid
 import zlib
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,14 @@ import aiohttp
 from PIL import Image
 
 Workflow = dict[str, dict[str, Any]]
+Socket = aiohttp.ClientWebSocketResponse
 POLL_SECONDS = 5.0
 RECONNECT_SECONDS = 0.5
 TRANSFER_SECONDS = 1200.0
 """Of one request, however the bytes drip."""
+LONGEST_RUN = 86400.0
+STOP_SECONDS = 5.0
+"""For a server to take note that a run is cancelled."""
 LARGEST_MESSAGE = 256 * 2**20
 LARGEST_ANSWER = 2**30
 DAMAGED = (
@@ -84,6 +88,9 @@ class Progress:
     """Steps in all; 0 when the node does not say."""
 
 
+OnProgress = Callable[[Progress], Awaitable[None]]
+
+
 @dataclass(frozen=True)
 class Result:
     """What a finished run left on the server."""
@@ -95,7 +102,7 @@ class Result:
     """Wall-clock time from queueing to the end."""
 
 
-class Client:
+class AsyncClient:
     """Talks to one ComfyUI server.
 
     Whatever is not ComfyUI's own answer is the server's fault, never the photo's: a proxy, a login
@@ -114,33 +121,33 @@ class Client:
         self.server, self.headers = _parse_address(url)
         """The address without its password, for messages and reports."""
         self.timeout = timeout
-        self.id = uuid.uuid4().hex
-        self.prompt_id: str | None = None
-        """Of the last run, from the moment in which the server may have it."""
         # A proxy cannot reach a server on this machine.
         self.local = urlsplit(self.server).hostname in ("127.0.0.1", "localhost", "::1")
 
-    def get(self, path: str) -> Any:
+    async def get(self, path: str) -> Any:
         """Returns the JSON at a path such as ``/object_info``."""
-        return asyncio.run(self._json("GET", path))
+        _, data = await self._request("GET", path)
+        with self.expecting(path):
+            return json.loads(data)
 
-    def check(self) -> None:
+    async def check(self) -> None:
         """Asks for a sign of life.
 
         Raises:
             ServerUnreachableError: No ComfyUI answers.
         """
+        stats = await self.get("/system_stats")
         with self.expecting("/system_stats"):
-            self.get("/system_stats")["system"]["comfyui_version"]
+            stats["system"]["comfyui_version"]
 
-    def require_nodes(self, workflow: Workflow) -> None:
+    async def require_nodes(self, workflow: Workflow) -> None:
         """Checks that the server knows every node of a workflow.
 
         Raises:
             WorkflowError: It does not; the message names the nodes.
             ServerUnreachableError: No ComfyUI answers.
         """
-        known = self.get("/object_info")
+        known = await self.get("/object_info")
         with self.expecting("/object_info"):
             known["LoadImage"]["input"]  # else another service that speaks JSON
         missing = sorted({node["class_type"] for node in workflow.values()} - set(known))
@@ -150,32 +157,32 @@ class Client:
                 "Install the pack that brings it in that ComfyUI and restart it"
             )
 
-    def upload(self, data: bytes, name: str, *, overwrite: bool = True, subfolder: str = "") -> str:
+    async def upload(self, data: bytes, name: str, subfolder: str = "") -> str:
         """Uploads an image file and returns the value for ``LoadImage``'s ``image`` input.
 
         Args:
             data: Content of the file, in any format that the server can read.
-            name: File name on the server.
-            overwrite: Replace a file of that name; otherwise the server picks another name.
+            name: File name on the server; a file of that name is replaced.
             subfolder: Of the server's input folder; made when missing.
         """
         form = aiohttp.FormData(quote_fields=False)
         form.add_field("image", data, filename=name)
-        form.add_field("overwrite", "true" if overwrite else "false")
+        form.add_field("overwrite", "true")
         form.add_field("subfolder", subfolder)
-        stored = asyncio.run(self._json("POST", "/upload/image", data=form))
+        _, answer = await self._request("POST", "/upload/image", data=form)
         with self.expecting("/upload/image"):
+            stored = json.loads(answer)
             return "/".join(part for part in (stored["subfolder"], stored["name"]) if part)
 
-    def run(
-        self, workflow: Workflow, on_progress: Callable[[Progress], None] | None = None
-    ) -> Result:
+    async def run(self, workflow: Workflow, on_progress: OnProgress | None = None) -> Result:
         """Queues a workflow in API format and waits for its end, also across lost connections.
+
+        Who cancels this cancels the run.
 
         Args:
             workflow: Node id -> ``{"class_type", "inputs", ...}``.
-            on_progress: Called when a node begins and at each of its steps, in another thread;
-                never if a proxy refuses WebSockets.
+            on_progress: Called when a node begins and at each of its steps; never if a proxy
+                refuses WebSockets.
 
         Raises:
             PromptRejectedError: The server finds a fault in the workflow.
@@ -184,36 +191,57 @@ class Client:
             ServerUnreachableError: The server does not answer.
             RunLostError: It was there and is gone, and the run with it.
         """
-        self.prompt_id = None
+        run_id, begun = str(uuid.uuid4()), time.monotonic()
+        queued = ended = False
         try:
-            return asyncio.run(self._run(workflow, on_progress or (lambda progress: None)))
-        except RunLostError:
+            async with asyncio.timeout(LONGEST_RUN):
+                # A server that still has the run goes on with it when the connection breaks.
+                while not queued or await self._is_queued(run_id):
+                    # Connected before queueing, so that no message is missed.
+                    async with self._listen(run_id) as socket:
+                        if not queued:
+                            await self._queue(run_id, workflow)
+                            queued = True
+                        if socket is not None:
+                            ended = await self._follow(socket, run_id, on_progress)
+                    if ended:
+                        break
+                    await asyncio.sleep(RECONNECT_SECONDS)
+                seconds = time.monotonic() - begun
+                entry = await self._history(run_id)
+        except asyncio.CancelledError:  # Ctrl-C
+            await self._let_go(run_id)
             raise
+        except TimeoutError as error:
+            await self._let_go(run_id)
+            raise RunLostError(f"{self.server} did not end a run in {LONGEST_RUN:g} s.") from error
         except ServerUnreachableError as error:
-            if self.prompt_id is None:
-                raise
-            raise RunLostError(str(error)) from error
+            if queued:
+                raise RunLostError(str(error)) from error
+            raise
+        if entry is None and ended:
+            raise PromptInterruptedError(f"run {run_id} was removed from the queue")
+        if entry is None:
+            raise RunLostError(f"{self.server} was restarted during the run.")
+        with self.expecting("/history"):
+            _check_status(entry["status"], workflow)
+            return Result(run_id, dict(entry["outputs"]), seconds)
 
-    def cancel(self, prompt_id: str) -> None:
+    async def cancel(self, prompt_id: str) -> None:
         """Stops a run if it is at work, or takes it out of the queue."""
-        asyncio.run(self._cancel(prompt_id))
+        await self._request("POST", "/queue", json={"delete": [prompt_id]})
+        await self._request("POST", "/interrupt", json={"prompt_id": prompt_id})
 
-    def fetch(self, image: Mapping[str, str]) -> bytes:
-        """Returns the file of one entry of a result's ``images``."""
-        return asyncio.run(self._request("GET", "/view", params=dict(image)))[1]
-
-    def images(self, result: Result, node: str) -> list[Image.Image]:
+    async def images(self, result: Result, node: str) -> list[Image.Image]:
         """Returns the pictures that a node of the workflow saved or previewed."""
         with self.expecting("/history"):
             entries = [dict(entry) for entry in result.outputs.get(node, {}).get("images", [])]
-        return [self._picture(entry) for entry in entries]
-
-    def _picture(self, entry: Mapping[str, str]) -> Image.Image:
-        data = self.fetch(entry)
-        with self.expecting("/view"):
-            picture = Image.open(io.BytesIO(data))
-            picture.load()
-        return picture
+        pictures: list[Image.Image] = []
+        for entry in entries:
+            _, data = await self._request("GET", "/view", params=entry)
+            with self.expecting("/view"):
+                pictures.append(await asyncio.to_thread(_decode, data))
+        return pictures
 
     @contextmanager
     def expecting(self, path: str) -> Iterator[None]:
@@ -229,22 +257,19 @@ class Client:
                 "Check the address, and log in to the proxy or tunnel if there is one"
             ) from error
 
-    async def _json(self, method: str, path: str, **arguments: Any) -> Any:
-        status, data = await self._request(method, path, **arguments)
-        with self.expecting(f"{method} {path} with status {status}"):
-            return json.loads(data)
+    def _session(self) -> aiohttp.ClientSession:
+        return aiohttp.ClientSession(trust_env=not self.local, headers=self.headers)
 
     async def _request(self, method: str, path: str, **arguments: Any) -> tuple[int, bytes]:
         """The one place that tells whose fault an answer is. A refused prompt is an answer."""
         timeout = aiohttp.ClientTimeout(
             TRANSFER_SECONDS, sock_connect=self.timeout, sock_read=self.timeout
         )
+        arguments |= {"timeout": timeout, "allow_redirects": False}
         try:
             async with (
-                aiohttp.ClientSession(trust_env=not self.local, headers=self.headers) as session,
-                session.request(
-                    method, self.server + path, timeout=timeout, allow_redirects=False, **arguments
-                ) as reply,
+                self._session() as session,
+                session.request(method, self.server + path, **arguments) as reply,
             ):
                 data = bytearray()
                 async for block in reply.content.iter_any():
@@ -254,7 +279,7 @@ class Client:
                             f"{self.server}{path} gave over {LARGEST_ANSWER >> 20} MiB"
                         )
         # ValueError: a name that no host can have.
-        except (aiohttp.ClientError, asyncio.TimeoutError, OSError, ValueError) as error:
+        except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
             raise ServerUnreachableError(
                 f"no ComfyUI answers at {self.server} ({type(error).__name__}). Start one with "
                 "`make serve`, or name another with --server."
@@ -280,160 +305,152 @@ class Client:
             text += ", as a proxy does for a server that is down or elsewhere"
         return ServerUnreachableError(text)
 
-    async def _run(self, workflow: Workflow, on_progress: Callable[[Progress], None]) -> Result:
-        begun = time.monotonic()
-        watched = False
+    async def _queue(self, run_id: str, workflow: Workflow) -> None:
+        """Queues the workflow under an id of ours, which finds it again."""
         try:
-            while True:
-                watched = await self._attend(workflow, on_progress)
-                # A server that still has the run goes on with it.
-                if watched or not await self._is_queued():
-                    break
-                await asyncio.sleep(RECONNECT_SECONDS)
-            seconds = time.monotonic() - begun
-            entry = await self._history()
-        except asyncio.CancelledError:  # Ctrl-C
-            if self.prompt_id is not None:
-                await self._cancel(self.prompt_id)
-            raise
-        if entry is None and watched:
-            raise PromptInterruptedError(f"run {self.prompt_id} was removed from the queue")
-        if entry is None:
-            raise RunLostError(f"{self.server} was restarted during the run.")
-        with self.expecting("/history"):
-            _check_status(entry["status"], workflow)
-            return Result(str(self.prompt_id), dict(entry["outputs"]), seconds)
-
-    async def _attend(self, workflow: Workflow, on_progress: Callable[[Progress], None]) -> bool:
-        """Connects, queues what is not queued and follows it; whether its end was seen.
-
-        A proxy that refuses WebSockets only takes the progress away.
-        """
-        try:
-            # Connected before queueing, so that no message is missed.
-            async with (
-                aiohttp.ClientSession(trust_env=not self.local, headers=self.headers) as session,
-                await asyncio.wait_for(
-                    session.ws_connect(self._socket, max_msg_size=LARGEST_MESSAGE), self.timeout
-                ) as socket,
-            ):
-                await self._queue(workflow)
-                return await self._follow(socket, on_progress)
-        except (aiohttp.ClientError, asyncio.TimeoutError):
-            await self._queue(workflow)
-            return False
-
-    @property
-    def _socket(self) -> str:
-        return f"{self.server.replace('http', 'ws', 1)}/ws?clientId={self.id}"
-
-    async def _queue(self, workflow: Workflow) -> None:
-        """Queues the workflow, unless it is; under an id of ours, which finds it again."""
-        if self.prompt_id is not None:
-            return
-        self.prompt_id = str(uuid.uuid4())
-        try:
-            await self._submit(workflow, self.prompt_id)
+            await self._submit(run_id, workflow)
         except ServerUnreachableError:
             # The answer is lost; the run need not be.
-            if not await self._is_known():
-                self.prompt_id = None
+            if not await self._is_known(run_id):
                 raise
 
-    async def _submit(self, workflow: Workflow, prompt_id: str) -> None:
-        prompt = {"prompt": workflow, "client_id": self.id, "prompt_id": prompt_id}
+    async def _submit(self, run_id: str, workflow: Workflow) -> None:
+        prompt = {"prompt": workflow, "client_id": run_id, "prompt_id": run_id}
         status, data = await self._request("POST", "/prompt", json=prompt)
         with self.expecting(f"POST /prompt with status {status}"):
             answer = json.loads(data)
             if status == 400:
                 raise PromptRejectedError(_describe_rejection(answer))
-            self.prompt_id = str(answer["prompt_id"])
+            if answer["prompt_id"] != run_id:
+                raise ValueError(f"prompt_id {answer['prompt_id']}")
             if answer.get("node_errors"):
                 # Some outputs are valid, so the server would run those and leave out the rest.
-                await self._cancel(self.prompt_id)
+                await self.cancel(run_id)
                 raise PromptRejectedError(_describe_rejection(answer))
 
-    async def _cancel(self, prompt_id: str) -> None:
-        await self._request("POST", "/queue", json={"delete": [prompt_id]})
-        await self._request("POST", "/interrupt", json={"prompt_id": prompt_id})
+    async def _let_go(self, run_id: str) -> None:
+        """Cancels a run that nobody waits for any more; a server that is gone has none."""
+        with suppress(ClientError):
+            # In a thread, which ends also if this is cancelled once more.
+            await asyncio.to_thread(Client(self.url, STOP_SECONDS).cancel, run_id)
 
-    async def _history(self) -> dict[str, Any] | None:
-        history = await self._json("GET", f"/history/{self.prompt_id}")
+    async def _history(self, run_id: str) -> dict[str, Any] | None:
+        history = await self.get(f"/history/{run_id}")
         with self.expecting("/history"):
-            return history.get(self.prompt_id)
+            return history.get(run_id)
 
-    async def _is_queued(self) -> bool:
-        queue = await self._json("GET", "/queue")
+    async def _is_queued(self, run_id: str) -> bool:
+        queue = await self.get("/queue")
         with self.expecting("/queue"):
             items = queue["queue_running"] + queue["queue_pending"]
-            return any(item[1] == self.prompt_id for item in items)
+            return any(item[1] == run_id for item in items)
 
-    async def _is_known(self) -> bool:
+    async def _is_known(self, run_id: str) -> bool:
         try:
-            return await self._is_queued() or await self._history() is not None
+            return await self._is_queued(run_id) or await self._history(run_id) is not None
         except ServerUnreachableError:
             return False
 
-    async def _follow(
-        self,
-        socket: aiohttp.ClientWebSocketResponse[bool],
-        on_progress: Callable[[Progress], None],
-    ) -> bool:
+    @asynccontextmanager
+    async def _listen(self, run_id: str) -> AsyncIterator[Socket | None]:
+        """Messages about a run; none if a proxy refuses WebSockets, which only hides progress."""
+        address = f"{self.server.replace('http', 'ws', 1)}/ws?clientId={run_id}"
+        async with self._session() as session:
+            try:
+                async with asyncio.timeout(self.timeout):
+                    socket = await session.ws_connect(address, max_msg_size=LARGEST_MESSAGE)
+            except (aiohttp.ClientError, OSError):
+                socket = None
+            yield socket
+
+    async def _follow(self, socket: Socket, run_id: str, on_progress: OnProgress | None) -> bool:
         """Whether the run has ended or was dropped by the server, not just the connection."""
         asked = time.monotonic()
         while True:
             # Also under a stream of other messages.
             if time.monotonic() - asked > POLL_SECONDS:
-                if not await self._is_queued():
-                    return True
+                if not await self._is_queued(run_id):
+                    with suppress(ConnectionResetError):
+                        await socket.ping()
+                        return True
+                    return False  # a server that was started again knows it no more
                 asked = time.monotonic()
             try:
                 message = await socket.receive(timeout=POLL_SECONDS)
-            except asyncio.TimeoutError:
+            except TimeoutError:
                 continue
-            if message.type in (
-                aiohttp.WSMsgType.CLOSE,
-                aiohttp.WSMsgType.CLOSED,
-                aiohttp.WSMsgType.CLOSING,
-                aiohttp.WSMsgType.ERROR,
-            ):
-                return False
+            if message.type is aiohttp.WSMsgType.BINARY:
+                continue
             if message.type is not aiohttp.WSMsgType.TEXT:
-                continue
+                return False
             with self.expecting("/ws"):
-                event, data = _read_event(message.data)
-                if data.get("prompt_id") != self.prompt_id:
+                event = json.loads(message.data)
+                kind, data = event["type"], event.get("data") or {}
+                if kind not in ("executing", "progress") or data.get("prompt_id") != run_id:
                     continue
-                if event == "executing" and data["node"] is None:
+                if kind == "executing" and data["node"] is None:
                     return True
-                progress = None
-                if event == "executing":
-                    progress = Progress(str(self.prompt_id), data["node"], 0, 0)
-                elif event == "progress" and data.get("node"):
-                    step, steps = int(data["value"]), int(data["max"])
-                    progress = Progress(str(self.prompt_id), data["node"], step, steps)
-            if progress is not None:
-                # In a thread, where it may use this client.
+                steps = int(data.get("value", 0)), int(data.get("max", 0))
+                progress = Progress(run_id, str(data["node"]), *steps)
+            if on_progress:
+                await on_progress(progress)
+
+
+class Client:
+    """An `AsyncClient` for programs without an event loop; see there."""
+
+    def __init__(self, url: str = "http://127.0.0.1:8188", timeout: float = 60.0) -> None:
+        self.asynchronous = AsyncClient(url, timeout)
+        self.server = self.asynchronous.server
+
+    def get(self, path: str) -> Any:
+        return asyncio.run(self.asynchronous.get(path))
+
+    def check(self) -> None:
+        asyncio.run(self.asynchronous.check())
+
+    def require_nodes(self, workflow: Workflow) -> None:
+        asyncio.run(self.asynchronous.require_nodes(workflow))
+
+    def upload(self, data: bytes, name: str, subfolder: str = "") -> str:
+        return asyncio.run(self.asynchronous.upload(data, name, subfolder))
+
+    def run(
+        self, workflow: Workflow, on_progress: Callable[[Progress], None] | None = None
+    ) -> Result:
+        """As `AsyncClient.run`; ``on_progress`` is called in a thread, where it may use this."""
+
+        async def report(progress: Progress) -> None:
+            if on_progress:
                 await asyncio.to_thread(on_progress, progress)
+
+        return asyncio.run(self.asynchronous.run(workflow, report))
+
+    def cancel(self, prompt_id: str) -> None:
+        asyncio.run(self.asynchronous.cancel(prompt_id))
+
+    def images(self, result: Result, node: str) -> list[Image.Image]:
+        return asyncio.run(self.asynchronous.images(result, node))
+
+
+def _decode(data: bytes) -> Image.Image:
+    picture = Image.open(io.BytesIO(data))
+    picture.load()
+    return picture
 
 
 def _parse_address(url: str) -> tuple[str, dict[str, str]]:
     """The address without password, query and what a browser adds; and the header of the login."""
-    text = url if "://" in url else f"http://{url}"
     try:
-        parts = urlsplit(text)
+        parts = urlsplit(url if "://" in url else f"http://{url}")
         host, port = parts.hostname, parts.port
+        if not host or parts.scheme not in ("http", "https"):
+            raise ValueError(f"it has no {'http:// or https://' if host else 'host'}")
     except ValueError as error:
         raise AddressError(
-            f"{_without_password(url)} is no address of a server ({error}). "
+            f"{_without_password(url)} is no address of a server: {error}. "
             "Accepted are such as http://127.0.0.1:8188"
         ) from error
-    if not host or parts.scheme not in ("http", "https"):
-        raise AddressError(
-            f"{_without_password(url)} is no address of a server: it has no "
-            f"{'http:// or https://' if host else 'host'}. Accepted are such as "
-            "http://127.0.0.1:8188"
-        )
     place = f"[{host}]" if ":" in host else host
     place += f":{port}" if port else ""
     headers: dict[str, str] = {}
@@ -446,11 +463,6 @@ def _parse_address(url: str) -> tuple[str, dict[str, str]]:
 def _without_password(url: str) -> str:
     before, separator, after = url.rpartition("@")
     return f"{before.partition('://')[0]}://{after}" if separator and "://" in before else after
-
-
-def _read_event(text: str) -> tuple[str, dict[str, Any]]:
-    event = json.loads(text)
-    return str(event["type"]), dict(event.get("data") or {})
 
 
 def load_workflow(path: Path) -> Workflow:

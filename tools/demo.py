@@ -26,7 +26,8 @@ from tools import sheet
 from tools.client import Client, ClientError, Workflow, load_workflow
 from tools.environment import ROOT
 from tools.host import Host, HostError, exit_on_termination
-from tools.restore import NANO_WORKFLOW, Restoration, read_photo, restore
+from tools.photo import read_photo
+from tools.restoration import NANO_WORKFLOW, Restoration, restore
 
 LONG_SIDE = 512
 LARGE_WORKFLOW = ROOT / "workflows/api/restore_large.json"

@@ -27,7 +27,7 @@ from typing import IO
 
 ROOT = Path(__file__).resolve().parent.parent
 STAGES = ("run", "dev")
-PYTHON_MINIMUM = (3, 10)
+PYTHON_MINIMUM = (3, 11)
 
 # The newest three releases that agree with each other and with ComfyUI 0.3.75.
 TORCH = ("torch==2.11.0", "torchvision==0.26.0", "torchaudio==2.11.0")
@@ -83,7 +83,7 @@ def ensure(stage: str = "run") -> Path:
     if sys.version_info < PYTHON_MINIMUM:
         raise SetupError(
             f"Python {sys.version.split()[0]} ({sys.executable}) is too old: "
-            "Diff-Restorer needs Python 3.10 or newer. "
+            "Diff-Restorer needs Python 3.11 or newer. "
             "Name another one with: make <target> PYTHON=/path/to/python3"
         )
     cache = cache_dir()
@@ -147,7 +147,8 @@ class _Setup:
             self._fetch_host()
         self._pip("PyTorch", "install", *TORCH)
         host_requirements = comfyui_root() / "requirements.txt"
-        # The trio is named again so that no requirement of the host can move it.
+        # The trio is named again so that no requirement of the host can move it; requests is one
+        # that ComfyUI 0.3.75 forgets.
         self._pip("ComfyUI's packages", "install", *TORCH, "-r", str(host_requirements), "requests")
         ours = _requirement_files(RUN_REQUIREMENTS)
         self._pip("the pack's and the demo's packages", "install", *TORCH, *_as_options(ours))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from tools.demo import LONG_SIDE, SAMPLES, degrade_photo
-from tools.restore import read_photo
+from tools.photo import read_photo
 
 FIRST, FIRST_KIND = "example.png", "rain"
 """What every workflow opens; ComfyUI has a picture of this name in its own input folder."""

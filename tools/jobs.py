@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -39,6 +40,8 @@ RECORD_FIELDS = {
     "bits": (int,),
     "notes": (list,),
 }
+TAKEN_OVER = ("kind", "probabilities", "seconds", "bits", "notes")
+"""By the job that finds the record."""
 
 Status = Literal["pending", "done", "skipped", "failed"]
 
@@ -74,7 +77,7 @@ class Job:
     def take_over(self, record: dict[str, Any]) -> None:
         """Marks it as skipped, with what the record of its output says."""
         self.status = "skipped"
-        for name in ("kind", "probabilities", "seconds", "bits", "notes"):
+        for name in TAKEN_OVER:
             setattr(self, name, record[name])
 
     def record(self, photo: str, workflow: str) -> dict[str, Any]:
@@ -84,11 +87,7 @@ class Job:
             "source": self.source.name,
             "photo": photo,
             "workflow": workflow,
-            "kind": self.kind,
-            "probabilities": self.probabilities,
-            "seconds": self.seconds,
-            "bits": self.bits,
-            "notes": self.notes,
+            **{name: getattr(self, name) for name in TAKEN_OVER},
         }
 
 
@@ -233,6 +232,16 @@ def settle(job: Job, workflow: str, *, overwrite: bool) -> None:
     return job.fail(
         f"{job.output} is there and {reason}. Choose another --out, or pass --overwrite"
     )
+
+
+def make_room(job: Job) -> None:
+    """Makes the folder of a result; fails the photo if nothing can be written there."""
+    try:
+        job.output.parent.mkdir(parents=True, exist_ok=True)
+        if not os.access(job.output.parent, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        job.fail(f"{job.output} cannot be written: {error.strerror}. Choose another --out")
 
 
 def _twins(jobs: Iterable[Job]) -> list[list[Job]]:

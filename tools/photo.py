@@ -80,6 +80,11 @@ class Photo:
         return self.color.dtype.itemsize * 8
 
     @property
+    def pixels(self) -> Pixels:
+        """(H, W, 3), or (H, W, 4) with transparency."""
+        return self.color if self.alpha is None else np.dstack([self.color, self.alpha])
+
+    @property
     def picture(self) -> Image.Image:
         """The colours at 8 bits."""
         return Image.fromarray(to_bits(self.color, 8))
@@ -171,14 +176,19 @@ def _decode_what_is_there(path: Path, data: bytes) -> Photo | None:
     """A photo that is cut off, as every viewer shows it; ``None`` if nothing of it is left."""
     ImageFile.LOAD_TRUNCATED_IMAGES = True
     try:
-        photo = _decode(path, data, damaged=True)
+        photo = _decode(path, _pad(data) if data[8:12] == b"WEBP" else data, damaged=True)
     except DAMAGED:
         return None
     finally:
         ImageFile.LOAD_TRUNCATED_IMAGES = False
     if (photo.color == photo.color[0, 0]).all():
         return None
-    return photo
+    return replace(photo, digest=hashlib.sha256(data).hexdigest())
+
+
+def _pad(data: bytes) -> bytes:
+    """Zeros in place of what is cut off, up to which decoders read that would refuse the file."""
+    return data + bytes(len(data) + 2**24)
 
 
 def _decode(path: Path, data: bytes, *, damaged: bool = False) -> Photo:
@@ -193,14 +203,19 @@ def _decode(path: Path, data: bytes, *, damaged: bool = False) -> Photo:
         exif, orientation = _exif(opened, notes)
         icc, dpi = opened.info.get("icc_profile") or b"", _dpi(opened)
         deep = _codec_of_deep_color(opened, data)
-        if deep and damaged:
-            notes.append("only 8 of its 16 bits could be read")
-        if deep and not damaged:
-            # Pillow turns the pixels of a TIFF file upright itself.
-            pixels = UPRIGHT.get(orientation, np.asarray)(_deep_color(path, data, deep))
-            if tiff and opened.tag_v2.get(338) == (1,):
-                pixels = _divide_by_alpha(pixels)
-        else:
+        pixels = None
+        if deep:
+            try:
+                pixels = _deep_color(path, _pad(data) if damaged else data, deep)
+                # Pillow turns the pixels of a TIFF file upright itself.
+                pixels = UPRIGHT.get(orientation, np.asarray)(pixels)
+                if tiff and opened.tag_v2.get(338) == (1,):
+                    pixels = _divide_by_alpha(pixels)
+            except OSError:
+                if not damaged:
+                    raise
+                notes.append("only 8 of its 16 bits could be read")
+        if pixels is None:
             opened.load()
             turn = UPRIGHT.get(1 if tiff else orientation, np.asarray)
             pixels = turn(_shallow(path, opened, icc, notes))

@@ -13,6 +13,7 @@ import tempfile
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -117,12 +118,11 @@ def decodes(path: Path) -> bool:
 
 def _channels(photo: Photo) -> Pixels:
     """(H, W, C) as it is stored: grey or RGB, then transparency."""
-    color = photo.color
-    if photo.grey:
-        # Rec. 601, as Pillow's convert("L"); a restoration may tint what was grey.
-        luma = color @ np.array([0.299, 0.587, 0.114])
-        color = luma.round().astype(photo.color.dtype)[..., None]
-    return color if photo.alpha is None else np.concatenate([color, photo.alpha[..., None]], 2)
+    if not photo.grey:
+        return photo.pixels
+    # Rec. 601, as Pillow's convert("L"); a restoration may tint what was grey.
+    luma = (photo.color @ np.array([0.299, 0.587, 0.114])).round().astype(photo.color.dtype)
+    return replace(photo, color=luma[..., None]).pixels
 
 
 def _write_png(stream: BinaryIO, photo: Photo, record: str) -> None:

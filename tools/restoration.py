@@ -6,11 +6,11 @@ the client adds stock nodes to the workflow; see `deepen_input` and `deepen_outp
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import hashlib
 import io
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,8 +19,10 @@ from PIL import Image
 from tqdm import tqdm
 
 from tools.client import (
+    AsyncClient,
     Client,
     ClientError,
+    OnProgress,
     Progress,
     Result,
     Workflow,
@@ -28,7 +30,7 @@ from tools.client import (
     find_node,
 )
 from tools.environment import ROOT
-from tools.photo import Photo, Pixels, to_bits
+from tools.photo import Pixels, to_bits
 
 NANO_WORKFLOW = ROOT / "workflows/api/restore_nano.json"
 INPUT_TITLE = "Degraded photo"
@@ -100,40 +102,28 @@ def restore(client: Client, workflow: Workflow, photo: Image.Image, name: str) -
     """
     # disable=None: no bar where the output is no terminal.
     with tqdm(desc=name, leave=False, unit="step", dynamic_ncols=True, disable=None) as bar:
+
+        async def show(progress: Progress) -> None:
+            node = workflow.get(progress.node, {})
+            bar.set_postfix_str(node.get("_meta", {}).get("title") or node.get("class_type", ""))
+            if progress.steps > 1:
+                bar.total, bar.n = progress.steps, progress.step
+            bar.refresh()
+
         pixels = np.asarray(photo.convert("RGB"))
-        return run(client, workflow, pixels, lambda progress: _show(bar, workflow, progress))
+        return asyncio.run(restore_pixels(client.asynchronous, workflow, pixels, show))
 
 
-def restore_photo(
-    client: Client, workflow: Workflow, photo: Photo, on_progress: Callable[[Progress], None]
-) -> Restoration:
-    """Restores a photo with its transparency, which the workflow may use or not.
-
-    Args:
-        client: The server to use.
-        workflow: As for `restore`.
-        photo: From `tools.photo.read`.
-        on_progress: As for `Client.run`.
-
-    Raises:
-        ClientError: Anything that keeps the server from restoring it.
-    """
-    pixels = photo.color
-    if photo.alpha is not None:
-        pixels = np.concatenate([pixels, photo.alpha[..., None]], 2)
-    return run(client, workflow, pixels, on_progress)
-
-
-def run(
-    client: Client, workflow: Workflow, pixels: Pixels, on_progress: Callable[[Progress], None]
+async def restore_pixels(
+    client: AsyncClient, workflow: Workflow, pixels: Pixels, on_progress: OnProgress
 ) -> Restoration:
     """Sends pixels through a workflow.
 
     Args:
         client: The server to use.
-        workflow: As for `restore`.
+        workflow: As for `restore`; it may use the transparency or not.
         pixels: (H, W, 3) or (H, W, 4), uint8 or uint16.
-        on_progress: As for `Client.run`.
+        on_progress: As for `AsyncClient.run`.
 
     Raises:
         ClientError: Anything that keeps the server from restoring it.
@@ -144,23 +134,21 @@ def run(
     deep = pixels.dtype == np.uint16
     if deep:
         upper, lower = (pixels >> 8).astype(np.uint8), (pixels & 255).astype(np.uint8)
-        filled[source]["inputs"]["image"] = upload(client, upper)
-        deepen_input(filled, source, upload(client, lower[..., :3]))
+        filled[source]["inputs"]["image"] = await _upload(client, upper)
+        deepen_input(filled, source, await _upload(client, lower[..., :3]))
     else:
-        filled[source]["inputs"]["image"] = upload(client, pixels)
-    result = client.run(filled, on_progress)
-    restored = _fetch(client, result, target)
+        filled[source]["inputs"]["image"] = await _upload(client, pixels)
+    result = await client.run(filled, on_progress)
+    restored = await _fetch(client, result, target)
     seconds = result.seconds
     if deep and restored.shape[2] == 3:  # ImageBlend knows no transparency
         height, width = restored.shape[:2]
-        deepen_output(filled, target, upload(client, restored), width, height)
+        deepen_output(filled, target, await _upload(client, restored), width, height)
         # The server has the rest of the graph in its cache.
-        rest = client.run(filled, lambda progress: None)
+        rest = await client.run(filled)
+        fine = await _fetch(client, rest, target)
         with client.expecting("/view"):  # of the same size
-            fine = restored.astype(np.float64) * 256 + _fetch(client, rest, target)
-        # SaveImage cuts off, so half a step is missing on average; 255 * 256 steps make white.
-        fine += 0.5
-        restored = (fine * (65535 / 65280)).round().clip(0, 65535).astype(np.uint16)
+            restored = await asyncio.to_thread(_join, restored, fine)
         seconds += rest.seconds
     with client.expecting("/history"):
         return Restoration(restored, _probabilities(result, filled), seconds)
@@ -219,17 +207,22 @@ def _move_link(workflow: Workflow, old: list[Any], new: list[Any]) -> None:
                 node["inputs"][name] = new
 
 
-def upload(client: Client, pixels: Pixels, subfolder: str = UPLOADS) -> str:
-    """Uploads pixels into a subfolder of the server's input; the value for ``LoadImage``."""
+def encode(pixels: Pixels) -> tuple[bytes, str]:
+    """Pixels as a PNG file, and its name on servers."""
     stream = io.BytesIO()
     Image.fromarray(np.ascontiguousarray(pixels)).save(stream, "PNG", compress_level=1)
     data = stream.getvalue()
     # Named by content: the same name never means another photo to a server that is shared.
-    return client.upload(data, f"{hashlib.sha256(data).hexdigest()[:24]}.png", subfolder=subfolder)
+    return data, f"{hashlib.sha256(data).hexdigest()[:24]}.png"
 
 
-def _fetch(client: Client, result: Result, target: str) -> Pixels:
-    images = client.images(result, target)
+async def _upload(client: AsyncClient, pixels: Pixels) -> str:
+    data, name = await asyncio.to_thread(encode, pixels)
+    return await client.upload(data, name, UPLOADS)
+
+
+async def _fetch(client: AsyncClient, result: Result, target: str) -> Pixels:
+    images = await client.images(result, target)
     if len(images) != 1:
         raise ClientError(
             f"node {target} ({OUTPUT_TITLE!r}) gave {len(images)} pictures instead of one"
@@ -237,13 +230,11 @@ def _fetch(client: Client, result: Result, target: str) -> Pixels:
     return np.asarray(images[0].convert("RGBA" if images[0].mode == "RGBA" else "RGB"))
 
 
-def _show(bar: tqdm, workflow: Workflow, progress: Progress) -> None:
-    node = workflow.get(progress.node, {})
-    bar.set_postfix_str(node.get("_meta", {}).get("title") or node.get("class_type", ""))
-    if progress.steps > 1:
-        bar.total = progress.steps
-        bar.n = progress.step
-    bar.refresh()
+def _join(upper: Pixels, fine: Pixels) -> Pixels:
+    """16 bits of what SaveImage saved, and of what it cut off."""
+    # It cuts off, so half a step is missing on average; 255 * 256 steps make white.
+    joined = upper.astype(np.float64) * 256 + fine + 0.5
+    return (joined * (65535 / 65280)).round().clip(0, 65535).astype(np.uint16)
 
 
 def _probabilities(result: Result, workflow: Workflow) -> dict[str, float]:

@@ -12,6 +12,7 @@ was when it is called again. The report in the folder of the results says what b
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
 import os
 import sys
@@ -26,7 +27,7 @@ from tqdm import tqdm
 
 from tools.batch import Batch, Event, Options, Server
 from tools.client import (
-    Client,
+    AsyncClient,
     ClientError,
     ServerUnreachableError,
     Workflow,
@@ -35,28 +36,16 @@ from tools.client import (
     load_workflow,
 )
 from tools.host import Host, HostError, exit_on_termination
-from tools.jobs import SUFFIXES, Job, count_others, digest_workflow, plan, settle
-from tools.photo import read_photo
+from tools.jobs import SUFFIXES, Job, count_others, digest_workflow, make_room, plan, settle
 from tools.photo_writer import PART_PREFIX, whole
 from tools.restoration import (
     INPUT_TITLE,
     NANO_WORKFLOW,
     OUTPUT_TITLE,
     PRESETS,
-    Restoration,
-    restore,
     with_preset,
 )
-
-__all__ = [
-    "INPUT_TITLE",
-    "NANO_WORKFLOW",
-    "OUTPUT_TITLE",
-    "Restoration",
-    "main",
-    "read_photo",
-    "restore",
-]
+from tools.restoration import restore as restore
 
 try:
     import fcntl
@@ -172,17 +161,20 @@ def own_server(out: Path, *, cpu: bool) -> Iterator[Server]:
     out.mkdir(parents=True, exist_ok=True)
     with Host(cpu=cpu, log=out / "host.log") as host:
 
-        def revive() -> None:
+        async def revive() -> None:
             try:
                 if not host.running():
-                    host.restart()
+                    await asyncio.to_thread(host.restart)
             except HostError as error:
                 raise ServerUnreachableError(str(error)) from error
+            except asyncio.CancelledError:
+                host.kill()  # else the thread would wait for its start
+                raise
 
         yield Server(host.url, revive=revive)
 
 
-def find_servers(urls: Sequence[str], workflow: Workflow) -> list[Server]:
+async def find_servers(urls: Sequence[str], workflow: Workflow) -> list[Server]:
     """Checks servers, each once; one that cannot run the workflow is left out of several.
 
     Raises:
@@ -190,27 +182,26 @@ def find_servers(urls: Sequence[str], workflow: Workflow) -> list[Server]:
         ServerUnreachableError: None answers.
         AddressError: One has no address.
     """
-    servers: list[Server] = []
-    faults: list[ClientError] = []
-    for client in {client.server: client for client in map(Client, urls)}.values():
+
+    async def fault_of(client: AsyncClient) -> ClientError | None:
         try:
-            client.check()
-            client.require_nodes(workflow)
-            servers.append(Server(client.url))
-        except ServerUnreachableError as error:
-            faults.append(error)
-            servers.append(Server(client.url, answers=False))
-        except WorkflowError as error:
-            faults.append(error)
-    if not any(server.answers for server in servers):
-        if len(faults) == 1 or not servers:
+            await client.check()
+            await client.require_nodes(workflow)
+        except ClientError as error:
+            return error
+
+    clients = {client.server: client for client in map(AsyncClient, urls)}
+    found = dict(zip(clients, await asyncio.gather(*map(fault_of, clients.values())), strict=True))
+    faults = [fault for fault in found.values() if fault]
+    able = {name: fault for name, fault in found.items() if not isinstance(fault, WorkflowError)}
+    if all(able.values()):
+        if len(faults) == 1 or not able:
             raise faults[0]
-        names = ", ".join(Client(server.url).server for server in servers)
         reasons = "".join(f"\n{fault}" for fault in faults)
-        raise ServerUnreachableError(f"no ComfyUI answers at any of {names}:{reasons}")
+        raise ServerUnreachableError(f"no ComfyUI answers at any of {', '.join(able)}:{reasons}")
     for fault in faults:
         complain(fault)
-    return servers
+    return [Server(clients[name].url, answers=fault is None) for name, fault in able.items()]
 
 
 def write_report(path: Path, jobs: Sequence[Job], workflow: Path, seconds: float) -> None:
@@ -263,6 +254,8 @@ def _restore_all(
     for job in jobs:
         if job.status == "pending":
             settle(job, digest, overwrite=options.overwrite)
+        if job.status == "pending":
+            make_room(job)
     display = Display(jobs)
     for job in jobs:
         display.tell(job)
@@ -279,7 +272,7 @@ def _restore_all(
         if all(job.status != "pending" for job in jobs):
             pass
         elif options.server:
-            restore_on(find_servers(options.server, workflow))
+            restore_on(asyncio.run(find_servers(options.server, workflow)))
         else:
             with own_server(options.out, cpu=not options.gpu) as server:
                 restore_on([server])

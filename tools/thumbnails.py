@@ -16,8 +16,8 @@ from tools.client import Client, Workflow, find_node, load_workflow
 from tools.demo import LONG_SIDE, SAMPLES, Sample, degrade_photo
 from tools.environment import ROOT
 from tools.host import Host
-from tools.restoration import upload
-from tools.restore import read_photo, restore
+from tools.photo import read_photo
+from tools.restoration import encode, restore
 
 SIDE = 480
 LINE = 3
@@ -53,7 +53,7 @@ def enlarged(client: Client, workflow: Workflow, clean: Image.Image, lq: Image.I
 def decoders(client: Client, workflow: Workflow, clean: Image.Image, lq: Image.Image) -> Pair:
     """The stock decode and the aware one."""
     photo = find_node(workflow, "LoadImage", "Degraded photo")
-    workflow[photo]["inputs"]["image"] = upload(client, np.asarray(lq))
+    workflow[photo]["inputs"]["image"] = client.upload(*encode(np.asarray(lq)))
     result = client.run(workflow)
     saved = (find_node(workflow, "SaveImage", title) for title in (BOTH, "Restored"))
     stock, aware = (client.images(result, node)[0] for node in saved)
@@ -63,7 +63,7 @@ def decoders(client: Client, workflow: Workflow, clean: Image.Image, lq: Image.I
 def measured(client: Client, workflow: Workflow, clean: Image.Image, lq: Image.Image) -> Pair:
     """What the workflow makes of a clean photo: degraded, and restored."""
     photo = find_node(workflow, "LoadImage", "Clean photo")
-    workflow[photo]["inputs"]["image"] = upload(client, np.asarray(clean))
+    workflow[photo]["inputs"]["image"] = client.upload(*encode(np.asarray(clean)))
     result = client.run(workflow)
     (measure,) = (key for key, node in workflow.items() if node["class_type"] == MEASURE)
     (row,) = client.images(result, measure)  # degraded, restored, clean
@@ -76,7 +76,7 @@ def folder_of(client: Client, workflow: Workflow, clean: Image.Image, lq: Image.
     samples = [sample for sample in SAMPLES if sample.kind in TWO]
     before = [strip(degrade_photo(read(each), each)) for each in samples]
     for photo in before:
-        upload(client, np.asarray(photo), "thumbnail_photos")
+        client.upload(*encode(np.asarray(photo)), "thumbnail_photos")
     loader = find_node(workflow, "LoadImageDataSetFromFolder", "Folder of photos")
     workflow[loader]["inputs"]["folder"] = "thumbnail_photos"
     result = client.run(workflow)

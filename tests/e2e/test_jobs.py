@@ -244,6 +244,19 @@ def test_an_out_that_cannot_be_written_is_named_at_once(
     assert f"--out {out} cannot be written: Not a directory" in capsys.readouterr().err
 
 
+def test_a_subfolder_that_cannot_be_written_is_named_at_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    put(tmp_path / "in/day 1/deep/a.png")
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "day 1").touch()
+    assert main_without_server(tmp_path / "in", "--recursive", "--out", out) == 1
+    printed = capsys.readouterr().err
+    assert "a_restored.png cannot be written: Not a directory" in printed
+    assert "answers at" not in printed, "no server is needed to say so"
+
+
 def test_two_runs_do_not_share_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     out = tmp_path / "out"
     out.mkdir()

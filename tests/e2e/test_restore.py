@@ -13,7 +13,7 @@ from PIL import ExifTags, Image
 from tests.e2e.graph import Runner, make_photo
 from tests.e2e.holding import Holding, pixels_of, put_photos, read_report, run
 from tools import photo, photo_writer, restore
-from tools.batch import Batch, Options, Server
+from tools.batch import Batch, Event, Options, Server
 from tools.client import load_workflow
 from tools.host import free_port
 from tools.jobs import plan
@@ -200,6 +200,18 @@ def test_a_fault_of_the_program_is_not_swallowed(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(photo, "read", fail)
     with pytest.raises(ZeroDivisionError):
         Batch([Server("http://127.0.0.1:1")], {}, jobs, Options()).run()
+
+
+def test_a_fault_of_the_caller_is_no_fault_of_the_photo(tmp_path: Path):
+    jobs = plan(put_photos(tmp_path / "in", 2), tmp_path / "out")
+    jobs[0].source.write_bytes(b"no picture")
+
+    def fail(event: Event) -> None:
+        raise BrokenPipeError
+
+    with pytest.raises(BrokenPipeError):
+        Batch([Server("http://127.0.0.1:1")], {}, jobs, Options()).run(fail)
+    assert [job.status for job in jobs] == ["failed", "pending"]
 
 
 def test_a_full_disk_ends_the_run_at_once(

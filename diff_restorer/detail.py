@@ -16,7 +16,6 @@ from .photo_statistics import NOISE_LEVELS, STATISTICS
 from .shrinkage import THRESHOLDS, shrink
 from .tone import guided_tone, no_change, with_tone
 
-
 SLOW = 0.1
 """Factor on what layers find that start with knowledge, and do not have it to learn: AdamW moves
 all weights alike, which would undo that in the first steps."""
@@ -206,7 +205,7 @@ class DetailPath(nn.Module):
         return self._condition(pooled, statistics)
 
     def _condition(self, pooled: Tensor, statistics: Tensor) -> Tensor:
-        quantiles, levels = statistics.split([STATISTICS - NOISE_LEVELS, NOISE_LEVELS], dim=-1)
+        quantiles, levels = statistics[..., :-NOISE_LEVELS], statistics[..., -NOISE_LEVELS:]
         seen = torch.cat([4 * quantiles - 2, (255 * levels + 0.5).log()], dim=-1).to(pooled)
         told = self.tone(torch.cat([self.norm(pooled), seen], dim=-1))
         return torch.cat([told, levels.to(pooled), 2 * self.kind(pooled).sigmoid()], dim=-1)
@@ -241,7 +240,7 @@ class DetailPath(nn.Module):
 
         def thresholds(told: Tensor) -> Tensor:
             kinds, width = self.config.kinds, self.config.context_width
-            seen, levels, shares = told.split([width, NOISE_LEVELS, kinds], dim=-1)
+            seen, levels, shares = told[..., :width], told[..., width:-kinds], told[..., -kinds:]
             gauge = (SLOW * self.gauge(seen).float()).tanh().mul(2).exp()
             of_noise, of_jpeg = (
                 (SLOW * layer(shares).float()).clamp_min(0) for layer in self.thresholds
@@ -313,4 +312,5 @@ class DetailPath(nn.Module):
         """What the heads found, (B, kinds * C, h, w), added up to (B, C, h, w)."""
         kinds = self.config.kinds
         shares = film(lambda told: told[..., -kinds:], condition, found)
-        return (found.unflatten(1, (kinds, -1)) * shares.unsqueeze(2)).sum(dim=1)
+        by_kind = found.reshape(len(found), kinds, -1, *found.shape[2:])
+        return (by_kind * shares.unsqueeze(2)).sum(dim=1)

@@ -32,14 +32,14 @@ def shrink(photo: Tensor, thresholds: Tensor) -> Tensor:
     photo, filters = photo.float(), _cosines(photo.device)
     colors = F.pad(opponent(photo), (_EDGE,) * 4, mode="replicate")
     planes = F.conv2d(colors.flatten(0, 1)[:, None], filters, stride=_STEP)
-    limits = thresholds.float().unflatten(1, (3, -1)).flatten(0, 1)
+    limits = thresholds.float().reshape(-1, len(filters), *thresholds.shape[2:])
     ratio = (limits.square() / (planes.square() + 1e-10)).clamp_max(100.0) ** 4
     small = planes[:, 1:] * (ratio / (1 + ratio))[:, 1:]
     summed = F.conv_transpose2d(small, filters[1:], stride=_STEP)
     blocks = torch.ones_like(planes[:1, :1])
     count = F.conv_transpose2d(blocks, torch.ones_like(filters[:1]), stride=_STEP)
     mean = (summed / count)[..., _EDGE:-_EDGE, _EDGE:-_EDGE]
-    return photo - opponent(mean.unflatten(0, (-1, 3)).squeeze(2), inverse=True)
+    return photo - opponent(mean.reshape(photo.shape), inverse=True)
 
 
 def opponent(photo: Tensor, *, inverse: bool = False) -> Tensor:

@@ -86,6 +86,15 @@ def folder_of(client: Client, workflow: Workflow, clean: Image.Image, lq: Image.
     return stack(before), stack(after)
 
 
+def one_of_folder(client: Client, workflow: Workflow, clean: Image.Image, lq: Image.Image) -> Pair:
+    """A photo of a folder, before and after."""
+    client.upload(*encode(np.asarray(lq)), "thumbnail_photo")
+    loader = find_node(workflow, "DiffRestorerFolderPhoto", "Folder of photos")
+    workflow[loader]["inputs"] |= {"folder": "thumbnail_photo", "index": 0}
+    result = client.run(workflow)
+    return lq, client.images(result, find_node(workflow, "SaveImage", "Restored"))[0]
+
+
 def without_weights(
     client: Client, workflow: Workflow, clean: Image.Image, lq: Image.Image
 ) -> Pair:
@@ -126,10 +135,12 @@ THUMBNAILS: dict[str, tuple[str, Maker]] = {
     "compare_decoders": ("rain", decoders),
     "measure_restoration": ("jpeg", measured),
     "restore_by_kind": ("low_light", before_after),
-    "restore_folder": ("noise", folder_of),
+    "restore_folder": ("haze", one_of_folder),
+    "restore_frames": ("noise", folder_of),
     "restore_if_degraded": ("snow", before_after),
     "restore_large": ("noise", before_after),
     "restore_nano": ("rain", before_after),
+    "restore_photo": ("noise", before_after),
     "restore_override": ("haze", before_after),
     "restore_sd15": ("snow", without_weights),
     "restore_upscale_x2": ("raindrop", enlarged),

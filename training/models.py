@@ -64,7 +64,7 @@ __all__ = [
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-TONE_SHARES = dict.fromkeys(("low_light", "haze", "rain", "snow"), 1.1)
+TONE_SHARES = {"low_light": 1.1, "haze": 1.1, "rain": 1.1, "snow": 1.1}
 """Kinds that change a photo's tone, which the sampled latent mends."""
 NOISE_SHARES, JPEG_SHARES = {"noise": 2.8}, {"jpeg": 0.15}
 """Where thresholds start: in standard deviations of the noise, and in units of [-1, 1]."""
@@ -195,10 +195,9 @@ class Models(nn.Module):
     def _start_detail(self, path: DetailPath) -> None:
         path.kind.load_state_dict(self.prompt.classifier.state_dict())
         # Half of each, as shares of kinds are up to 2; where P_D only wonders, the tone stays.
-        for layer, share in zip(
-            (path.toned, *path.thresholds), (TONE_SHARES, NOISE_SHARES, JPEG_SHARES), strict=True
-        ):
-            values = [share.get(kind, 0.0) / 2 for kind in self.types]
+        layers: list[Any] = [path.toned, *path.thresholds]
+        for layer, shares in zip(layers, (TONE_SHARES, NOISE_SHARES, JPEG_SHARES), strict=True):
+            values = [shares.get(kind, 0.0) / 2 for kind in self.types]
             layer.weight.copy_(torch.tensor(values) / SLOW)
         path.toned.bias.fill_(-0.1 / SLOW)
         # The decoder's colours at 1/8 size by least squares, on pictures without a photo.

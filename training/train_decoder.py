@@ -266,7 +266,8 @@ class DecoderLoss:
             statistics: `photo_statistics` of the whole degraded photos, (B, 51).
         """
         raw, condition = latent / self.models.latent_scale, self.extension.condition
-        return aware_decode(self.trunk, self.extension, raw, features, condition(pooled, statistics))
+        told = condition(pooled, statistics)
+        return aware_decode(self.trunk, self.extension, raw, features, told)
 
     def _latent_and_features(
         self, batch: dict[str, Tensor], generator: torch.Generator

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -22,7 +24,7 @@ def detail_path() -> DetailPath:
 
 
 def test_shrinkage_and_tone_go_by_kinds() -> None:
-    path = detail_path()
+    path: Any = detail_path()
     path.toned.weight[0, 1], path.thresholds[1].weight[:, 2] = 5, 5
     path.out.weight.zero_()
     none, tone, noise = (path.condition(sure_of(*k), torch.rand(1, 51)) for k in ((), (1,), (2,)))

@@ -330,9 +330,9 @@ def test_stage_2_decodes_sampled_latents_where_there_are_some(models: Models) ->
     seen: list[torch.Tensor] = []
     decode = loss._decode_fast
 
-    def decoded(latent: Tensor, features: Any, pooled: Tensor, quantiles: Tensor) -> Tensor:
+    def decoded(latent: Tensor, features: Any, pooled: Tensor, statistics: Tensor) -> Tensor:
         seen.append(latent)
-        return decode(latent, features, pooled, quantiles)
+        return decode(latent, features, pooled, statistics)
 
     loss._decode_fast = decoded
     sampled = torch.rand(2, 4, 4, 4, generator=torch.Generator().manual_seed(3))

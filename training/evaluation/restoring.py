@@ -68,6 +68,10 @@ class Batch:
         return [(job, key) for job, key in wanted if read_note(job.result).get("key") != key]
 
 
+COMPLETE = "DiffRestorerNanoLoader"
+"""Loader whose third output is a VAE."""
+
+
 def vae_round_trip(workflow: Workflow) -> Workflow:
     """LoadImage -> VAE Encode -> VAE Decode with the VAE of a workflow, and no more.
 
@@ -75,6 +79,8 @@ def vae_round_trip(workflow: Workflow) -> Workflow:
         WorkflowError: No node of the workflow has a VAE.
     """
     links = [node["inputs"]["vae"] for node in workflow.values() if "vae" in node["inputs"]]
+    # Where none is connected, the nodes take that of the complete file.
+    links += [[key, 2] for key, node in workflow.items() if node["class_type"] == COMPLETE]
     if not links:
         raise WorkflowError("the workflow has no VAE, so that its round trip cannot be measured")
 

@@ -41,12 +41,12 @@ START_CROPS = 4
 """Times as many crops a step has at the start of stage 2, of half the side."""
 START = {
     "data": {"crop": 64, "part": 192, "crops_per_part": 4},
-    "sampled_share": 0.0,
-    "own_share": 1.0,
+    "sample_steps": 3,
+    "sampled_share": 1.0,
     "psnr_floor": 1e-3,
 }
-"""How stage 2 starts: what is in the pixels is learnt from small crops of many photos, whose own
-latents are at hand; docs/decoder.md has what that is worth."""
+"""How stage 2 starts: small crops of many photos give the most steps; docs/decoder.md has what that
+is worth. Their latents are sampled at once: the detail path takes the photo's tone from them."""
 TINY_LOOP = {
     "steps": 6,
     "batch_size": 2,

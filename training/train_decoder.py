@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -13,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
-from diff_restorer import aware_decode, encode_with_features
+from diff_restorer import DetailPath, aware_decode, encode_with_features
 from diff_restorer.checkpoint import open_safetensors
 from diff_restorer.decoder import PIXELS, Features
 
@@ -41,6 +43,8 @@ from .models import Models, own_precision, psnr, psnr_gain, suited, to_pixels
 from .photos import PhotoStore
 from .sheets import save_sheet
 from .stages import run_stage, stage_of
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -350,6 +354,20 @@ def _check_sampling(models: Models, config: Config, found: set[str]) -> None:
         raise ValueError(f"--sample-steps: no file of --model.init has {sorted(missing)}")
 
 
+@torch.no_grad()
+def _doubt_tone(path: DetailPath, score: Callable[[], Tensor]) -> None:
+    """Start without the sampled latents' tone where that is worse than the photos' own, as after a
+    stage 1 of minutes."""
+    trusting = score()
+    toned = {key: value.clone() for key, value in path.toned.state_dict().items()}
+    for parameter in path.toned.parameters():
+        parameter.zero_()
+    if score() > trusting:
+        log.info("what stage 1 samples has no better tone than the photos: not taken at the start")
+    else:
+        path.toned.load_state_dict(toned)
+
+
 def main(config: Config) -> Path:
     """Train, and write the complete file."""
     return run_stage(build, config, ("base.vae.", "base.clip_vision.", "prompt_processor."))
@@ -374,7 +392,8 @@ def build(
     Raises:
         ValueError: As `prepare` and `read_sampled`.
     """
-    if not found & set(models.decoder_parts):
+    fresh = not found & set(models.decoder_parts)
+    if fresh:
         models.start_decoder()
     prepare(models, config)
     _check_sampling(models, config, found)
@@ -393,7 +412,7 @@ def build(
     loss = DecoderLoss(models, config)
 
     @torch.no_grad()
-    def validate(step: int, folder: Path) -> dict[str, float]:
+    def restored() -> Tensor:
         generator = torch.Generator().manual_seed(0)
         images: list[Tensor] = []
         for batch in in_batches(validation, config.loop.batch_size):
@@ -406,7 +425,10 @@ def build(
                 latent = hint
             pixels = loss.decode(latent, features, prompt.pooled, batch["statistics"])
             images.append((pixels.float() + 1) / 2)
-        image = torch.cat(images)
+        return torch.cat(images)
+
+    def validate(step: int, folder: Path) -> dict[str, float]:
+        image = restored()
         before = psnr(validation["lq"], validation["gt"])
         after = psnr(image, validation["gt"])
         labels = [models.types[label] for label in validation["label"]]
@@ -427,6 +449,8 @@ def build(
             scores[kind] = float(score[rows].mean())
         return scores
 
+    if fresh and isinstance(models.decoder.extension, DetailPath):
+        _doubt_tone(models.decoder.extension, lambda: psnr(restored(), validation["gt"]).mean())
     others = {prefix for prefix in found if not prefix.startswith("decoder.")}
     parts = (*sorted(others | {"prompt_processor."}), *models.decoder_parts)
     sides = () if loss.discriminator is None else (models.decoder, loss.discriminator)

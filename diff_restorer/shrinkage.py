@@ -30,16 +30,23 @@ def shrink(photo: Tensor, thresholds: Tensor) -> Tensor:
     https://doi.org/10.5201/ipol.2011.ys-dct), with a threshold that gradients pass.
     """
     photo, filters = photo.float(), _cosines(photo.device)
-    colors = F.pad(opponent(photo), (_EDGE,) * 4, mode="replicate")
-    planes = F.conv2d(colors.flatten(0, 1)[:, None], filters, stride=_STEP)
-    limits = thresholds.float().reshape(-1, len(filters), *thresholds.shape[2:])
+    limits = thresholds.float().chunk(3, dim=1)
+    # Color by color, as their frequencies take 16 times the memory of the photo.
+    small = [
+        _small(*pair, filters) for pair in zip(opponent(photo).chunk(3, dim=1), limits, strict=True)
+    ]
+    return photo - opponent(torch.cat(small, dim=1), inverse=True)
+
+
+def _small(color: Tensor, limits: Tensor, filters: Tensor) -> Tensor:
+    """What of a color, (B, 1, H, W), is below its thresholds, (B, 64, 1 or H/2, 1 or W/2)."""
+    planes = F.conv2d(F.pad(color, (_EDGE,) * 4, mode="replicate"), filters, stride=_STEP)
     ratio = (limits.square() / (planes.square() + 1e-10)).clamp_max(100.0) ** 4
     small = planes[:, 1:] * (ratio / (1 + ratio))[:, 1:]
     summed = F.conv_transpose2d(small, filters[1:], stride=_STEP)
     blocks = torch.ones_like(planes[:1, :1])
     count = F.conv_transpose2d(blocks, torch.ones_like(filters[:1]), stride=_STEP)
-    mean = (summed / count)[..., _EDGE:-_EDGE, _EDGE:-_EDGE]
-    return photo - opponent(mean.reshape(photo.shape), inverse=True)
+    return (summed / count)[..., _EDGE:-_EDGE, _EDGE:-_EDGE]
 
 
 def opponent(photo: Tensor, *, inverse: bool = False) -> Tensor:

@@ -77,7 +77,7 @@ def folder_of(client: Client, workflow: Workflow, clean: Image.Image, lq: Image.
     before = [strip(degrade_photo(read(each), each)) for each in samples]
     for photo in before:
         client.upload(*encode(np.asarray(photo)), "thumbnail_photos")
-    loader = find_node(workflow, "LoadImageDataSetFromFolder", "Folder of photos")
+    loader = find_node(workflow, "LoadImageDataSetFromFolder", "Folder of frames")
     workflow[loader]["inputs"]["folder"] = "thumbnail_photos"
     result = client.run(workflow)
     results = client.images(result, find_node(workflow, "SaveImage", "Restored"))

@@ -78,7 +78,7 @@ class Editor:
     def open_template(self, name: str) -> None:
         """Open a workflow of this pack from the templates dialog, by clicking."""
         self.open_templates()
-        self.page.get_by_text(name, exact=True).first.click()
+        self.page.get_by_role("dialog").get_by_text(name, exact=True).first.click()
         self.page.wait_for_function(
             "name => app.extensionManager.workflow.activeWorkflow?.filename?.startsWith(name)"
             " && app.graph.nodes.length > 0",

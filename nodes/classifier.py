@@ -99,11 +99,9 @@ class DiffRestorerDegradationClassifier(io.ComfyNode):
         degradation: Degradation | None = None,
     ) -> io.NodeOutput:
         if degradation is None or not (diff_restorer is clip_vision is image is None):
-            restorer, photos = (
-                restorer_of(diff_restorer, degradation),
-                photos_of(image, degradation),
-            )
-            _, degradation = restorer.read(clip_vision_of(clip_vision, restorer), photos)
+            restorer = restorer_of(diff_restorer, degradation)
+            vision = clip_vision_of(clip_vision, restorer)
+            _, degradation = restorer.read(vision, photos_of(image, degradation))
         rows = degradation.as_dicts()
         text = json.dumps(rows[0] if len(rows) == 1 else rows)
         confidence, best = degradation.probabilities.mean(dim=0).max(dim=0)

@@ -23,12 +23,7 @@ def restorer_of(given: DiffRestorer | None, degradation: Degradation | None) -> 
     """
     if given is not None:
         return given
-    if degradation is None:
-        raise ValueError(
-            "diff_restorer: nothing is connected. Connect Load Diff-Restorer, or degradation of a "
-            "Prompt Processor, which brings its file and its photos."
-        )
-    return degradation.restorer
+    return _required(degradation, "diff_restorer", "Load Diff-Restorer").restorer
 
 
 def photos_of(given: Tensor | None, degradation: Degradation | None) -> Tensor:
@@ -39,12 +34,16 @@ def photos_of(given: Tensor | None, degradation: Degradation | None) -> Tensor:
     """
     if given is not None:
         return given
+    return _required(degradation, "image", "the degraded photos").image
+
+
+def _required(degradation: Degradation | None, name: str, source: str) -> Degradation:
     if degradation is None:
         raise ValueError(
-            "image: nothing is connected. Connect the degraded photos, or degradation of a Prompt "
+            f"{name}: nothing is connected. Connect {source}, or degradation of a Prompt "
             "Processor, which brings its file and its photos."
         )
-    return degradation.image
+    return degradation
 
 
 def clip_vision_of(given: Any, restorer: DiffRestorer) -> Any:

@@ -45,7 +45,6 @@ from tools.restoration import (
     PRESETS,
     with_preset,
 )
-from tools.restoration import restore as restore
 
 try:
     import fcntl

@@ -33,7 +33,7 @@ from diff_restorer.checkpoint import read_checkpoint
 from tools.client import Client, ClientError, load_workflow
 from tools.environment import ROOT
 from tools.host import Host, HostError, exit_on_termination
-from tools.restore import NANO_WORKFLOW
+from tools.restoration import NANO_WORKFLOW
 
 from .common import git_revision
 from .evaluation import independent, plots, report, suites, tables

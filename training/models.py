@@ -441,7 +441,7 @@ def _color_fields() -> Tensor:
         field = torch.rand(32, 3, cells, cells, generator=generator)
         weight = torch.rand(32, 1, 1, 1, generator=generator)
         found += weight * F.interpolate(field, size=(64, 64), mode="bilinear")
-    low, high = (found.flatten(1).aminmax(dim=1)[place][:, None, None, None] for place in (0, 1))
+    low, high = (end[:, None, None, None] for end in found.flatten(1).aminmax(dim=1))
     ends = torch.rand(2, 32, 1, 1, 1, generator=generator)
     return torch.lerp(ends[0] - 1, 1 - ends[1], (found - low) / (high - low))
 

@@ -101,6 +101,11 @@ class Config:
     validation_steps: int = 20
     """Sampling steps of the validation pictures."""
 
+    @property
+    def reads_latents(self) -> bool:
+        """Whether it wants latents that were sampled before."""
+        return self.sampled_share > 0 and not self.sample_steps
+
 
 SAMPLED = "sampled"
 """Key of a batch whose latents are to be sampled, of no size."""

@@ -14,7 +14,7 @@ from PIL import Image
 
 from tools.client import Client, Progress, Result, Workflow, find_node, load_workflow
 from tools.host import Host
-from tools.restore import NANO_WORKFLOW, OUTPUT_TITLE
+from tools.restoration import NANO_WORKFLOW, OUTPUT_TITLE
 
 OnProgress = Callable[[Progress], None]
 AFTER_RUN = {"seed": "fixed", "index": "increment"}

@@ -19,7 +19,7 @@ from torchvision.models import alexnet
 from diff_restorer.degradations import KINDS
 from tools.client import Client, ServerUnreachableError, WorkflowError, find_node, load_workflow
 from tools.host import Host, free_port
-from tools.restore import NANO_WORKFLOW
+from tools.restoration import NANO_WORKFLOW
 from training import evaluate
 from training.common import DataConfig
 from training.evaluate import Config, PhotoSets

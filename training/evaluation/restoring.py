@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from tools.client import Client, ClientError, ServerUnreachableError, Workflow, WorkflowError
 from tools.environment import ROOT
-from tools.restore import INPUT_TITLE, OUTPUT_TITLE, restore
+from tools.restoration import INPUT_TITLE, OUTPUT_TITLE, restore
 
 from .pictures import digest, file_digest, pixel_digest, read_note, save_picture
 from .testsets import Case, suite_of

@@ -65,7 +65,7 @@ class InFiles:
 
     def train(self, program: Any, config: Any, slot: Slot) -> None:
         config = self._opened(config)
-        if program is train_decoder and config.sampled_share > 0 and not config.sample_steps:
+        if program is train_decoder and config.reads_latents:
             config = replace(config, latents=self._latents)
         self._files += (run_stage(program.build, config, began=slot.began),)
         self._has_decoder = self._has_decoder or program is train_decoder
@@ -99,7 +99,7 @@ class InMemory:
 
     def train(self, program: Any, config: Any, slot: Slot) -> None:
         extra = {}
-        if program is train_decoder and config.sampled_share > 0 and not config.sample_steps:
+        if program is train_decoder and config.reads_latents:
             extra["sampled"] = self._sampled
         stage, data = program.build(
             self.models, self.found, config, self._photos(config.data), **extra

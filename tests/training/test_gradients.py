@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from diff_restorer import FusionBlocks
+from diff_restorer.detail import SLOW, DetailPath
 from tests.training import toy_sd15
 from tests.training.test_programs import TOY
 from training import train_control, train_decoder
@@ -36,7 +37,8 @@ def toy_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(params=["nano", "sd15"])
 def models(request: pytest.FixtureRequest, toy_folder: Path) -> Models:
     """Both layouts at toy width, and both decoders: Nano's has a detail path, SD 1.5's fusion
-    blocks. Nothing is zero, or zero convs would stop all gradients."""
+    blocks. Nothing is zero, or zero convs would stop all gradients; nor is the tone's share at an
+    end of its range, which stops its own."""
     sd15 = request.param == "sd15"
     config = toy_sd15.model_config(toy_folder) if sd15 else ModelConfig(sizes=TOY)
     found, _ = open_models(config)
@@ -46,6 +48,8 @@ def models(request: pytest.FixtureRequest, toy_folder: Path) -> Models:
         for parameter in module.parameters():
             if not parameter.any():
                 parameter.data.normal_(std=0.05, generator=generator)
+    if isinstance(found.decoder.extension, DetailPath):
+        found.decoder.extension.toned.bias.data.fill_(0.5 / SLOW)
     return found
 
 

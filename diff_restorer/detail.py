@@ -191,6 +191,11 @@ class DetailPath(nn.Module):
                     branch.weight.data.mul_(0.2)
                     nn.init.zeros_(branch.bias)
 
+    def hidden(self) -> tuple[nn.Parameter, ...]:
+        """Weights of the convs between features, which know nothing at the start."""
+        modules = (*self.groups.modules(), *self.down, *self.up)
+        return tuple(m.weight for m in modules if isinstance(m, nn.Conv2d | nn.ConvTranspose2d))
+
     def condition(self, pooled: Condition, statistics: Tensor) -> Condition:
         """What modulates every block, from P_D and the photo's tone and noise; once per photo.
 

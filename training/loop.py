@@ -50,7 +50,10 @@ class LoopConfig:
     accumulate: int = 1
     """Batches per process that make one step: as if the batch, or the machine, were larger."""
     lr: float = 1e-4
-    """Peak learning rate of AdamW."""
+    """Peak learning rate."""
+    muon: float = 0.0
+    """Muon in place of AdamW for the weights between features, where a stage has such: size of its
+    steps in units of the learning rate. 0: AdamW moves all."""
     warmup: int = 100
     """Steps of linear warm-up; a time box has its own."""
     decay: bool = True
@@ -106,6 +109,8 @@ class Stage:
     opponents: tuple[nn.Module, ...] = ()
     """Parts of `trainable` that do not share gradients, as a GAN's two sides: each one's norm is
     limited by itself. None: the norm of the whole is."""
+    hidden: tuple[nn.Parameter, ...] = ()
+    """Weights of `trainable` that Muon may move."""
     check: Callable[[Path], None] | None = None
     """Raises an error that names the file where it reads back other than it was exported."""
     parts: tuple[str, ...] = ()
@@ -236,6 +241,8 @@ class _Run:
             accumulate=config.accumulate,
             seed=config.seed,
             opponents=stage.opponents,
+            hidden=stage.hidden,
+            muon=config.muon,
         )
         self.average, self.clock = self.stepper.average, self.stepper.clock
         self.kept = {} if in_files else self.average.copied()

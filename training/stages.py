@@ -29,6 +29,7 @@ def stage_of(
     validate: Callable[[int, Path], dict[str, float]],
     begin_step: Callable[[int], None] | None = None,
     opponents: tuple[nn.Module, ...] = (),
+    hidden: tuple[nn.Parameter, ...] = (),
 ) -> Stage:
     """A stage whose file holds the `parts` of `models`, in fp32 and read back bit for bit."""
     prefixes = tuple(parts)
@@ -40,7 +41,10 @@ def stage_of(
         compare_file(path, models.file_tensors(prefixes, torch.float32))
 
     return Stage(
-        trainable, loss, validate, export, begin_step, opponents, check=check, parts=prefixes
+        *(trainable, loss, validate, export, begin_step, opponents),
+        hidden=hidden,
+        check=check,
+        parts=prefixes,
     )
 
 

@@ -16,6 +16,7 @@ from .average import Average
 from .clock import Clock
 from .data import Batch, seeded, split, to_device
 from .errors import NonFiniteError
+from .muon import Muon
 from .nonfinite import describe
 from .progress import Means
 
@@ -66,8 +67,14 @@ class Stepper:
         accumulate: int,
         seed: int,
         opponents: tuple[nn.Module, ...] = (),
+        hidden: tuple[nn.Parameter, ...] = (),
+        muon: float = 0.0,
     ) -> None:
-        """Wraps the module for `accelerator`; arguments are those of `LoopConfig` and `Stage`."""
+        """Wraps the module for `accelerator`; arguments are those of `LoopConfig` and `Stage`.
+
+        Raises:
+            ValueError: Muon is wanted where no weights are for it, or where they are sharded.
+        """
         self._accelerator, self._trainable = accelerator, trainable
         self._lr, self._clip, self._seed = lr, clip, seed
         self._accumulate, self._sides = accumulate, opponents or (trainable,)
@@ -77,12 +84,27 @@ class Stepper:
         self._ahead = on_gpu and accelerator.scaler is None
         self._next: Batch | None = None
         learned = [p for p in trainable.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(
-            learned, lr=lr, weight_decay=weight_decay, fused=True if on_gpu else None
-        )
+        if muon and not hidden:
+            raise ValueError(
+                "--loop.muon: only stage 2 of a decoder with a detail path has weights for it; "
+                "give 0"
+            )
+        turned = {id(p) for p in hidden} if muon else set[int]()
+        optimizers: list[torch.optim.Optimizer] = [
+            torch.optim.AdamW(
+                [p for p in learned if id(p) not in turned],
+                lr=lr,
+                weight_decay=weight_decay,
+                fused=True if on_gpu else None,
+            )
+        ]
+        if muon:
+            optimizers.append(Muon(hidden, lr, muon, weight_decay))
         module = _LossModule(trainable, loss)
-        self._module, self._optimizer = accelerator.prepare(module, optimizer)
+        self._module, *self._optimizers = accelerator.prepare(module, *optimizers)
         _reject_nested_shards(self._module)
+        if muon and isinstance(self._module, FSDPModule):
+            raise ValueError("--loop.muon: a shard of a weight is no matrix; give 0, or use DDP")
         self.average = Average(accelerator.unwrap_model(self._module), ema)
         self.clock = Clock(accelerator.device)
         self.means = Means()
@@ -90,11 +112,15 @@ class Stepper:
     @property
     def lr(self) -> float:
         """Of the last step."""
-        return self._optimizer.param_groups[0]["lr"]
+        return self._optimizers[0].param_groups[0]["lr"]
+
+    def _forget(self) -> None:
+        for optimizer in self._optimizers:
+            optimizer.zero_grad(set_to_none=True)
 
     def split(self) -> None:
         """Compute half as much of a batch at once from now on, and start the step again."""
-        self._optimizer.zero_grad(set_to_none=True)
+        self._forget()
         self.pieces *= 2
         self._accelerator.gradient_accumulation_steps = self._accumulate * self.pieces
         self._next = None
@@ -122,8 +148,9 @@ class Stepper:
         Raises:
             NonFiniteError: Names what is not finite.
         """
-        for group in self._optimizer.param_groups:
-            group["lr"] = self._lr * rate
+        for optimizer in self._optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = self._lr * rate
         parts: list[dict[str, Tensor]] = []
         learned: set[str] = set()  # terms that have a gradient
         batch: Batch = {}
@@ -153,9 +180,9 @@ class Stepper:
             with self.clock.part("optimizer"):
                 self._update(norms)
             scaler = self._accelerator.scaler
-            if scaler is not None and self._optimizer.step_was_skipped and scaler.get_scale() < 1:
+            if scaler is not None and self._skipped and scaler.get_scale() < 1:
                 raise NonFiniteError(describe(step, parts, learned, batch, self._trainable))
-        self._optimizer.zero_grad(set_to_none=True)
+        self._forget()
         for name in values:
             self.means.add(name, values[name], counts[name])
         if math.isfinite(norm_now):
@@ -196,9 +223,15 @@ class Stepper:
         if self._clip:
             for side, norm in zip(self._sides, norms, strict=True):
                 torch.nn.utils.clip_grads_with_norm_(side.parameters(), self._clip, norm)
-        self._optimizer.step()
-        if not self._optimizer.step_was_skipped:
+        for optimizer in self._optimizers:
+            optimizer.step()
+        if not self._skipped:
             self.average.update()
+
+    @property
+    def _skipped(self) -> bool:
+        """Whether the last step overflowed in fp16."""
+        return self._optimizers[0].step_was_skipped
 
     def _row(
         self,

@@ -454,13 +454,15 @@ def build(
             scores[kind] = float(score[rows].mean())
         return scores
 
-    if fresh and isinstance(models.decoder.extension, DetailPath):
-        _doubt_tone(models.decoder.extension, lambda: psnr(restored(), validation["gt"]).mean())
+    path = models.decoder.extension
+    hidden = path.hidden() if isinstance(path, DetailPath) else ()
+    if fresh and isinstance(path, DetailPath):
+        _doubt_tone(path, lambda: psnr(restored(), validation["gt"]).mean())
     others = {prefix for prefix in found if not prefix.startswith("decoder.")}
     parts = (*sorted(others | {"prompt_processor."}), *models.decoder_parts)
     sides = () if loss.discriminator is None else (models.decoder, loss.discriminator)
     return (
-        stage_of(models, parts, loss.trainable, loss, validate, loss.begin_step, sides),
+        stage_of(models, parts, loss.trainable, loss, validate, loss.begin_step, sides, hidden),
         batches,
     )
 

@@ -46,9 +46,11 @@ def stopped(out: Path, batch: int = 6, **changes: object) -> None:
         run(stage(stop_at=batch), Points(), config(out, **changes))
 
 
-@pytest.mark.parametrize("log_every", [1, 4])
-def test_stop_and_resume_equals_a_straight_run_bit_for_bit(tmp_path: Path, log_every: int) -> None:
-    changes = {"steps": 9, "log_every": log_every, "validate_every": 3}
+@pytest.mark.parametrize(("log_every", "muon"), [(1, 0.0), (4, 0.0), (1, 0.5)])
+def test_stop_and_resume_equals_a_straight_run_bit_for_bit(
+    tmp_path: Path, log_every: int, muon: float
+) -> None:
+    changes = {"steps": 9, "log_every": log_every, "validate_every": 3, "muon": muon}
     straight = run(stage(), Points(), config(tmp_path / "straight", **changes))
     stopped(tmp_path / "resumed", **changes)
     assert checkpoints(tmp_path / "resumed") == ["step_0000002", "step_0000004"]

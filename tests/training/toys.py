@@ -84,7 +84,8 @@ def stage(stop_at: int | None = None, scale: float = 1.0) -> Stage:
         if not same(load_file(path), model.state_dict()):
             raise ValueError(f"{path}: reads back other than it was written")
 
-    return Stage(model, loss, validate, export, check=check)
+    hidden = (model.get_parameter("0.weight"),)
+    return Stage(model, loss, validate, export, hidden=hidden, check=check)
 
 
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:

@@ -8,15 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 
 class Average:
-    """Averages of a module's trainable parameters; sharded as the parameters are.
+    """Averages of a module's trainable parameters.
 
-    `torch.optim.swa_utils.AveragedModel` copies the module, which a module sharded by FSDP forbids;
-    this one keeps the tensors alone and takes its arithmetic from there.
+    `torch.optim.swa_utils.AveragedModel` copies the whole module, frozen parts and all; this one
+    keeps the tensors alone and takes its arithmetic from there.
     """
 
     def __init__(self, module: nn.Module, decay: float) -> None:
@@ -35,8 +34,7 @@ class Average:
     @torch.no_grad()
     def update(self) -> None:
         """Takes in the weights after a step; the first step's are taken as they are."""
-        averages = [_local(value) for value in self._averages.values()]
-        live = [_local(value) for value in self._live.values()]
+        averages, live = list(self._averages.values()), list(self._live.values())
         if self._updates:
             self._blend(averages, live, self._updates)  # pyright: ignore[reportArgumentType]
         else:
@@ -45,20 +43,13 @@ class Average:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """The module holds the averages, whole where they are sharded; all processes must enter."""
-        whole = {id(self._live[n]): _whole(value) for n, value in self._averages.items()}
-        changed: list[tuple[nn.Module, str, nn.Parameter]] = []
-        for owner in self._module.modules():
-            for name, live in owner._parameters.items():
-                if live is not None and (id(live) in whole or isinstance(live, DTensor)):
-                    value = whole[id(live)] if id(live) in whole else _whole(live.detach())
-                    changed.append((owner, name, live))
-                    owner._parameters[name] = nn.Parameter(value, requires_grad=False)
+        """The module holds the averages."""
+        live = {name: value.detach().clone() for name, value in self._live.items()}
+        self.adopt()
         try:
             yield
         finally:
-            for owner, name, live in changed:
-                owner._parameters[name] = live
+            self.adopt(live)
 
     @torch.no_grad()
     def copied(self) -> dict[str, Tensor]:
@@ -72,26 +63,12 @@ class Average:
             self._live[name].copy_(value)
 
     def state_dict(self) -> dict[str, Any]:
-        """Whole tensors; all processes must call it."""
-        averages = {name: _whole(value) for name, value in self._averages.items()}
-        return {"updates": self._updates, "averages": averages}
+        """The averages and how many steps are in them."""
+        return {"updates": self._updates, "averages": self._averages}
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Inverse of `state_dict`."""
         self._updates = int(state["updates"])
         for name, average in self._averages.items():
-            value = state["averages"][name]
-            if isinstance(average, DTensor):
-                value = distribute_tensor(
-                    value.to(average.device), average.device_mesh, average.placements
-                )
-            average.copy_(value)
-
-
-def _whole(value: Tensor) -> Tensor:
-    return value.full_tensor() if isinstance(value, DTensor) else value
-
-
-def _local(value: Tensor) -> Tensor:
-    return value.to_local() if isinstance(value, DTensor) else value
+            average.copy_(state["averages"][name])

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
@@ -89,11 +88,7 @@ class Checkpoints:
             settings: The run's configuration, to compare when it goes on.
         """
         self.accelerator, self.out, self.size = accelerator, out, size
-        self.settings = {
-            **_flat(settings),
-            "processes": accelerator.num_processes,
-            "sharded": accelerator.distributed_type == DistributedType.FSDP,
-        }
+        self.settings = {**_flat(settings), "processes": accelerator.num_processes}
         accelerator.register_save_state_pre_hook(self._name_without_wrapper)
         accelerator.register_load_state_pre_hook(self._load_without_wrapper)
 
@@ -161,18 +156,14 @@ class Checkpoints:
             Its step and `extra`; 0 and nothing where there is no checkpoint.
 
         Raises:
-            ResumeError: There are checkpoints, but none can be read, or they are of a run that was
-                sharded (FSDP) and this one is not, or the other way round.
+            ResumeError: There are checkpoints, but none can be read.
         """
         damaged: list[Path] = []
         reason: Exception | None = None
         for folder in reversed(self.folders()):
             try:
                 manifest = _unseal(folder)
-                self._require_same_shards(manifest["settings"])
                 self.accelerator.load_state(str(folder))
-            except ResumeError:
-                raise
             except Exception as error:  # zip, pickle, JSON, safetensors and OS errors alike
                 log.warning("%s cannot be read, trying the one before: %s", folder, error)
                 damaged.append(folder)
@@ -205,17 +196,6 @@ class Checkpoints:
 
     def _load_without_wrapper(self, models: list[nn.Module], folder: str) -> None:
         models[:] = [self.accelerator.unwrap_model(model) for model in models]
-
-    def _require_same_shards(self, before: Mapping[str, Any]) -> None:
-        if before.get("sharded", False) != self.settings["sharded"]:
-            was, now = (
-                "with FSDP" if sharded else "without FSDP"
-                for sharded in (before.get("sharded", False), self.settings["sharded"])
-            )
-            raise ResumeError(
-                f"{self.out}: its checkpoints were written {was}, this run is {now}; start it "
-                "like before (the number of processes may change), or move the folder away"
-            )
 
     def _changes(self, before: Mapping[str, Any]) -> list[str]:
         """Settings that differ and may change what is learnt."""

@@ -399,7 +399,7 @@ def _course(config: LoopConfig, step: int, extra: dict[str, Any], began: float) 
 
 
 def _start_accelerate(config: LoopConfig) -> Accelerator:
-    accelerator = Accelerator(
+    return Accelerator(
         mixed_precision=mixed_precision(config.precision),
         cpu=not torch.cuda.is_available(),
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=config.accumulate),
@@ -410,7 +410,3 @@ def _start_accelerate(config: LoopConfig) -> Accelerator:
             InitProcessGroupKwargs(timeout=timedelta(hours=2)),
         ],
     )
-    plugin = getattr(accelerator.state, "fsdp_plugin", None)
-    if plugin is not None:
-        plugin.mixed_precision_policy = None  # autocast decides, as without FSDP
-    return accelerator

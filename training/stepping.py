@@ -9,8 +9,6 @@ from typing import Any, NamedTuple, cast
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 
 from .average import Average
 from .clock import Clock
@@ -36,7 +34,7 @@ class Signs(NamedTuple):
 
 
 class _LossModule(nn.Module):
-    """The trainable module whose forward is the loss: what DDP and FSDP can synchronise."""
+    """The trainable module whose forward is the loss: what DDP can synchronise."""
 
     def __init__(self, trainable: nn.Module, loss: Loss) -> None:
         super().__init__()
@@ -73,7 +71,7 @@ class Stepper:
         """Wraps the module for `accelerator`; arguments are those of `LoopConfig` and `Stage`.
 
         Raises:
-            ValueError: Muon is wanted where no weights are for it, or where they are sharded.
+            ValueError: Muon is wanted where no weights are for it.
         """
         self._accelerator, self._trainable = accelerator, trainable
         self._lr, self._clip, self._seed = lr, clip, seed
@@ -102,9 +100,6 @@ class Stepper:
             optimizers.append(Muon(hidden, lr, muon, weight_decay))
         module = _LossModule(trainable, loss)
         self._module, *self._optimizers = accelerator.prepare(module, *optimizers)
-        _reject_nested_shards(self._module)
-        if muon and isinstance(self._module, FSDPModule):
-            raise ValueError("--loop.muon: a shard of a weight is no matrix; give 0, or use DDP")
         self.average = Average(accelerator.unwrap_model(self._module), ema)
         self.clock = Clock(accelerator.device)
         self.means = Means()
@@ -243,8 +238,7 @@ class Stepper:
         """Sums and counts of the finite values of each term over all batches and processes, the
         norm, what any process wants, and the place of the main one, which alone tells it."""
         names = list(parts[0])
-        whole = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
-        norm = whole[0] if len(whole) == 1 else torch.stack(whole).square().sum().sqrt()
+        norm = norms[0] if len(norms) == 1 else torch.stack(norms).square().sum().sqrt()
         terms = torch.stack([torch.stack([part[n].float() for n in names]) for part in parts])
         known = terms.isfinite()
         place = reached() if self._accelerator.is_main_process else 0.0
@@ -291,13 +285,3 @@ def _gradient_norm(side: nn.Module) -> Tensor:
     """On the side's device, also where it has no gradients yet."""
     gradients = [p.grad for p in side.parameters() if p.grad is not None]
     return torch.nn.utils.get_total_norm(gradients).to(next(side.parameters()).device)
-
-
-def _reject_nested_shards(module: nn.Module) -> None:
-    parts = dict(module.named_modules()).items()
-    nested = [name for name, part in parts if name and isinstance(part, FSDPModule)]
-    if nested:
-        raise ValueError(
-            f"fsdp_auto_wrap_policy: found {len(nested)} separately wrapped parts ({nested[0]}, "
-            "...); give NO_WRAP, so that the main process can validate by itself"
-        )

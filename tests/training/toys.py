@@ -1,6 +1,6 @@
 """A linear fit that trains in milliseconds, for tests that start, share and kill runs.
 
-As a program: python -m tests.training.toys '{"out": "folder", "steps": 6}' [sharded]
+As a program: python -m tests.training.toys '{"out": "folder", "steps": 6}'
 """
 
 from __future__ import annotations
@@ -98,21 +98,6 @@ def train(settings: dict[str, Any]) -> Path:
     return run(stage(), Points(), config(**(settings | {"out": Path(settings["out"])})))
 
 
-def shard_on_cpu() -> None:
-    """Let accelerate use FSDP on a CPU, which torch can do and accelerate leaves out.
-
-    To accelerate, several processes on CPUs are of a kind without FSDP; on any other kind it looks
-    at the environment that `accelerate launch` made.
-    """
-    from accelerate.state import PartialState
-    from accelerate.utils import DistributedType
-
-    PartialState(cpu=True)
-    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
-
-
 if __name__ == "__main__":
-    if "sharded" in sys.argv:
-        shard_on_cpu()
     logging.basicConfig(level=logging.INFO)
     train(json.loads(sys.argv[1]))

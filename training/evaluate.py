@@ -106,7 +106,8 @@ class Config:
     gpu: bool = False
     """Let the server that is started use a GPU."""
     nafnet: Path | None = None
-    """File of `python -m training.evaluation.nafnet`, to compare with."""
+    """Network to compare with: of `python -m training.evaluation.nafnet`, or any that spandrel
+    reads and that keeps the size of photos."""
     weights: Path | None = None
     """Folder with the networks of LPIPS, DISTS and FID; by default torch hub's cache. Nothing is
     downloaded: a metric whose file is missing says so."""

@@ -17,8 +17,9 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from . import nafnet
+from ..common import home
 from .competing import read_photo
+from .nafnet import load_network
 from .pictures import digest, file_digest, pixel_digest, read_image, read_note, save_picture
 from .pictures import to_picture as tensor_picture
 from .smoothing import to_8_bit
@@ -45,19 +46,16 @@ def anchor_path(out: Path, anchor: str, case: Case) -> Path:
 
 
 def run_nafnet(file: Path, out: Path, cases: Sequence[Case]) -> None:
-    """Restores photos with the comparison network.
-
-    Raises:
-        ValueError: The file is none of `training.evaluation.nafnet`.
-    """
-    network = nafnet.load_nafnet(file)
-    model = file_digest(file, Path(nafnet.__file__))
+    """Restores photos with the comparison network, as `load_network` opens it."""
+    network, model = load_network(file), file_digest(file)
     for case in tqdm(cases, desc=ANCHORS["nafnet"], unit="photo"):
         path = anchor_path(out, "nafnet", case)
         key = digest(model, pixel_digest(case.lq))
         if read_note(path).get("key") != key:
             with torch.no_grad():
-                save_picture(path, tensor_picture(network(read_image(case.lq))), {"key": key})
+                save_picture(
+                    path, tensor_picture(network(read_image(case.lq).to(home()))), {"key": key}
+                )
 
 
 def run_bm3d(out: Path, cases: Sequence[Case]) -> str | None:

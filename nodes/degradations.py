@@ -14,10 +14,11 @@ from torch import Tensor
 from ..diff_restorer.abstention import CLEAN
 from ..diff_restorer.checkpoint import ANY_KINDS
 from ..diff_restorer.degradations import ALL_KINDS, degrade
+from ..diff_restorer.similarity import psnr, ssim
 from .checks import checked
 from .host import check_interrupt
 from .images import common_batch, split_alpha, to_batch
-from .measures import MISSING, difference_picture, lpips, psnr, side_by_side, ssim
+from .measures import MISSING, difference_picture, lpips, side_by_side
 from .sockets import CATEGORY, Degradation, DegradationSocket, found_by
 
 KINDS = tuple(kind for kind in ALL_KINDS if kind != "clean")
@@ -273,10 +274,10 @@ class DiffRestorerMeasure(io.ComfyNode):
                 for name, value in photos.items()
             }
             clean, found = some["reference"], some["image"]
-            row: dict[str, Any] = {"psnr": psnr(found, clean), "ssim": ssim(found, clean)}
+            row: dict[str, Any] = {"psnr": float(psnr(found, clean)), "ssim": ssim(found, clean)}
             row["lpips"] = lpips(found, clean)
             if "lq" in some:
-                row["psnr_lq"] = psnr(some["lq"], clean)
+                row["psnr_lq"] = float(psnr(some["lq"], clean))
                 row["gain"] = row["psnr"] - row["psnr_lq"]
             rows.append({key: _rounded(value) for key, value in row.items()})
             draw = side_by_side if view == SIDE_BY_SIDE else difference_picture

@@ -10,45 +10,28 @@ from typing import Any
 
 import numpy as np
 import torch
-from kornia.metrics import ssim as ssim_map
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
-from torch.nn import functional as F
 
 MISSING = -1.0
 """In place of an LPIPS that cannot be computed here."""
-_VGG_FILE = "vgg16-397923af.pth"
+_ALEXNET_FILE = "alexnet-owt-7be5be79.pth"
 _MOST_PIXELS = 4e6
-"""For LPIPS, as VGG16's features are large."""
+"""For LPIPS, as its features are large."""
 _AMPLIFICATION = 4
 _LABELS = {"lq": "degraded", "image": "restored", "reference": "clean"}
 _HEIGHT = 512
 
 
-def psnr(image: Tensor, reference: Tensor) -> float:
-    """Peak signal-to-noise ratio in dB of (1, 3, H, W) in [0, 1], at most 100."""
-    error = float(F.mse_loss(image.clamp(0, 1), reference.clamp(0, 1)))
-    return 100.0 if error < 1e-10 else float(-10 * np.log10(error))
-
-
-def ssim(image: Tensor, reference: Tensor) -> float | None:
-    """Structural similarity with a Gaussian window of 11 px (Wang et al. 2004), mean of the map.
-
-    None for strips of less than 6 px, which the window cannot be mirrored at.
-    """
-    if min(image.shape[-2:]) < 6:
-        return None
-    return float(ssim_map(image.clamp(0, 1), reference.clamp(0, 1), 11).mean())
-
-
 def lpips(image: Tensor, reference: Tensor) -> float | None:
-    """LPIPS on VGG16 (arXiv 1801.03924); None without the package `lpips` or VGG16's weights.
+    """LPIPS on AlexNet (arXiv 1801.03924), as `training.evaluate` has it; None without the package
+    `lpips` or AlexNet's weights.
 
     Nothing is downloaded: the weights are those of torchvision in the torch hub's cache. None, too,
     for pictures of less than 32 px, and for those whose features would not fit into memory.
     """
     height, width = image.shape[-2:]
-    weights = Path(torch.hub.get_dir()) / "checkpoints" / _VGG_FILE
+    weights = Path(torch.hub.get_dir()) / "checkpoints" / _ALEXNET_FILE
     if min(height, width) < 32:
         return None
     if not weights.is_file():
@@ -70,7 +53,7 @@ def lpips(image: Tensor, reference: Tensor) -> float | None:
 def _lpips() -> Any:
     import lpips as package
 
-    return package.LPIPS(net="vgg", verbose=False).eval()
+    return package.LPIPS(net="alex", verbose=False).eval()
 
 
 def side_by_side(photos: Mapping[str, Tensor], figures: Mapping[str, Any]) -> Tensor:

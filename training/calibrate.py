@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from diff_restorer.abstention import CLEAN, Abstention, draw
 from diff_restorer.checkpoint import ONE_KIND, read_checkpoint, write_checkpoint
+from diff_restorer.similarity import psnr
 from tools.environment import ROOT
 
 from .calibration.fitting import Gains, Row, fit, start_for
@@ -40,7 +41,7 @@ from .evaluation.pictures import digest, weights_digest
 from .evaluation.reading import open_file
 from .evaluation.testsets import read_upright
 from .evaluation.variants import VARIANTS, Photo
-from .models import Models, psnr
+from .models import Models
 from .photos import PhotoFile, list_photos
 from .pretrained import Sd15Config
 

@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torchvision.transforms.functional import pil_to_tensor
 
 from diff_restorer.degradations import ALL_KINDS, degrade_chain
+from diff_restorer.similarity import psnr
 
 from .config import exit_after
 from .evaluation.pictures import to_picture
@@ -61,9 +62,9 @@ def contact_sheet(config: SheetConfig) -> Image.Image:
         for column, severity in enumerate(config.severities):
             generator = torch.Generator().manual_seed(config.seed + 1000 * row + column)
             degraded = degrade_chain(kind.split("+"), image, severity, generator)
-            psnr = -10 * (degraded - image).square().mean().clamp(1e-9).log10().item()
+            found = float(psnr(degraded, image))
             left = _MARGIN + column * width
-            label = f"{severity:.2f}   " + (f"{psnr:.1f} dB" if psnr < 80 else "identical")
+            label = f"{severity:.2f}   " + (f"{found:.1f} dB" if found < 80 else "identical")
             pen.text((left + 6, top + 3), label, "black", font)
             sheet.paste(to_picture(degraded[0]), (left, top + _HEADER))
     return sheet

@@ -34,6 +34,7 @@ from diff_restorer.checkpoint import (
 from diff_restorer.decoder import decoder_levels
 from diff_restorer.detail import SLOW
 from diff_restorer.ldm_keys import from_ldm, tiny_vae_keys, to_ldm, unet_keys, vae_keys
+from diff_restorer.similarity import psnr
 from diff_restorer.views import NATIVE, WHOLE
 
 from .networks import (
@@ -482,12 +483,6 @@ def _load_strictly(module: nn.Module, state: dict[str, Tensor], prefix: str, pat
 def to_pixels(image: Tensor) -> Tensor:
     """[0, 1] -> [-1, 1]."""
     return (image * 2 - 1).contiguous(memory_format=memory_format())
-
-
-def psnr(image: Tensor, reference: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio in dB per sample, RGB, of images in [0, 1]; clamps `image`."""
-    error = F.mse_loss(image.clamp(0, 1), reference, reduction="none").flatten(1).mean(dim=1)
-    return -10 * torch.log10(error.clamp_min(1e-10))
 
 
 def psnr_gain(image: Tensor, degraded: Tensor, reference: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from diff_restorer.checkpoint import V_PREDICTION
+from diff_restorer.similarity import psnr
 
 from .common import (
     DataConfig,
@@ -26,7 +27,7 @@ from .data import Batches
 from .diffusion import TIMESTEPS, first_step_noise, sample, scheduler
 from .loop import LoopConfig, Stage, maybe_compile
 from .losses import Classification, band_means, kind_loss, kind_scores
-from .models import SD15, Models, psnr, to_pixels
+from .models import SD15, Models, to_pixels
 from .photos import PhotoStore
 from .sheets import save_sheet
 from .stages import run_stage, stage_of

@@ -18,6 +18,7 @@ from torch.utils.data import Dataset
 from diff_restorer import DetailPath, aware_decode, encode_with_features
 from diff_restorer.checkpoint import open_safetensors
 from diff_restorer.decoder import PIXELS, Features
+from diff_restorer.similarity import psnr
 
 from .common import (
     DataConfig,
@@ -39,7 +40,7 @@ from .losses import (
     hinge_discriminator,
     psnr_loss,
 )
-from .models import Models, own_precision, psnr, psnr_gain, suited, to_pixels
+from .models import Models, own_precision, psnr_gain, suited, to_pixels
 from .photos import PhotoStore
 from .sheets import save_sheet
 from .stages import run_stage, stage_of

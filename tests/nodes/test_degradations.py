@@ -177,7 +177,7 @@ def test_measures_against_scikit_image(run, photo) -> None:
         a, b, data_range=1, channel_axis=-1, gaussian_weights=True, sigma=1.5,
         use_sample_covariance=False,
     )  # fmt: skip
-    assert ssim == pytest.approx(expected, abs=0.02)
+    assert ssim == pytest.approx(expected, abs=1e-4)
     assert lpips == -1 or lpips > 0
     figures = json.loads(report)
     assert figures["gain"] == 0

@@ -17,11 +17,12 @@ from skimage.metrics import peak_signal_noise_ratio
 from torchmetrics.functional.image import structural_similarity_index_measure
 
 from diff_restorer.degradations import KINDS
+from diff_restorer.similarity import IDENTICAL
 from tools.host import free_port
 from training import evaluate
 from training.evaluate import Config, PhotoSets
 from training.evaluation import anchors, harm, independent, report, suites, tables, testsets
-from training.evaluation.metrics import IDENTICAL, fidelity
+from training.evaluation.metrics import fidelity
 from training.evaluation.pictures import (
     read_image,
     read_note,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -9,16 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from skimage.metrics import structural_similarity
 from torch import Tensor
 from torchmetrics.image import LearnedPerceptualImagePatchSimilarity
 from torchmetrics.image.dists import DeepImageStructureAndTextureSimilarity
 from torchmetrics.image.fid import FrechetInceptionDistance
 
-from ..models import psnr
+from diff_restorer.similarity import psnr, ssim
 
-IDENTICAL = 100.0
-"""PSNR of two pictures that do not differ, where the formula gives infinity."""
 FILES: Mapping[str, str] = {
     "lpips": "alexnet-owt-7be5be79.pth",
     "dists": "vgg16-397923af.pth",
@@ -28,20 +26,13 @@ FILES: Mapping[str, str] = {
 
 
 def fidelity(image: Tensor, reference: Tensor) -> dict[str, float]:
-    """PSNR (dB) and SSIM of (1, 3, H, W) in [0, 1], RGB, at the given resolution.
-
-    Source: SSIM of Wang et al. (2004) by scikit-image: Gaussian window of 11 px with sigma 1.5,
-    the mean over channels and all places where the window fits.
-    """
-    similarity: Any = structural_similarity(
-        reference[0].numpy(),
-        image[0].numpy(),
-        data_range=1.0,
-        channel_axis=0,
-        gaussian_weights=True,
-        use_sample_covariance=False,
-    )
-    return {"psnr": float(psnr(image, reference)), "ssim": float(similarity)}
+    """PSNR (dB) and SSIM of (1, 3, H, W) in [0, 1], RGB, at the given resolution; SSIM is NaN for
+    strips that its window does not fit into."""
+    similarity = ssim(image, reference)
+    return {
+        "psnr": float(psnr(image, reference)),
+        "ssim": math.nan if similarity is None else similarity,
+    }
 
 
 class Learned:

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from diff_restorer.degradations import KINDS
+from diff_restorer.similarity import IDENTICAL
 
 from .competing import best_baseline
-from .metrics import IDENTICAL
 from .testsets import REAL, SUITES, suite_of
 
 DEGRADED: tuple[str, ...] = KINDS[:-1]

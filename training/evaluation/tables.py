@@ -231,7 +231,7 @@ def markdown(
         f"File `{about['file']}` (tensors sha256 {about['weights_sha256'][:16]}), workflow "
         f"`{about['workflow']}` with its default settings, code {about['git_revision']}.",
         f"PSNR and SSIM on 8-bit RGB at full resolution ({sizes}"
-        f"{', ...' if len(about['sizes']) > 6 else ''} px), SSIM by scikit-image (Gaussian window, "
+        f"{', ...' if len(about['sizes']) > 6 else ''} px), SSIM by kornia (Gaussian window, "
         "11 px). Each figure is the mean over photos; ± is the standard error of the mean gain.",
         "## Quality bars\n\n" + bars_table(bars),
     ]

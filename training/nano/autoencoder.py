@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from diff_restorer.similarity import psnr
+
 from ..common import DataConfig, ModelConfig, open_data, to_home
 from ..config import run_program
 from ..data import Batches
 from ..loop import LoopConfig, Stage, maybe_compile
-from ..models import Models, psnr, to_pixels
+from ..models import Models, to_pixels
 from ..photos import PhotoStore
 from ..sheets import save_sheet
 from ..stages import run_stage, stage_of

@@ -1,4 +1,11 @@
-"""What the Image-guided Control Module adds to a ControlNet: a hint that is the LQ latent."""
+"""Image-guided Control Module: a ControlNet on the LQ latent, steered by P_D.
+
+    residuals = ControlNet(x_t, t, hint = Conv_0(z_LQ), context = P_D);    UNet(x_t, t, P_S) + residuals
+
+The trunk and its cross-attention are the ControlNet class of the host (`ControlModel.forward` in
+nodes/host_control.py) or of diffusers (`Models.denoise` in training/models.py): both hand it P_D
+where a prompt would be. The hint's conv is made here.
+"""
 
 from __future__ import annotations
 
@@ -27,9 +34,8 @@ def make_hint_conv(
     """Zero-initialised 3x3 conv on the scaled LQ latent (B, 4, H/8, W/8), added after conv_in.
 
     This equals concatenating the LQ latent to the input of conv_in, as IRControlNet does
-    (DiffBIR, arXiv 2308.15070), and leaves conv_in itself as the UNet has it. The trunk is the
-    ControlNet class of diffusers (training) or of the host (nodes); its cross-attention context is
-    P_D. How the paper encodes the LQ image is not published: this is our choice.
+    (DiffBIR, arXiv 2308.15070), and leaves conv_in itself as the UNet has it. How the paper encodes
+    the LQ image, and how P_D enters, is not published: both are our choices.
     """
     return zero_init(
         ops.Conv2d(latent_channels, model_channels, 3, padding=1, device=device, dtype=dtype)

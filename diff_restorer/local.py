@@ -1,4 +1,10 @@
-"""P_D that differs from place to place of a photo, and the modulation by it."""
+"""P_D that differs from place to place of a photo, and the modulation by it.
+
+    P_D(y, x) = sum over tiles (r, k) of rows[r, y] * columns[k, x] * P_D[r, k]
+
+with the weights of each place adding up to 1. Any linear layer may come before the blend, which is
+linear, too. Ours: the paper has one P_D for a photo.
+"""
 
 from __future__ import annotations
 

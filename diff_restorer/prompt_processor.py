@@ -68,8 +68,8 @@ class PromptOutput(NamedTuple):
     def over_views(self, photos: int) -> PromptOutput:
         """What several views of each photo, photo by photo in a row, tell of its degradation.
 
-        That is their mean, so that a photo has as many tokens as one view. Ours: the paper looks at
-        the whole photo once.
+        That is their mean, so that a photo has as many tokens as one view. Ours: with SD 1.5
+        one view holds the whole photo, as in SSP-IR by the same authors.
 
         Args:
             photos: Number of photos B; there are B * V views.

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 WHOLE, NATIVE = "whole", "native"
-"""The photo squashed to the encoder's size (paper), or windows of it at their own resolution."""
+"""The photo squashed to the encoder's size, as SSP-IR by the same authors does it, or windows of it
+at their own resolution, which keep noise and JPEG blocks visible (ours)."""
 MOST_VIEWS = 3
 """Windows along each side at most: what a vision encoder is given of a photo has to end."""
 

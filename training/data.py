@@ -67,7 +67,7 @@ def to_8_bit(image: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Mixing:
-    """How often several degradations meet in one photo; by default never, as in the paper."""
+    """How often several degradations meet in one photo; by default never."""
 
     chain: float = 0.0
     """Share of degraded photos with two or more kinds, each at any severity, see `draw_mix`."""

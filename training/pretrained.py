@@ -62,7 +62,7 @@ class Sd15Config:
     fusion_depth: int = SD15.fusion_depth
     """Convs of a residual dense block."""
     fusion_pixel_width: int = SD15.fusion_pixel_width
-    """Width of the block that fuses the photo's own pixels; 0 is none (the paper has none)."""
+    """Width of the block that fuses the photo's own pixels; 0 is none. Ours."""
 
     def sizes(self) -> Sizes:
         """SD 1.5's sizes with these choices."""

@@ -47,7 +47,7 @@ class Config:
     classification: Classification = "ce"
     """Cross-entropy of one kind per photo, or binary cross-entropy of each kind for mixed ones."""
     mild: float = 0.0
-    """Severity below which a kind counts less in that loss; in the paper all count alike."""
+    """Severity below which a kind counts less in that loss, which is ours; at 0 all count alike."""
     semantic_dropout: float = 0.1
     """Share of samples whose P_S is zero, so that CFG stays possible."""
     draws: int = 1
@@ -55,7 +55,7 @@ class Config:
     them, as in Nano, more of them learn faster."""
     first_step: float = 0.0
     """Share of the draws that are at the last timestep, from the degraded photo under noise, as the
-    sampler's first step is; it decides on brightness and haze. The paper has none."""
+    sampler's first step is; it decides on brightness and haze. Ours."""
     train_degradation: bool = True
     """Train P_D and the classifier, too, as the paper does. Nano's come from the training of its
     vision encoder, on larger batches: stage 1 took 2 % of the accuracy away."""

@@ -82,12 +82,12 @@ class Config:
     fusion_first: int = 0
     """Steps in which fusion blocks alone train, before the decoder joins them."""
     pixel_loss: Literal["l1", "psnr"] = "l1"
-    """L1 as in the paper, or minus the PSNR of each photo, which minds small damage more."""
+    """L1 as in StableSR, or minus the PSNR of each photo, which minds small damage more."""
     psnr_floor: float = 1e-4
     """Mean squared error beyond which `psnr` gains nothing. In its first 50 steps a fresh decoder
     gains three times as much on noise with 1e-3: photos that need little hold it back less."""
     lpips_weight: float = 0.0
-    """Weight of the perceptual term beside the pixel loss; the paper's recipe has 1."""
+    """Weight of the perceptual term beside the pixel loss; StableSR's recipe has 1."""
     lpips_weights: Path | None = None
     """torchvision's VGG16 for LPIPS; else the torch hub cache's. Where there is none, the distance
     of local spectra takes its place, and the log says so."""

@@ -40,7 +40,8 @@ _FUNCTIONS: dict[str, Degradation] = {
 ALL_KINDS: tuple[str, ...] = tuple(_FUNCTIONS)
 """Every kind that `degrade` knows."""
 KINDS: tuple[str, ...] = ALL_KINDS[:9]
-"""The default kinds: the paper's eight and `clean`."""
+"""The default kinds: eight, which the paper counts and does not name (ours are those of DA-CLIP,
+arXiv 2310.01018, without shadows and missing parts), and `clean`."""
 
 
 PHYSICAL_ORDER = (

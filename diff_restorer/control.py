@@ -1,6 +1,7 @@
 """Image-guided Control Module: a ControlNet on the LQ latent, steered by P_D.
 
-    residuals = ControlNet(x_t, t, hint = Conv_0(z_LQ), context = P_D);    UNet(x_t, t, P_S) + residuals
+    residuals = ControlNet(x_t, t, hint = Conv_0(z_LQ), context = P_D)
+    prediction = UNet(x_t, t, P_S, residuals)
 
 The trunk and its cross-attention are the ControlNet class of the host (`ControlModel.forward` in
 nodes/host_control.py) or of diffusers (`Models.denoise` in training/models.py): both hand it P_D

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import os
 import platform
 import shutil
 import subprocess
@@ -22,6 +21,8 @@ from typing import Any
 import torch
 import tyro
 from tqdm import tqdm
+
+from diff_restorer.files import written_whole
 
 from .cases import CASES, LARGE, NANO, Setting
 from .measuring import computes_bf16, on_gpu
@@ -158,9 +159,8 @@ def _cpu_name() -> str:
 
 
 def _write(path: Path, results: dict[str, Any]) -> None:
-    temporary = path.with_name(path.name + ".writing")
-    temporary.write_text(json.dumps(results, indent=1), encoding="utf-8")
-    os.replace(temporary, path)
+    with written_whole(path) as part:
+        part.write_text(json.dumps(results, indent=1), encoding="utf-8")
 
 
 if __name__ == "__main__":

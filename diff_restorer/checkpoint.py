@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,6 +15,7 @@ from safetensors.torch import save_file  # pyright: ignore[reportUnknownVariable
 from torch import Tensor
 
 from .abstention import Abstention
+from .files import written_whole
 from .weights import (
     DTYPES,
     MOST_HEADER,
@@ -320,21 +319,11 @@ def write_checkpoint(path: Path | str, tensors: Mapping[str, Tensor], info: Chec
         tensors: By the keys of the file format, such as `control.zero_convs.0.0.weight`.
         info: Becomes the metadata.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    try:
-        contiguous = {key: tensor.detach().contiguous() for key, tensor in tensors.items()}
-        needed = 2 if any(key.startswith(DETAIL_PREFIX) for key in tensors) else 1
-        info = replace(info, format_version=max(needed, info.format_version))
-        save_file(contiguous, temporary, metadata=info.to_metadata())
-        # mkstemp makes the file private to its owner; a model is as readable as its folder.
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    contiguous = {key: tensor.detach().contiguous() for key, tensor in tensors.items()}
+    needed = 2 if any(key.startswith(DETAIL_PREFIX) for key in tensors) else 1
+    info = replace(info, format_version=max(needed, info.format_version))
+    with written_whole(Path(path)) as part:
+        save_file(contiguous, part, metadata=info.to_metadata())
 
 
 def open_safetensors(path: Path) -> Any:

@@ -9,7 +9,6 @@ import csv
 import io
 import logging
 import math
-import os
 import tarfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +24,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from diff_restorer.degradations.compression import LUMINANCE_TABLE
+from diff_restorer.files import written_whole
 
 from .checkpoints import require_space
 from .config import run_program
@@ -225,11 +225,13 @@ def _fitting(ranked: Sequence[Candidate], room: int) -> Iterator[Candidate]:
 
 
 def _write(out: Path, chosen: Sequence[Candidate]) -> None:
-    """Under a temporary name first; nothing in it tells of a disk or a date."""
+    """Nothing in it tells of a disk or a date."""
     out.parent.mkdir(parents=True, exist_ok=True)
     require_space(out.parent, sum(candidate.size for candidate in chosen) + 2**20, "its photos")
-    temporary = out.with_name(out.name + ".writing")
-    with tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as tar:
+    with (
+        written_whole(out) as part,
+        tarfile.open(part, "w", format=tarfile.USTAR_FORMAT) as tar,
+    ):
         for place, candidate in enumerate(chosen):
             content = packed(candidate.file)
             suffix = PurePosixPath(candidate.file.name).suffix.lower()
@@ -238,7 +240,6 @@ def _write(out: Path, chosen: Sequence[Candidate]) -> None:
             member = tarfile.TarInfo(f"{place:05d}{suffix}")
             member.size = len(content)
             tar.addfile(member, io.BytesIO(content))
-    os.replace(temporary, out)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import logging
-import os
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -15,6 +14,8 @@ from typing import Any
 
 import torch
 from tqdm import tqdm
+
+from diff_restorer.files import written_whole
 
 from .clock import Clock
 from .course import Course
@@ -54,12 +55,13 @@ class Table:
             csv.DictWriter(file, self._columns, restval="").writerow(row)
 
     def _write(self, rows: list[dict[str, str]]) -> None:
-        temporary = self.path.with_suffix(".tmp")
-        with temporary.open("w", newline="", encoding="utf-8") as file:
+        with (
+            written_whole(self.path) as part,
+            part.open("w", newline="", encoding="utf-8") as file,
+        ):
             writer = csv.DictWriter(file, self._columns, restval="")
             writer.writeheader()
             writer.writerows(rows)
-        os.replace(temporary, self.path)
 
 
 def read_table(path: Path) -> list[dict[str, str]]:

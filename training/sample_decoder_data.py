@@ -22,6 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from diff_restorer.checkpoint import open_safetensors
+from diff_restorer.files import written_whole
 
 from .checkpoints import require_space
 from .common import DataConfig, ModelConfig, Precision, half, home, open_data, open_models
@@ -93,9 +94,8 @@ def main(config: Config, until: float = math.inf) -> Path:
     record = parts / "settings.json"
     if record.exists():
         _require(settings, record.read_text(), parts)
-    temporary = parts / "settings.writing"
-    temporary.write_text(settings)
-    os.replace(temporary, record)
+    with written_whole(record) as part:
+        part.write_text(settings)
 
     if missing := [number for number in numbers if not _part(parts, number).exists()]:
         _sample(config, parts, missing, latents, until)
@@ -185,10 +185,8 @@ def _part(parts: Path, number: int) -> Path:
 
 
 def _save(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Under a temporary name first: a killed process leaves no half file."""
-    temporary = path.with_name(path.name + ".writing")
-    save_file(tensors, temporary, metadata)
-    os.replace(temporary, path)
+    with written_whole(path) as part:
+        save_file(tensors, part, metadata)
 
 
 if __name__ == "__main__":

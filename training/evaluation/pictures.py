@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,8 @@ import numpy as np
 import torch
 from PIL import Image, PngImagePlugin
 from torch import Tensor
+
+from diff_restorer.files import written_whole
 
 NOTE = "diff-restorer"
 """Name of the PNG text chunk that holds the note."""
@@ -69,12 +70,10 @@ def pixel_digest(path: Path) -> str:
 
 def save_picture(path: Path, picture: Image.Image, note: dict[str, Any]) -> None:
     """Writes a PNG with a note; a reader sees the old file or the new one, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     chunk = PngImagePlugin.PngInfo()
     chunk.add_text(NOTE, json.dumps(note))
-    part = path.with_name(f".{path.name}.part")
-    picture.save(part, "PNG", pnginfo=chunk)
-    os.replace(part, path)
+    with written_whole(path) as part:
+        picture.save(part, "PNG", pnginfo=chunk)
 
 
 def read_note(path: Path) -> dict[str, Any]:
@@ -88,10 +87,8 @@ def read_note(path: Path) -> dict[str, Any]:
 
 def write_atomically(path: Path, text: str) -> None:
     """Writes a text file; a reader sees the old file or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
+    with written_whole(path) as part:
+        part.write_text(text, encoding="utf-8")
 
 
 def read_json(path: Path) -> dict[str, Any]:

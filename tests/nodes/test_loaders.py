@@ -312,7 +312,8 @@ def test_the_feature_test_agrees_with_the_kernel() -> None:
     if not cpuinfo.exists():
         pytest.skip("needs Linux")
     flags = cpuinfo.read_text()
-    listed = "avx512_bf16" in flags or "amx_bf16" in flags or " bf16" in flags
+    slow = "GenuineIntel" in flags and "amx_tile" not in flags
+    listed = not slow and any(name in flags for name in ("avx512_bf16", "amx_tile", " bf16"))
     assert has_native_bf16(torch.device("cpu")) == listed
 
 

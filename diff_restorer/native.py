@@ -11,9 +11,9 @@ def has_native_bf16(device: torch.device) -> bool:
     """Whether a CPU or an NVIDIA or AMD GPU multiplies bf16 faster than fp32; elsewhere False.
 
     On CPUs that is AMX, AMD's AVX512-BF16 (1.9 times as fast in convs of Nano's sizes) or Arm's
-    BF16; not Intel's AVX512-BF16 where AMX is not there, too (0.6 times as fast). oneDNN's own check also accepts x86 CPUs that
-    emulate bf16, at a quarter of the speed of fp32, so there the instruction sets are asked for by
-    name.
+    BF16; not Intel's AVX512-BF16 without AMX (0.6 times as fast). oneDNN's own check also accepts
+    x86 CPUs that emulate bf16, at a quarter of the speed of fp32, so there the instruction sets are
+    asked for by name.
     """
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)

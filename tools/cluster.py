@@ -1,8 +1,8 @@
 """Restores a folder of photos on all nodes of a Ray cluster: ``tools.restore --ray``.
 
 A task lists the folder, actors that each keep a ComfyUI restore what it lists, and the lines of
-the report come back. Ray Data moves the lines, starts and replaces actors, and gives the photos of
-those that died to others.
+the report come back. Ray Data starts actors, gives each a photo at a time, and starts anew those
+that die, with what they had in flight.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import logging
 import os
 import uuid
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -25,8 +25,8 @@ from typing import Any
 
 import ray
 import ray.data
-import ray.exceptions
 from pyarrow import fs
+from ray.exceptions import RayError
 
 from tools.batch import Batch, Event, Options, server_of
 from tools.client import ClientError, Workflow
@@ -39,12 +39,14 @@ from tools.terminal import Display, say, summarise, tell_others
 
 REPORT_NAME = "diff-restorer-report.jsonl"
 IN_FLIGHT = 2
-"""Photos that an actor holds: it restores one, and the next is there when it ends."""
+"""Photos that an actor holds: when one is done, the next is there."""
 FAILED_STARTS = 10
-"""Of ComfyUI, one after another on whatever node, until the run ends."""
-NOT_SENT = ("/.git", "/docs", "/tests", "/training", "/benchmarks")
+"""Of ComfyUI, one after another on whatever node, that end the run."""
+NOT_SENT = ["/docs", "/tests", "/training", "/benchmarks"]
 """What no node needs of this repository."""
-Lines = dict[str, list[str]]
+LOCAL = fs.LocalFileSystem()
+Line = dict[str, Any]
+Batched = dict[str, list[str]]
 
 
 @dataclass(frozen=True)
@@ -53,145 +55,109 @@ class Place:
 
     uri: str
     """Without password and options, for messages and reports."""
-    files: fs.FileSystem
-    path: str
+    files: fs.SubTreeFileSystem
 
     @classmethod
     def of(cls, named: str | Path) -> Place:
-        """The place of a path or a URI.
+        """The place that a path or a URI names.
 
         Raises:
-            ClientError: pyarrow knows no such file system.
+            ClientError: pyarrow cannot open it.
         """
         if isinstance(named, Path):
-            path = str(named.absolute())
-            return cls(path, fs.LocalFileSystem(), path)
+            uri = path = str(named.absolute())
+            return cls(uri, fs.SubTreeFileSystem(path, LOCAL))
+        scheme = named.partition("://")[0]
         try:
             files, path = fs.FileSystem.from_uri(named)
         except (ValueError, OSError) as error:
-            scheme = named.partition("://")[0]
             raise ClientError(
-                f"{scheme}:// is no place that can be opened: {error}. "
-                "Accepted are paths, file://, s3:// and gs://"
+                f"a URI with {scheme}:// cannot be opened: {error}. Accepted are paths, file://, "
+                "s3:// and gs://"
             ) from error
-        return cls(f"{named.partition('://')[0]}://{path}".rstrip("/"), files, path)
+        return cls(f"{scheme}://{path}".rstrip("/"), fs.SubTreeFileSystem(path, files))
 
-    def at(self, below: Path) -> str:
-        return f"{self.path}/{below.as_posix()}"
-
-    def name(self, below: Path) -> str:
-        return f"{self.uri}/{below.as_posix()}"
-
-    def exists(self, below: Path) -> bool:
-        return self.files.get_file_info(self.at(below)).type != fs.FileType.NotFound
-
-    def fetch(self, below: Path, to: Path) -> None:
-        fs.copy_files(self.at(below), str(to), self.files, fs.LocalFileSystem())
+    def name(self, below: str | Path) -> str:
+        return f"{self.uri}/{below}"
 
     def put(self, file: Path, below: Path) -> None:
         """Copies a file there, which appears complete or not at all."""
-        folder = self.at(below.parent)
-        part = f"{folder}/{PART_PREFIX}{uuid.uuid4().hex}"
-        self.files.create_dir(folder)
+        part = str(below.with_name(f"{PART_PREFIX}{uuid.uuid4().hex}"))
+        self.files.create_dir(str(below.parent))
         try:
-            fs.copy_files(str(file), part, fs.LocalFileSystem(), self.files)
-            self.files.move(part, self.at(below))
+            fs.copy_files(str(file), part, LOCAL, self.files)
+            self.files.move(part, str(below))
         except BaseException:
             with suppress(OSError):
                 self.files.delete_file(part)
             raise
 
 
-def list_photos(_: object, photos: Place, out: Place, *, recursive: bool) -> Iterator[Lines]:
+def list_photos(_: object, photos: Place, out: Place, *, recursive: bool) -> Iterator[Batched]:
     """Yields the photos of a folder as pending lines, then how many; holds one folder at a time.
 
     Pictures of other endings come as ``left out``, what cannot be read as ``failed``.
     """
     folders, listed = [Path()], 0
+    linked = os.path.islink if photos.files.base_fs.equals(LOCAL) else lambda path: False
     while folders:
         folder = folders.pop()
         jobs: list[Job] = []
         try:
-            found = photos.files.get_file_info(fs.FileSelector(photos.at(folder)))
-        except OSError as error:
-            found = []
-            jobs.append(Job(folder, folder, "failed", error=f"it cannot be read: {error}"))
-        for info in found:
-            try:
+            for info in photos.files.get_file_info(fs.FileSelector(str(folder))):
                 below = folder / info.base_name
-            except UnicodeDecodeError as error:
-                reason = f"a name in this folder is no text: {error}"
-                jobs.append(Job(folder, folder, "failed", error=reason))
-                continue
-            sort = sort_of(below.name)
-            if info.type == fs.FileType.Directory:
-                linked = isinstance(photos.files, fs.LocalFileSystem) and os.path.islink(info.path)
-                of_results = photos.files.equals(out.files) and info.path == out.path
-                if recursive and not (linked or of_results or below.name.startswith(".")):
-                    folders.append(below)
-            elif info.type == fs.FileType.File and sort == "photo":
-                jobs.append(Job(below, folder / result_name(below)))
-            elif info.type == fs.FileType.File and sort == "other":
-                yield _line(status="left out", ending=below.suffix.lower())
+                sort = sort_of(below.name)
+                if info.type == fs.FileType.File and sort == "photo":
+                    jobs.append(Job(below, folder / result_name(below)))
+                elif info.type == fs.FileType.File and sort == "other":
+                    yield _batched({"status": "left out", "ending": below.suffix.lower()})
+                elif info.type == fs.FileType.Directory and recursive and below.name[0] != ".":
+                    name = photos.name(below)
+                    if name != out.uri and not linked(name):
+                        folders.append(below)
+        except (OSError, UnicodeDecodeError) as error:
+            reason = f"the folder {photos.name(folder)} cannot be read: {error}"
+            jobs.append(Job(folder, folder, "failed", error=reason))
         part_twins(jobs)
         listed += len(jobs)
-        for job in sorted(jobs, key=lambda job: job.source):
-            yield _line(**job.report())
-    yield _line(status="listed", count=listed)
+        yield from (_batched(job.report()) for job in sorted(jobs, key=lambda job: job.source))
+    yield _batched({"status": "listed", "count": listed})
 
 
-def _line(**fields: Any) -> Lines:
-    return {"line": [json.dumps(fields)]}
+def _batched(line: Line) -> Batched:
+    return {"line": [json.dumps(line)]}
 
 
 class Restorer:
     """An actor: a ComfyUI of its own, to which it gives one photo at a time.
-
-    Args:
-        photos: The folder of the photos.
-        out: The folder of the results.
-        workflow: In API format.
-        options: Of the batch.
-        overwrite: Restore what is done again.
-        cpu: As for `Host`.
 
     Raises:
         HostError: ComfyUI does not start.
     """
 
     def __init__(
-        self,
-        photos: Place,
-        out: Place,
-        workflow: Workflow,
-        options: Options,
-        *,
-        overwrite: bool,
-        cpu: bool,
+        self, photos: Place, out: Place, workflow: Workflow, arguments: argparse.Namespace
     ) -> None:
-        self.photos, self.out = photos, out
-        self.workflow, self.options = workflow, options
-        self.digest = digest_workflow(workflow, options.max_side)
-        self.overwrite = overwrite
-        self.host = Host(cpu=cpu)
-        keeper = ThreadPoolExecutor(1)  # ComfyUI ends with the thread that starts it
+        self.photos, self.out, self.workflow = photos, out, workflow
+        self.options = Options(arguments.max_side, arguments.wait, arguments.attempts)
+        self.digest = digest_workflow(workflow, arguments.max_side)
+        self.overwrite = arguments.overwrite
+        self.host = Host(cpu=not arguments.gpu)
+        keeper = ThreadPoolExecutor(1)
         keeper.submit(self.host.__enter__).result()
         atexit.register(self.host.stop)
         self.server = server_of(self.host, keeper)
         self.name = f"{ray.get_runtime_context().get_node_id()[:8]} {self.host.url}"
 
-    def __call__(self, batch: dict[str, Any]) -> Lines:
-        (line,) = batch["line"]
-        return _line(**self.restore(json.loads(line)))
+    def __call__(self, batch: Batched) -> Batched:
+        (line,) = map(json.loads, batch["line"])
+        return _batched(self.restore(line) if line["status"] == "pending" else line)
 
-    def restore(self, line: dict[str, Any]) -> dict[str, Any]:
-        """Restores the photo of a pending line; gives back any other line."""
-        if line["status"] != "pending":
-            return line
+    def restore(self, line: Line) -> Line:
+        """Restores the photo of a pending line, unless it is done or no photo."""
         source, output = Path(line["source"]), Path(line["output"])
         with TemporaryDirectory(prefix="diff-restorer-") as folder:
-            job = Job(Path(folder, "photo", source.name), Path(folder, "result", output.name))
-            job.source.parent.mkdir()
+            job = Job(Path(folder, source.name), Path(folder, "result", output.name))
             job.output.parent.mkdir()
             try:
                 if not self._restore(job, source, output):
@@ -200,26 +166,25 @@ class Restorer:
                 return {"status": "full", "error": f"{error} (node {self.name})"}
             finally:
                 self._clear()
-        for copy, place in (
-            (job.source, self.photos.name(source)),
-            (job.output, self.out.name(output)),
-        ):
-            job.error = job.error and job.error.replace(str(copy), place)
+        if job.error:
+            named = job.error.replace(str(job.output), self.out.name(output))
+            job.error = named.replace(str(job.source), self.photos.name(source))
         server = self.name if job.attempts else None
         return replace(job, source=source, output=output, server=server).report()
 
     def _restore(self, job: Job, source: Path, output: Path) -> bool:
         """Restores a copy on this node, and sends the result; whether it is a photo at all."""
         try:
-            self.photos.fetch(source, job.source)
+            fs.copy_files(str(source), str(job.source), self.photos.files, LOCAL)
         except OSError as error:
             job.fail(f"{job.source} cannot be read: {error}")
             return True
         if result_record(job.source) is not None:
             return False
         try:
-            if not self.overwrite and self.out.exists(output):
-                self.out.fetch(output, job.output)
+            there = self.out.files.get_file_info(str(output)).type != fs.FileType.NotFound
+            if there and not self.overwrite:
+                fs.copy_files(str(output), str(job.output), self.out.files, LOCAL)
             settle(job, self.digest, overwrite=self.overwrite)
             Batch([self.server], self.workflow, [job], self.options).run()
             if job.status == "done":
@@ -246,107 +211,106 @@ def shares(per_node: int | None, *, gpu: bool) -> tuple[dict[str, float], int]:
         gpu: Whether they share GPUs or CPUs.
     """
     kind = "GPU" if gpu else "CPU"
-    nodes = [each["Resources"].get(kind, 0) for each in ray.nodes() if each["Alive"]]
+    nodes = [node["Resources"].get(kind, 0) for node in ray.nodes() if node["Alive"]]
     smallest = min(filter(None, nodes), default=1)
     share = smallest / (per_node or (smallest if gpu else 1))
     share = int(share) if share > 1 else share  # Ray has no 1.5 GPUs
     return {f"num_{kind.lower()}s": share}, max(1, sum(int(size / share) for size in nodes))
 
 
-def run(options: argparse.Namespace, workflow: Workflow, reserved: Any) -> int:
+def run(
+    options: argparse.Namespace,
+    workflow: Workflow,
+    reserve: Callable[[Path], AbstractContextManager[None]],
+) -> int:
     """Restores a folder; 0 if every photo is done, else 1.
 
     Args:
         options: From `tools.restore.parse`, with ``ray``.
         workflow: In API format.
-        reserved: Keeps other runs out of a local folder, as `tools.restore.reserve`.
+        reserve: Keeps other runs out of a local folder.
 
     Raises:
         ClientError: Nothing can be restored.
     """
     (named,) = options.photos
     photos, out = Place.of(named), Place.of(options.out)
-    if photos.files.get_file_info(photos.path).type != fs.FileType.Directory:
+    if photos.files.get_file_info("").type != fs.FileType.Directory:
         raise ClientError(f"there is no folder {photos.uri}: --ray takes one folder of photos")
     local = isinstance(options.out, Path)
     report = options.report or (options.out / REPORT_NAME if local else Path(REPORT_NAME))
-    with reserved(options.out) if local else nullcontext(), report.open("w") as lines:
+    counts, others = Counter[str](), Counter[str]()
+    with reserve(options.out) if local else nullcontext(), report.open("w") as written:
+        _connect(options.ray)
+        display = Display(None)
         try:
-            counts = _restore_all(options, workflow, photos, out, lines)
+            for line in _restore_all(photos, out, workflow, options):
+                status = line["status"]
+                counts[status] += line.get("count", 1)
+                if status == "full":
+                    raise ClientError(line["error"])
+                if status == "left out":
+                    others[line["ending"]] += 1
+                elif status in ("done", "skipped", "failed"):
+                    line["source"] = photos.name(line["source"])
+                    line["output"] = out.name(line["output"])
+                    written.write(f"{json.dumps(line)}\n")
+                    written.flush()
+                    display.show(Event(job=Job(**line)))
+        except RayError as error:
+            raise ClientError(str(getattr(error, "cause", error))) from error
         finally:
-            say(f"Report: {report}")
-    if not counts["listed"] - counts["result"]:
+            display.bar.close()
+            ray.shutdown()
+            tell_others(photos.uri, others)
+            say(f"{summarise(counts)} Report: {report}")
+    settled = sum(counts[status] for status in ("done", "skipped", "failed", "result"))
+    if counts["listed"] == counts["result"]:
         raise ClientError(f"no photo in {photos.uri}")
-    return 1 if counts["failed"] or counts["lost"] else 0
+    if lost := counts["listed"] - settled:
+        raise ClientError(
+            f"{lost} photos are not restored: {options.attempts} actors or nodes died with each. "
+            "The same command tries them again"
+        )
+    return 1 if counts["failed"] else 0
 
 
-def _restore_all(
-    options: argparse.Namespace, workflow: Workflow, photos: Place, out: Place, lines: Any
-) -> Counter[str]:
+def _connect(address: str) -> None:
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     try:
         ray.init(
-            options.ray,
-            runtime_env={"working_dir": str(ROOT), "excludes": [*NOT_SENT]},
+            address,
+            runtime_env={"working_dir": str(ROOT), "excludes": NOT_SENT},
             log_to_driver=False,
-            logging_level="warning",
+            logging_level="error",
         )
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise ClientError(
-            f"no Ray cluster answers at --ray {options.ray}: {error}. Start one with `ray start "
+            f"no Ray cluster answers at --ray {address}: {error}. Start one with `ray start "
             "--head`, or name its address"
         ) from error
+
+
+def _restore_all(
+    photos: Place, out: Place, workflow: Workflow, options: argparse.Namespace
+) -> Iterator[Line]:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
-    context.target_max_block_size = 1  # byte: every photo is given out by itself
-    context.max_errored_blocks = -1  # what cannot be done is counted below
+    context.target_max_block_size = 1  # byte: each photo is given out by itself
+    context.max_errored_blocks = -1  # `run` counts what is missing
     context.max_consecutive_actor_init_deaths = FAILED_STARTS
-    share, held = shares(options.per_node, gpu=options.gpu)
-    least, most = options.actors or (held, held)
-    batch_options = Options(options.max_side, options.wait, options.attempts)
-    dataset = ray.data.from_items([0]).map_batches(
-        functools.partial(list_photos, photos=photos, out=out, recursive=options.recursive),
-        num_cpus=0,
-    )
-    dataset = dataset.map_batches(
+    share, room = shares(options.per_node, gpu=options.gpu)
+    least, most = options.actors or (room, room)
+    lister = functools.partial(list_photos, photos=photos, out=out, recursive=options.recursive)
+    dataset = ray.data.from_items([0]).map_batches(lister, num_cpus=0)
+    restored = dataset.map_batches(
         Restorer,
-        fn_constructor_args=(photos, out, workflow, batch_options),
-        fn_constructor_kwargs={"overwrite": options.overwrite, "cpu": not options.gpu},
         batch_size=1,
+        fn_constructor_args=(photos, out, workflow, options),
         compute=ray.data.ActorPoolStrategy(
             min_size=least, max_size=most, max_tasks_in_flight_per_actor=IN_FLIGHT
         ),
-        max_task_retries=options.attempts - 1,
+        ray_remote_args_fn=functools.partial(dict, max_task_retries=options.attempts - 1),
         **share,
     )
-    display, counts, others = Display(None), Counter[str](), Counter[str]()
-    try:
-        for row in dataset.iter_rows():
-            line = json.loads(row["line"])
-            status = line["status"]
-            counts[status] += line.get("count", 1)
-            if status == "left out":
-                others[line["ending"]] += 1
-            elif status == "full":
-                raise ClientError(line["error"])
-            elif status in ("done", "skipped", "failed"):
-                line["source"] = photos.name(Path(line["source"]))
-                line["output"] = out.name(Path(line["output"]))
-                lines.write(f"{json.dumps(line)}\n")
-                lines.flush()
-                display.show(Event(job=Job(**line)))
-    except ray.exceptions.RayTaskError as error:
-        raise ClientError(str(error.cause)) from error
-    finally:
-        display.bar.close()
-        tell_others(photos.uri, others)
-        say(summarise(counts))
-        ray.shutdown()
-    settled = ("done", "skipped", "failed", "result")
-    counts["lost"] = counts["listed"] - sum(counts[status] for status in settled)
-    if counts["lost"]:
-        say(
-            f"error: {counts['lost']} photos were lost with {options.attempts} actors or nodes "
-            "each. The same command tries them again"
-        )
-    return counts
+    return (json.loads(row["line"]) for row in restored.iter_rows())

@@ -99,26 +99,34 @@ def list_photos(_: object, photos: Place, out: Place, *, recursive: bool) -> Ite
     Pictures of other endings come as ``left out``, what cannot be read as ``failed``.
     """
     folders, listed = [Path()], 0
-    linked = os.path.islink if photos.files.base_fs.equals(LOCAL) else lambda path: False
+    local = photos.files.base_fs.equals(LOCAL)
     while folders:
         folder = folders.pop()
-        jobs: list[Job] = []
+        jobs, faults = list[Job](), list[str]()
         try:
-            for info in photos.files.get_file_info(fs.FileSelector(str(folder))):
+            found = photos.files.get_file_info(fs.FileSelector(str(folder)))
+        except OSError as error:
+            found = []
+            faults.append(f"cannot be read: {error}")
+        for info in found:
+            try:
                 below = folder / info.base_name
-                sort = sort_of(below.name)
-                if info.type == fs.FileType.File and sort == "photo":
-                    jobs.append(Job(below, folder / result_name(below)))
-                elif info.type == fs.FileType.File and sort == "other":
-                    yield _batched({"status": "left out", "ending": below.suffix.lower()})
-                elif info.type == fs.FileType.Directory and recursive and below.name[0] != ".":
-                    name = photos.name(below)
-                    if name != out.uri and not linked(name):
-                        folders.append(below)
-        except (OSError, UnicodeDecodeError) as error:
-            reason = f"the folder {photos.name(folder)} cannot be read: {error}"
-            jobs.append(Job(folder, folder, "failed", error=reason))
+            except UnicodeDecodeError as error:
+                faults.append(f"has a file whose name is no UTF-8; rename it: {error}")
+                continue
+            sort = sort_of(below.name)
+            if info.type == fs.FileType.File and sort == "photo":
+                jobs.append(Job(below, folder / result_name(below)))
+            elif info.type == fs.FileType.File and sort == "other":
+                yield _batched({"status": "left out", "ending": below.suffix.lower()})
+            elif info.type == fs.FileType.Directory and recursive and below.name[0] != ".":
+                linked = local and os.path.islink(Path(photos.files.base_path, below))
+                if not linked and photos.name(below) != out.uri:
+                    folders.append(below)
         part_twins(jobs)
+        for fault in faults:
+            reason = f"{photos.name(folder)} {fault}"
+            jobs.append(Job(folder, folder, "failed", error=reason))
         listed += len(jobs)
         yield from (_batched(job.report()) for job in sorted(jobs, key=lambda job: job.source))
     yield _batched({"status": "listed", "count": listed})

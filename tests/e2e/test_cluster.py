@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 import threading
 import time
 from collections import Counter
@@ -16,6 +17,7 @@ import pytest
 
 from tests.e2e.holding import put_photos
 from tools import restore
+from tools.client import ClientError
 
 ray = pytest.importorskip("ray", reason='needs Ray: pip install "ray[data]"')
 
@@ -69,20 +71,70 @@ class Accident(threading.Thread):
         while len(lines := read_lines(self.out)) < COUNT / 2:
             time.sleep(0.1)
         self.cluster.remove_node(node, allow_graceful=False)
-        self.killed.append(f"node {node.node_id[:8]}")
-        print("--- killed", self.killed[-1], flush=True)
+        self._tell(f"node {node.node_id[:8]}")
         while not (port := self._port(lines, node.node_id)):
             time.sleep(0.1)
             lines = read_lines(self.out)
         for process in Path("/proc").glob("[0-9]*/cmdline"):
             if f"--port\0{port}\0".encode() in process.read_bytes():
                 os.kill(int(process.parent.name), signal.SIGKILL)
-                self.killed.append(f"ComfyUI {port}")
-                print("--- killed", self.killed[-1], flush=True)
+                self._tell(f"ComfyUI {port}")
+
+    def _tell(self, killed: str) -> None:
+        self.killed.append(killed)
+        sys.stdout.write(f"--- killed {killed}\n")
 
     def _port(self, lines: list[dict[str, Any]], dead: str) -> str | None:
         others = (line["server"] for line in lines if line["server"][:8] != dead[:8])
         return next((server.rpartition(":")[2] for server in others), None)
+
+
+@pytest.mark.parametrize("scheme", ["", "file://"])
+def test_a_folder_is_listed_by_path_and_by_uri(tmp_path: Path, scheme: str):
+    from tools import cluster
+
+    folder = tmp_path / "photos"
+    put_photos(folder / "sub", 1)
+    for name in ("a.jpg", "a.png", "b.heic", ".hidden.png", "notes.txt", "out/a_restored.png"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).touch()
+    (folder / "loop").symlink_to(folder)
+    os.mkfifo(folder / "pipe.png")
+    Path(os.fsdecode(os.fsencode(folder) + b"/no \xff text.png")).touch()
+    named = [f"{scheme}{folder}", f"{scheme}{folder}/out"]
+    photos, out = (cluster.Place.of(name if scheme else Path(name)) for name in named)
+    batches = cluster.list_photos(None, photos, out, recursive=True)
+    lines = [json.loads(line) for batch in batches for line in batch["line"]]
+    assert [(line["status"], line.get("source")) for line in lines] == [
+        ("left out", None),
+        ("failed", "."),
+        ("pending", "a.jpg"),
+        ("pending", "a.png"),
+        ("pending", "sub/photo 0.png"),
+        ("listed", None),
+    ]
+    assert "no UTF-8" in lines[1]["error"]
+    assert lines[2]["output"] == "a.jpg_restored.png"  # not that of a.png
+    assert lines[-1]["count"] == 4
+
+
+def test_a_result_appears_whole(tmp_path: Path):
+    from tools import cluster
+
+    (tmp_path / "result").write_bytes(b"new")
+    place = cluster.Place.of(f"file://{tmp_path}/out")
+    place.put(tmp_path / "result", Path("sub/a.png"))
+    assert [path.name for path in (tmp_path / "out/sub").iterdir()] == ["a.png"]
+    with pytest.raises(OSError, match="missing"):
+        place.put(tmp_path / "missing", Path("sub/a.png"))
+    assert [path.read_bytes() for path in (tmp_path / "out/sub").iterdir()] == [b"new"]
+
+
+def test_a_uri_that_cannot_be_opened_is_named():
+    from tools import cluster
+
+    with pytest.raises(ClientError, match="nope://.*s3://"):
+        cluster.Place.of("nope://bucket/photos")
 
 
 def test_a_node_and_a_comfyui_die_half_way(cluster: Any, tmp_path: Path):
@@ -103,7 +155,7 @@ def test_a_node_and_a_comfyui_die_half_way(cluster: Any, tmp_path: Path):
     assert run(cluster, tmp_path / "photos", "--out", out) == 0
     assert Counter(line["status"] for line in read_lines(out)) == {"skipped": COUNT}
     assert written == {path: path.stat().st_mtime_ns for path in results}
-    print(f"{COUNT} photos restored, none twice; a second run had nothing to do")
+    sys.stdout.write(f"{COUNT} photos restored, none twice; a second run had nothing to do\n")
 
 
 def test_what_is_no_photo_is_told_and_ends_nothing(cluster: Any, tmp_path: Path, capsys):

@@ -18,6 +18,7 @@ import pytest
 from tests.e2e.holding import put_photos
 from tools import restore
 from tools.client import ClientError
+from tools.host import free_port
 
 ray = pytest.importorskip("ray", reason='needs Ray: pip install "ray[data]"')
 
@@ -28,8 +29,14 @@ VARIABLES = {
     "RAY_agent_register_timeout_ms": "300000",  # on a busy machine
     "RAY_worker_register_timeout_seconds": "300",
 }
-NODE = {"num_cpus": 1, "include_dashboard": False, "node_ip_address": "127.0.0.1"}
+AGENTS = ("metrics_agent_port", "runtime_env_agent_port", "dashboard_agent_listen_port")
 COUNT = 20
+
+
+def node(**settings: Any) -> dict[str, Any]:
+    """One with room for one ComfyUI; it waits for its agents only where they have no ports."""
+    ports = {name: free_port() for name in AGENTS}
+    return {"num_cpus": 1, "node_ip_address": "127.0.0.1", **ports, **settings}
 
 
 @pytest.fixture(scope="module")
@@ -40,8 +47,8 @@ def cluster(comfyui_root: Path) -> Iterator[Any]:
     with pytest.MonkeyPatch.context() as patch:
         for name, value in VARIABLES.items():
             patch.setenv(name, value)
-        cluster = Cluster(initialize_head=True, head_node_args=NODE)
-        cluster.add_node(num_cpus=1)
+        cluster = Cluster(initialize_head=True, head_node_args=node(include_dashboard=False))
+        cluster.add_node(**node())
         yield cluster
         cluster.shutdown()
 
@@ -133,7 +140,7 @@ def test_a_result_appears_whole(tmp_path: Path):
 def test_a_uri_that_cannot_be_opened_is_named():
     from tools import cluster
 
-    with pytest.raises(ClientError, match="nope://.*s3://"):
+    with pytest.raises(ClientError, match=r"nope://.*s3://"):
         cluster.Place.of("nope://bucket/photos")
 
 

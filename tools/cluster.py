@@ -65,7 +65,7 @@ class Place:
             ClientError: pyarrow cannot open it.
         """
         if isinstance(named, Path):
-            uri = path = str(named.absolute())
+            uri = path = os.path.abspath(named)
             return cls(uri, fs.SubTreeFileSystem(path, LOCAL))
         scheme = named.partition("://")[0]
         try:

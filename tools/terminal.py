@@ -12,6 +12,8 @@ from tqdm import tqdm
 from tools.batch import Event
 from tools.jobs import SUFFIXES, Job
 
+BAR = "{desc}{percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
+
 
 def printable(text: str, stream: Any) -> str:
     """What a terminal can show: names and servers may send control characters, or no text."""
@@ -54,7 +56,7 @@ class Display:
         self.settled = 0
         self.bar = tqdm(
             total=total,
-            bar_format="{desc}{percentage:3.0f}%|{bar}| {elapsed}<{remaining}" if total else None,
+            bar_format=None if total is None else BAR,
             unit=" photos",
             dynamic_ncols=True,
             disable=None,

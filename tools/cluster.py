@@ -15,7 +15,7 @@ import logging
 import os
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
@@ -118,7 +118,7 @@ def list_photos(_: object, photos: Place, out: Place, *, recursive: bool) -> Ite
             if info.type == fs.FileType.File and sort == "photo":
                 jobs.append(Job(below, folder / result_name(below)))
             elif info.type == fs.FileType.File and sort == "other":
-                yield _batched({"status": "left out", "ending": below.suffix.lower()})
+                yield batched({"status": "left out", "ending": below.suffix.lower()})
             elif info.type == fs.FileType.Directory and recursive and below.name[0] != ".":
                 linked = local and os.path.islink(Path(photos.files.base_path, below))
                 if not linked and photos.name(below) != out.uri:
@@ -128,11 +128,12 @@ def list_photos(_: object, photos: Place, out: Place, *, recursive: bool) -> Ite
             reason = f"{photos.name(folder)} {fault}"
             jobs.append(Job(folder, folder, "failed", error=reason))
         listed += len(jobs)
-        yield from (_batched(job.report()) for job in sorted(jobs, key=lambda job: job.source))
-    yield _batched({"status": "listed", "count": listed})
+        yield from (batched(job.report()) for job in sorted(jobs, key=lambda job: job.source))
+    yield batched({"status": "listed", "count": listed})
 
 
-def _batched(line: Line) -> Batched:
+def batched(line: Line) -> Batched:
+    """A line as Ray Data moves it: as text, for their fields differ."""
     return {"line": [json.dumps(line)]}
 
 
@@ -159,7 +160,7 @@ class Restorer:
 
     def __call__(self, batch: Batched) -> Batched:
         (line,) = map(json.loads, batch["line"])
-        return _batched(self.restore(line) if line["status"] == "pending" else line)
+        return batched(self.restore(line) if line["status"] == "pending" else line)
 
     def restore(self, line: Line) -> Line:
         """Restores the photo of a pending line, unless it is done or no photo."""
@@ -249,10 +250,13 @@ def run(
     report = options.report or (options.out / REPORT_NAME if local else Path(REPORT_NAME))
     counts, others = Counter[str](), Counter[str]()
     with reserve(options.out) if local else nullcontext(), report.open("w") as written:
-        _connect(options.ray)
+        connect(options.ray)
         display = Display(None)
         try:
-            for line in _restore_all(photos, out, workflow, options):
+            lister = functools.partial(
+                list_photos, photos=photos, out=out, recursive=options.recursive
+            )
+            for line in stream(lister, Restorer, (photos, out, workflow, options), options):
                 status = line["status"]
                 counts[status] += line.get("count", 1)
                 if status == "full":
@@ -283,7 +287,12 @@ def run(
     return 1 if counts["failed"] else 0
 
 
-def _connect(address: str) -> None:
+def connect(address: str) -> None:
+    """Joins a cluster and sends it this repository.
+
+    Raises:
+        ClientError: There is none.
+    """
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     try:
         ray.init(
@@ -299,9 +308,20 @@ def _connect(address: str) -> None:
         ) from error
 
 
-def _restore_all(
-    photos: Place, out: Place, workflow: Workflow, options: argparse.Namespace
+def stream(
+    lister: Callable[[object], Iterator[Batched]],
+    restorer: type,
+    arguments: Sequence[Any],
+    options: argparse.Namespace,
 ) -> Iterator[Line]:
+    """What actors make of the lines of a task, as they are made.
+
+    Args:
+        lister: The task.
+        restorer: The actors' class.
+        arguments: Its.
+        options: From `tools.restore.parse`.
+    """
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.target_max_block_size = 1  # byte: each photo is given out by itself
@@ -309,16 +329,18 @@ def _restore_all(
     context.max_consecutive_actor_init_deaths = FAILED_STARTS
     share, room = shares(options.per_node, gpu=options.gpu)
     least, most = options.actors or (room, room)
-    lister = functools.partial(list_photos, photos=photos, out=out, recursive=options.recursive)
-    dataset = ray.data.from_items([0]).map_batches(lister, num_cpus=0)
-    restored = dataset.map_batches(
-        Restorer,
-        batch_size=1,
-        fn_constructor_args=(photos, out, workflow, options),
-        compute=ray.data.ActorPoolStrategy(
-            min_size=least, max_size=most, max_tasks_in_flight_per_actor=IN_FLIGHT
-        ),
-        ray_remote_args_fn=functools.partial(dict, max_task_retries=options.attempts - 1),
-        **share,
+    restored = (
+        ray.data.from_items([0])
+        .map_batches(lister, num_cpus=0)
+        .map_batches(
+            restorer,
+            batch_size=1,
+            fn_constructor_args=arguments,
+            compute=ray.data.ActorPoolStrategy(
+                min_size=least, max_size=most, max_tasks_in_flight_per_actor=IN_FLIGHT
+            ),
+            ray_remote_args_fn=functools.partial(dict, max_task_retries=options.attempts - 1),
+            **share,
+        )
     )
     return (json.loads(row["line"]) for row in restored.iter_rows())

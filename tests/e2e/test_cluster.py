@@ -29,14 +29,19 @@ VARIABLES = {
     "RAY_agent_register_timeout_ms": "300000",  # on a busy machine
     "RAY_worker_register_timeout_seconds": "300",
 }
-AGENTS = ("metrics_agent_port", "runtime_env_agent_port", "dashboard_agent_listen_port")
+PORTS = (
+    *("metrics_agent_port", "metrics_export_port"),
+    *("runtime_env_agent_port", "dashboard_agent_listen_port"),
+)
+"""Of Ray's agents: a node that has to find them out waits for 15 s only."""
 COUNT = 20
 
 
 def node(**settings: Any) -> dict[str, Any]:
-    """One with room for one ComfyUI; it waits for its agents only where they have no ports."""
-    ports = {name: free_port() for name in AGENTS}
-    return {"num_cpus": 1, "node_ip_address": "127.0.0.1", **ports, **settings}
+    """One with room for one ComfyUI."""
+    ports = {name: free_port() for name in PORTS}
+    settings |= {"num_cpus": 1, "node_ip_address": "127.0.0.1", "include_log_monitor": False}
+    return {**ports, **settings}
 
 
 @pytest.fixture(scope="module")

@@ -42,6 +42,8 @@ IN_FLIGHT = 2
 """Photos that an actor holds: when one is done, the next is there."""
 FAILED_STARTS = 10
 """Of ComfyUI, one after another on whatever node, that end the run."""
+WAITING = 2**21
+"""Bytes of lines that are listed and not yet given out: some thousands."""
 NOT_SENT = ["/docs", "/tests", "/training", "/benchmarks"]
 """What no node needs of this repository."""
 LOCAL = fs.LocalFileSystem()
@@ -325,6 +327,8 @@ def stream(
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.target_max_block_size = 1  # byte: each photo is given out by itself
+    limits = ray.data.ExecutionResources.for_limits(object_store_memory=WAITING)
+    context.execution_options.resource_limits = limits
     context.max_errored_blocks = -1  # `run` counts what is missing
     context.max_consecutive_actor_init_deaths = FAILED_STARTS
     share, room = shares(options.per_node, gpu=options.gpu)

@@ -19,13 +19,13 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tools.batch import Batch, Event, Options, Server, server_of
+from tools.batch import Batch, Options, Server, server_of
 from tools.client import (
     AsyncClient,
     ClientError,
@@ -144,12 +144,11 @@ def write_report(path: Path, jobs: Sequence[Job], workflow: Path, seconds: float
         stream.write(f"{json.dumps(report, indent=2)}\n".encode())
 
 
-def run(options: argparse.Namespace, watch: Callable[[Event], None] = lambda event: None) -> int:
+def run(options: argparse.Namespace) -> int:
     """Restores what the options name; 0 if every photo is done, else 1.
 
     Args:
         options: From `parse`.
-        watch: Called with each event, in this thread.
 
     Raises:
         ClientError, HostError: Nothing can be restored.
@@ -170,15 +169,11 @@ def run(options: argparse.Namespace, watch: Callable[[Event], None] = lambda eve
     for folder in (path for path in options.photos if os.path.isdir(path)):
         tell_others(folder, count_others(folder, recursive=options.recursive))
     with reserve(options.out):
-        return _restore_all(options, workflow, jobs, watch, begun)
+        return _restore_all(options, workflow, jobs, begun)
 
 
 def _restore_all(
-    options: argparse.Namespace,
-    workflow: Workflow,
-    jobs: Sequence[Job],
-    watch: Callable[[Event], None],
-    begun: float,
+    options: argparse.Namespace, workflow: Workflow, jobs: Sequence[Job], begun: float
 ) -> int:
     digest = digest_workflow(workflow, options.max_side)
     for job in jobs:
@@ -189,14 +184,10 @@ def _restore_all(
     display = Display(sum(job.status == "pending" for job in jobs))
     for job in jobs:
         display.tell(job)
-    batch_options = Options(options.max_side, options.wait, options.attempts)
-
-    def on_event(event: Event) -> None:
-        display.show(event)
-        watch(event)
 
     def restore_on(servers: Sequence[Server]) -> None:
-        Batch(servers, workflow, jobs, batch_options).run(on_event)
+        batch_options = Options(options.max_side, options.wait, options.attempts)
+        Batch(servers, workflow, jobs, batch_options).run(display.show)
 
     try:
         if all(job.status != "pending" for job in jobs):

@@ -214,7 +214,7 @@ class Restorer:
                 file.unlink(missing_ok=True)
 
 
-def shares(per_node: int | None, *, gpu: bool) -> tuple[dict[str, float], int]:
+def shares(per_node: int | None, *, gpu: bool) -> tuple[dict[str, Any], int]:
     """What an actor takes of a node, and how many the cluster holds now.
 
     Args:
@@ -301,7 +301,7 @@ def connect(address: str) -> None:
             address,
             runtime_env={"working_dir": str(ROOT), "excludes": NOT_SENT},
             log_to_driver=False,
-            logging_level="error",
+            logging_level=logging.ERROR,
         )
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise ClientError(

@@ -279,13 +279,13 @@ def run(
             tell_others(photos.uri, others)
             say(f"{summarise(counts)} Report: {report}")
     settled = sum(counts[status] for status in ("done", "skipped", "failed", "result"))
+    if "listed" not in counts or counts["listed"] > settled:
+        raise ClientError(
+            f"only {settled} photos are restored; Ray's log, in /tmp/ray, says why. The same "
+            "command goes on"
+        )
     if counts["listed"] == counts["result"]:
         raise ClientError(f"no photo in {photos.uri}")
-    if lost := counts["listed"] - settled:
-        raise ClientError(
-            f"{lost} photos are not restored: {options.attempts} actors or nodes died with each. "
-            "The same command tries them again"
-        )
     return 1 if counts["failed"] else 0
 
 
@@ -343,7 +343,6 @@ def stream(
             compute=ray.data.ActorPoolStrategy(
                 min_size=least, max_size=most, max_tasks_in_flight_per_actor=IN_FLIGHT
             ),
-            ray_remote_args_fn=functools.partial(dict, max_task_retries=options.attempts - 1),
             **share,
         )
     )

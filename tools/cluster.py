@@ -44,7 +44,7 @@ FAILED_STARTS = 10
 """Of ComfyUI, one after another on whatever node, that end the run."""
 WAITING = 2**21
 """Bytes of lines that are listed and not yet given out: some thousands."""
-NOT_SENT = ["/docs", "/tests", "/training", "/benchmarks"]
+NOT_SENT = ["/docs", "/tests"]
 """What no node needs of this repository."""
 LOCAL = fs.LocalFileSystem()
 Line = dict[str, Any]

@@ -20,15 +20,16 @@ from tools import restore
 from tools.client import ClientError
 from tools.host import free_port
 
-ray = pytest.importorskip("ray", reason='needs Ray: pip install "ray[data]"')
-
-pytestmark = pytest.mark.comfy
-VARIABLES = {
+# Ray reads them when it is imported.
+os.environ |= {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # so that it listens on 127.0.0.1 only
     "RAY_agent_register_timeout_ms": "300000",  # on a busy machine
     "RAY_worker_register_timeout_seconds": "300",
 }
+pytest.importorskip("ray", reason='needs Ray: pip install "ray[data]"')
+
+pytestmark = pytest.mark.comfy
 PORTS = (
     *("metrics_agent_port", "metrics_export_port"),
     *("runtime_env_agent_port", "dashboard_agent_listen_port"),
@@ -49,13 +50,10 @@ def cluster(comfyui_root: Path) -> Iterator[Any]:
     """A head and a second node, each with room for one ComfyUI."""
     from ray.cluster_utils import Cluster
 
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in VARIABLES.items():
-            patch.setenv(name, value)
-        cluster = Cluster(initialize_head=True, head_node_args=node(include_dashboard=False))
-        cluster.add_node(**node())
-        yield cluster
-        cluster.shutdown()
+    cluster = Cluster(initialize_head=True, head_node_args=node(include_dashboard=False))
+    cluster.add_node(**node())
+    yield cluster
+    cluster.shutdown()
 
 
 def run(cluster: Any, *arguments: str | Path) -> int:

@@ -147,6 +147,7 @@ def test_a_uri_that_cannot_be_opened_is_named():
         cluster.Place.of("nope://bucket/photos")
 
 
+@pytest.mark.slow
 def test_a_node_and_a_comfyui_die_half_way(cluster: Any, tmp_path: Path):
     photos = put_photos(tmp_path / "photos", COUNT)
     out = tmp_path / "out"
@@ -168,6 +169,7 @@ def test_a_node_and_a_comfyui_die_half_way(cluster: Any, tmp_path: Path):
     sys.stdout.write(f"{COUNT} photos restored, none twice; a second run had nothing to do\n")
 
 
+@pytest.mark.slow
 def test_what_is_no_photo_is_told_and_ends_nothing(cluster: Any, tmp_path: Path, capsys):
     folder, out = tmp_path / "photos", tmp_path / "photos/out"
     first, _ = put_photos(folder / "sub", 2)

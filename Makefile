@@ -15,11 +15,11 @@ LIMIT ?=
 ARGS ?=
 
 .DELETE_ON_ERROR:
-.PHONY: help demo demo-folder restore serve test test-all lint nano evaluate ablate bench bench-train
+.PHONY: help demo demo-cluster restore serve test test-all lint nano evaluate ablate bench bench-train
 
 help:
 	@echo "make demo  [IMAGE=photo.jpg] [OUT=demo_out] [GPU=1]   restore photos with Nano"
-	@echo "make demo-folder [OUT=demo_folder_out] [GPU=1]        20 photos, two servers, one of which dies"
+	@echo "make demo-cluster                                     20 photos, two Ray nodes, one of which dies"
 	@echo "make restore PHOTOS=folder [OUT=restored] [ARGS=..]   restore many photos"
 	@echo "make serve [PORT=8188] [DIR=folder] [GPU=1] [ARGS=..] ComfyUI with this pack"
 	@echo "make test | test-all | lint                           checks"
@@ -44,9 +44,8 @@ demo:
 	$(call in_environment,run,"$$python" -m tools.demo --out "$${OUT:-demo_out}" \
 	  $(if $(IMAGE),--image "$$IMAGE") $(if $(PORT),--port $(PORT)) $(if $(GPU),--gpu))
 
-demo-folder:
-	$(call in_environment,run,"$$python" -m tools.demo_folder \
-	  --out "$${OUT:-demo_folder_out}" $(if $(GPU),--gpu))
+demo-cluster:
+	$(call in_environment,dev,exec "$$python" -m pytest tests/e2e/test_cluster.py -s -k half_way $(ARGS))
 
 restore:
 	@test -n "$$PHOTOS" || { echo "error: name a photo or a folder: make restore PHOTOS=/path" >&2; exit 1; }

@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass
 
 from tools import photo, photo_writer
@@ -19,6 +20,7 @@ from tools.client import (
     TooLargeError,
     Workflow,
 )
+from tools.host import Host, HostError
 from tools.jobs import Job, digest_workflow
 from tools.photo import Photo
 from tools.photo_writer import OutputError
@@ -52,6 +54,27 @@ class Server:
     """Whether it did when the batch began; otherwise it is waited for first."""
     revive: Callable[[], Awaitable[None]] | None = None
     """Starts it again if it is dead; for servers of this program."""
+
+
+def server_of(host: Host, keeper: Executor) -> Server:
+    """A ComfyUI of this program, which is started again if it dies.
+
+    Args:
+        host: It is running.
+        keeper: Of one thread, which lives as long: ComfyUI ends with the thread that starts it.
+    """
+
+    async def revive() -> None:
+        try:
+            if not host.running():
+                await asyncio.get_running_loop().run_in_executor(keeper, host.restart)
+        except HostError as error:
+            raise ServerUnreachableError(str(error)) from error
+        except asyncio.CancelledError:
+            host.kill()  # else the thread would wait for its start
+            raise
+
+    return Server(host.url, revive=revive)
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,6 @@ class Host:
         port: Port to listen on; ``None`` takes a free one.
         cpu: Run on the CPU. ``False`` leaves the choice of device to ComfyUI.
         arguments: Further command-line arguments for ComfyUI.
-        python: Interpreter of the environment that holds ComfyUI's packages.
         log: File for ComfyUI's output; default ``<base>/host.log``.
         nano: File that Load Diff-Restorer Nano opens; default the one that the environment names in
             DIFF_RESTORER_NANO, else the shipped one.
@@ -65,7 +64,6 @@ class Host:
         *,
         cpu: bool = True,
         arguments: Sequence[str] = (),
-        python: str = sys.executable,
         log: Path | None = None,
         nano: Path | None = None,
     ) -> None:
@@ -74,7 +72,6 @@ class Host:
         self.port = free_port() if port is None else port
         self.cpu = cpu
         self.arguments = arguments
-        self.python = python
         self.log = log or self.base / "host.log"
         named = nano or os.environ.get(NANO_VARIABLE)
         # The server runs in another folder.
@@ -186,7 +183,7 @@ class Host:
         root = environment.comfyui_root()
         if not (root / "main.py").exists():
             raise HostError(f"there is no ComfyUI in {root}; run: python3 -m tools.host setup")
-        command = [self.python, str(root / "main.py")]
+        command = [sys.executable, str(root / "main.py")]
         command += ["--cpu"] if self.cpu else []
         command += ["--listen", "127.0.0.1", "--port", str(self.port)]
         command += ["--base-directory", str(self.base), "--disable-auto-launch"]

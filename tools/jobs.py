@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -136,16 +136,7 @@ def plan(named: Sequence[Path], out: Path, *, recursive: bool = False) -> list[J
         folders = ", ".join(map(str, named))
         hint = "" if recursive else " (--recursive looks into its folders, too)"
         raise ClientError(f"no photo in {folders}{hint}. Accepted are {' '.join(SUFFIXES)}")
-    for twins in _twins(jobs.values()):
-        for job in twins:
-            job.output = job.output.with_name(result_name(job.source, whole=True))
-    for twins in _twins(jobs.values()):
-        sources = " and ".join(str(job.source) for job in twins)
-        for job in twins:
-            job.fail(
-                f"{sources} would both become {job.output}. Restore them in two runs, each with "
-                "its own --out, or name a folder that holds both, with --recursive"
-            )
+    part_twins(jobs.values())
     for source, job in jobs.items():
         if not os.path.exists(source):
             job.fail(f"there is no photo {job.source}")
@@ -170,17 +161,24 @@ def find_photos(folder: Path, out: Path, *, recursive: bool = False) -> Iterator
         below = (name for name in sorted(folders) if recursive and not name.startswith("."))
         folders[:] = [name for name in below if _real(Path(place, name)) != _real(out)]
         for path in (Path(place, name) for name in sorted(files)):
-            named_so = not path.name.startswith(".") and path.suffix.lower() in SUFFIXES
+            named_so = sort_of(path.name) == "photo"
             if named_so and os.path.isfile(path) and result_record(path) is None:
                 yield path
+
+
+def sort_of(name: str) -> Literal["photo", "other"] | None:
+    """Whether a name is that of a photo, of a picture of other kinds, or of neither."""
+    if name.startswith("."):
+        return None
+    ending = Path(name).suffix.lower()
+    return "photo" if ending in SUFFIXES else "other" if ending in OTHER_PICTURES else None
 
 
 def count_others(folder: Path, *, recursive: bool = False) -> Counter[str]:
     """Endings of pictures in a folder that `find_photos` passes over -> how many."""
     counts: Counter[str] = Counter()
     for _, _, files in os.walk(folder):
-        endings = (Path(name).suffix.lower() for name in files if not name.startswith("."))
-        counts.update(ending for ending in endings if ending in OTHER_PICTURES)
+        counts.update(Path(name).suffix.lower() for name in files if sort_of(name) == "other")
         if not recursive:
             break
     return counts
@@ -242,6 +240,20 @@ def make_room(job: Job) -> None:
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except OSError as error:
         job.fail(f"{job.output} cannot be written: {error.strerror}. Choose another --out")
+
+
+def part_twins(jobs: Collection[Job]) -> None:
+    """Tells results of one name apart by the photos' endings; fails those where that is no help."""
+    for twins in _twins(jobs):
+        for job in twins:
+            job.output = job.output.with_name(result_name(job.source, whole=True))
+    for twins in _twins(jobs):
+        sources = " and ".join(str(job.source) for job in twins)
+        for job in twins:
+            job.fail(
+                f"{sources} would both become {job.output}. Restore them in two runs, each with "
+                "its own --out, or name a folder that holds both, with --recursive"
+            )
 
 
 def _twins(jobs: Iterable[Job]) -> list[list[Job]]:

@@ -34,6 +34,7 @@ RECORD_KEY = "diff-restorer"
 RECORD_TAG = 65000
 """The private TIFF tag of the record."""
 PART_PREFIX = ".diff-restorer-part-"
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 UMASK = os.umask(0o077)
 os.umask(UMASK)
 BAND = 64
@@ -61,8 +62,7 @@ def write(path: Path, photo: Photo, record: Mapping[str, Any]) -> None:
         with whole(path) as stream:
             (_write_tiff if path.suffix == ".tif" else _write_png)(stream, photo, note)
     except OSError as error:
-        ended = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
-        kind = OutputError if ended else PhotoError
+        kind = OutputError if error.errno in NO_SPACE else PhotoError
         raise kind(f"{path} cannot be written: {error.strerror or error}") from error
 
 

@@ -3,6 +3,7 @@
 python -m tools.restore photo.jpg more.png             starts a ComfyUI of its own
 python -m tools.restore photos --recursive --out restored
 python -m tools.restore photos --server http://127.0.0.1:8188 --server http://10.0.0.7:8188
+python -m tools.restore s3://bucket/photos --out s3://bucket/restored --ray auto
 
 Results are PNG files, and TIFF files for TIFF photos. They keep EXIF, ICC profile, resolution,
 transparency and 8 or 16 bits per channel, and are upright. A run that was stopped goes on where it
@@ -18,14 +19,13 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
-from tools.batch import Batch, Event, Options, Server
+from tools.batch import Batch, Options, Server, server_of
 from tools.client import (
     AsyncClient,
     ClientError,
@@ -36,7 +36,7 @@ from tools.client import (
     load_workflow,
 )
 from tools.host import Host, HostError, exit_on_termination
-from tools.jobs import SUFFIXES, Job, count_others, digest_workflow, make_room, plan, settle
+from tools.jobs import Job, count_others, digest_workflow, make_room, plan, settle
 from tools.photo_writer import PART_PREFIX, whole
 from tools.restoration import (
     INPUT_TITLE,
@@ -45,6 +45,7 @@ from tools.restoration import (
     PRESETS,
     with_preset,
 )
+from tools.terminal import Display, say, summarise, tell_others
 
 try:
     import fcntl
@@ -55,68 +56,6 @@ REPORT_NAME = "diff-restorer-report.json"
 LOCK_NAME = ".diff-restorer.lock"
 STALE_SECONDS = 3600.0
 """Then a part is of a run that was killed, and not of one whose --out lies within this one."""
-
-
-class Display:
-    """A progress bar over all photos, and a line for each; the bar only on a terminal."""
-
-    def __init__(self, jobs: Sequence[Job]) -> None:
-        self.shares: dict[int, float] = {}
-        """Of each photo that is with a server: how much is done."""
-        self.settled = 0
-        self.bar = tqdm(
-            total=sum(job.status == "pending" for job in jobs),
-            bar_format="{desc}{percentage:3.0f}%|{bar}| {elapsed}<{remaining}",
-            dynamic_ncols=True,
-            disable=None,
-        )
-
-    def show(self, event: Event) -> None:
-        if event.text:
-            self.write(event.text, sys.stderr)
-        job = event.job
-        if job is None:
-            return
-        if event.progress:
-            share = event.progress.step / max(event.progress.steps, 1)
-            # Nodes count one after another; the longest count is the sampler's.
-            self.shares[id(job)] = max(share, self.shares.get(id(job), 0.0))
-        else:
-            self.shares.pop(id(job), None)
-            self.settled += 1
-            self.tell(job)
-        self.bar.n = min(self.settled + sum(self.shares.values()), self.bar.total)
-        self.bar.set_description(f"{self.settled}/{self.bar.total} photos")
-
-    def tell(self, job: Job) -> None:
-        """Writes the line of a settled photo."""
-        if job.status == "failed":
-            error = str(job.error)
-            named = "" if str(job.source) in error else f"{job.source}: "
-            self.write(f"error: {named}{error}", sys.stderr)
-        elif job.status == "done":
-            seen = f", seen as {job.kind}" if job.kind else ""
-            notes = "".join(f"; {note}" for note in job.notes)
-            self.write(f"{job.output} ({job.seconds:.1f} s{seen}){notes}", sys.stdout)
-
-    def write(self, text: str, stream: Any) -> None:
-        self.bar.write(printable(text, stream), file=stream)
-
-
-def printable(text: str, stream: Any) -> str:
-    """What a terminal can show: names and servers may send control characters, or no text."""
-    safe = "".join(
-        letter
-        if letter.isprintable() or letter == "\n"
-        else letter.encode("unicode_escape", "surrogatepass").decode()
-        for letter in text
-    )
-    encoding = getattr(stream, "encoding", None) or "utf-8"
-    return safe.encode(encoding, "backslashreplace").decode(encoding)
-
-
-def complain(error: object) -> None:
-    sys.stderr.write(printable(f"error: {error}\n", sys.stderr))
 
 
 @contextmanager
@@ -156,21 +95,10 @@ def own_server(out: Path, *, cpu: bool) -> Iterator[Server]:
     Raises:
         HostError: It does not start.
     """
-    sys.stderr.write("Starting ComfyUI ...\n")
+    say("Starting ComfyUI ...")
     out.mkdir(parents=True, exist_ok=True)
-    with Host(cpu=cpu, log=out / "host.log") as host:
-
-        async def revive() -> None:
-            try:
-                if not host.running():
-                    await asyncio.to_thread(host.restart)
-            except HostError as error:
-                raise ServerUnreachableError(str(error)) from error
-            except asyncio.CancelledError:
-                host.kill()  # else the thread would wait for its start
-                raise
-
-        yield Server(host.url, revive=revive)
+    with Host(cpu=cpu, log=out / "host.log") as host, ThreadPoolExecutor(1) as keeper:
+        yield server_of(host, keeper)
 
 
 async def find_servers(urls: Sequence[str], workflow: Workflow) -> list[Server]:
@@ -199,7 +127,7 @@ async def find_servers(urls: Sequence[str], workflow: Workflow) -> list[Server]:
         reasons = "".join(f"\n{fault}" for fault in faults)
         raise ServerUnreachableError(f"no ComfyUI answers at any of {', '.join(able)}:{reasons}")
     for fault in faults:
-        complain(fault)
+        say(f"error: {fault}")
     return [Server(clients[name].url, answers=fault is None) for name, fault in able.items()]
 
 
@@ -216,12 +144,11 @@ def write_report(path: Path, jobs: Sequence[Job], workflow: Path, seconds: float
         stream.write(f"{json.dumps(report, indent=2)}\n".encode())
 
 
-def run(options: argparse.Namespace, watch: Callable[[Event], None] = lambda event: None) -> int:
+def run(options: argparse.Namespace) -> int:
     """Restores what the options name; 0 if every photo is done, else 1.
 
     Args:
         options: From `parse`.
-        watch: Called with each event, in this thread.
 
     Raises:
         ClientError, HostError: Nothing can be restored.
@@ -232,22 +159,21 @@ def run(options: argparse.Namespace, watch: Callable[[Event], None] = lambda eve
     find_node(workflow, "SaveImage", OUTPUT_TITLE)
     if options.preset:
         workflow = with_preset(workflow, options.preset)
+    if options.ray:
+        try:
+            from tools import cluster
+        except ImportError as error:
+            raise ClientError(f'--ray needs Ray ({error}): pip install "ray[data]"') from error
+        return cluster.run(options, workflow, reserve)
     jobs = plan(options.photos, options.out, recursive=options.recursive)
     for folder in (path for path in options.photos if os.path.isdir(path)):
-        if others := count_others(folder, recursive=options.recursive):
-            listed = ", ".join(f"{count} {ending}" for ending, count in others.items())
-            text = f"{folder}: {listed} left out. Save them as one of {' '.join(SUFFIXES)}"
-            sys.stderr.write(printable(f"{text}\n", sys.stderr))
+        tell_others(folder, count_others(folder, recursive=options.recursive))
     with reserve(options.out):
-        return _restore_all(options, workflow, jobs, watch, begun)
+        return _restore_all(options, workflow, jobs, begun)
 
 
 def _restore_all(
-    options: argparse.Namespace,
-    workflow: Workflow,
-    jobs: Sequence[Job],
-    watch: Callable[[Event], None],
-    begun: float,
+    options: argparse.Namespace, workflow: Workflow, jobs: Sequence[Job], begun: float
 ) -> int:
     digest = digest_workflow(workflow, options.max_side)
     for job in jobs:
@@ -255,17 +181,13 @@ def _restore_all(
             settle(job, digest, overwrite=options.overwrite)
         if job.status == "pending":
             make_room(job)
-    display = Display(jobs)
+    display = Display(sum(job.status == "pending" for job in jobs))
     for job in jobs:
         display.tell(job)
-    batch_options = Options(options.max_side, options.wait, options.attempts)
-
-    def on_event(event: Event) -> None:
-        display.show(event)
-        watch(event)
 
     def restore_on(servers: Sequence[Server]) -> None:
-        Batch(servers, workflow, jobs, batch_options).run(on_event)
+        batch_options = Options(options.max_side, options.wait, options.attempts)
+        Batch(servers, workflow, jobs, batch_options).run(display.show)
 
     try:
         if all(job.status != "pending" for job in jobs):
@@ -278,15 +200,13 @@ def _restore_all(
     finally:
         display.bar.close()
         counts = Counter(job.status for job in jobs)
-        summary = f"{counts['done']} restored, {counts['skipped']} done before, "
-        summary += f"{counts['failed']} failed. "
         report = options.report or options.out / REPORT_NAME
         try:
             write_report(report, jobs, options.workflow, time.monotonic() - begun)
-            summary += f"Report: {report}"
+            say(f"{summarise(counts)} Report: {report}")
         except OSError as error:
-            summary += f"No report: {report} cannot be written: {error.strerror}"
-        sys.stderr.write(printable(f"{summary}\n", sys.stderr))
+            reason = f"No report: {report} cannot be written: {error.strerror}"
+            say(f"{summarise(counts)} {reason}")
     return 1 if counts["failed"] else 0
 
 
@@ -301,14 +221,18 @@ def _number(least: float, kind: type) -> Any:
     return parse
 
 
+def _place(text: str) -> Path | str:
+    return text if "://" in text else Path(text)
+
+
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Reads the command line; ends the program with a message if it is wrong."""
     parser = argparse.ArgumentParser(prog="python -m tools.restore", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add = parser.add_argument
-    add("photos", nargs="+", type=Path, metavar="photo", help="photos and folders of photos")
+    add("photos", nargs="+", type=_place, metavar="photo", help="photos and folders of photos")
     add("--recursive", action="store_true", help="look into the folders' folders, too")
-    add("--out", type=Path, default=Path("restored"), metavar="DIR", help="default: restored")
+    add("--out", type=_place, default=Path("restored"), metavar="DIR", help="default: restored")
     add("--overwrite", action="store_true", help="restore all again, replace what is in --out")
     add("--report", type=Path, metavar="FILE", help=f"default: {REPORT_NAME} in --out")
     add(
@@ -318,6 +242,24 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         help="a running ComfyUI, for several give it several times; without it one is started",
     )
     add("--gpu", action="store_true", help="let the ComfyUI that is started use a GPU")
+    add(
+        "--ray",
+        metavar="ADDRESS",
+        help="restore one folder, a path or a URI, on all nodes of this Ray cluster; or auto",
+    )
+    add(
+        "--per-node",
+        type=_number(1, int),
+        metavar="N",
+        help="ComfyUIs on the smallest node (default: one, or with --gpu one per GPU)",
+    )
+    add(
+        "--actors",
+        type=_number(1, int),
+        nargs=2,
+        metavar=("MIN", "MAX"),
+        help="ComfyUIs in all, for clusters that grow (default: as many as there is room for)",
+    )
     add("--workflow", type=Path, default=NANO_WORKFLOW, metavar="FILE", help="in API format")
     add("--preset", choices=sorted(PRESETS), help="sampler settings for Nano, not the workflow's")
     add(
@@ -341,7 +283,13 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         metavar="N",
         help="fail a photo during which its server died N times (default %(default)s)",
     )
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    uris = [place for place in (*options.photos, options.out) if isinstance(place, str)]
+    if options.ray is None and (uris or options.per_node or options.actors):
+        parser.error("URIs, --per-node and --actors are for a cluster: name it with --ray")
+    if options.ray is not None and (options.server or len(options.photos) > 1):
+        parser.error("--ray takes one folder of photos, and no --server: its nodes start their own")
+    return options
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -351,10 +299,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return run(options)
     except (ClientError, HostError, OSError) as error:
-        complain(error)
+        say(f"error: {error}")
         return 1
     except KeyboardInterrupt:
-        sys.stderr.write("interrupted; the same command goes on from here\n")
+        say("interrupted; the same command goes on from here")
         return 130
 
 

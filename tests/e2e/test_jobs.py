@@ -317,3 +317,34 @@ def test_what_is_no_workflow_is_named(
     arguments = (put(tmp_path / "a.png"), "--out", tmp_path / "out", "--workflow", path)
     assert main_without_server(*arguments) == 1
     assert str(path) in capsys.readouterr().err
+
+
+# A cluster; see test_cluster.py for what needs one.
+
+
+def test_ray_is_asked_for_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    monkeypatch.delitem(sys.modules, "tools.cluster", raising=False)
+    monkeypatch.delattr("tools.cluster", raising=False)
+    assert restore.main([str(tmp_path), "--out", str(tmp_path / "out"), "--ray", "auto"]) == 1
+    assert 'pip install "ray[data]"' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["s3://bucket/photos"], "name it with --ray"),
+        (["photos", "--out", "gs://bucket/out"], "name it with --ray"),
+        (["photos", "--per-node", "2"], "name it with --ray"),
+        (["one", "two", "--ray", "auto"], "one folder"),
+        (["photos", "--ray", "auto", "--server", "http://127.0.0.1:1"], "no --server"),
+    ],
+)
+def test_what_is_for_a_cluster_only(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+):
+    with pytest.raises(SystemExit, match="2"):
+        restore.parse(arguments)
+    assert message in capsys.readouterr().err

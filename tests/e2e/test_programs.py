@@ -10,10 +10,8 @@ import pytest
 from PIL import Image
 
 from tests.e2e.graph import Runner, make_photo
-from tools import demo, demo_folder, restore
+from tools import demo, restore
 from tools.environment import ROOT
-from tools.host import Host
-from tools.photo import read_photo
 
 pytestmark = pytest.mark.comfy
 
@@ -111,41 +109,6 @@ def test_demo_degrades_reproducibly():
 
 def test_demo_photos_are_at_hand():
     assert [sample.photo for sample in demo.SAMPLES if not sample.photo.is_file()] == []
-
-
-def test_demo_of_a_folder(comfyui_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    assert demo_folder.main(["--out", str(tmp_path), "--photos", "6", "--max-side", "96"]) == 0
-    printed = capsys.readouterr().out
-    assert "--- killing http://127.0.0.1:" in printed
-    assert "6 photos restored, none twice" in printed
-
-
-def test_the_check_of_the_folder_can_fail(tmp_path: Path):
-    clean = demo_folder.make_photos(tmp_path, 3, 64)
-    accident = demo_folder.Accident(Host(tmp_path), 3)
-    first = accident.victim = next(iter(clean))
-    photos = [
-        {"source": str(path), "output": str(path), "attempts": 1 + (path == first)}
-        for path in clean
-    ]
-    counts = {"done": 3, "skipped": 0, "failed": 0, "pending": 0}
-    good = {"counts": counts, "photos": photos}
-    upright = {path: read_photo(path) for path in clean}
-    upright[list(clean)[1]] = upright[list(clean)[1]].rotate(90, expand=True)  # stored lying
-    demo_folder.check(good, upright, accident, 3)
-    bad = [
-        ({**good, "counts": {**counts, "done": 2, "failed": 1}}, upright, 3, "failed"),
-        ({**good, "photos": photos[:2]}, upright, 3, "the report"),
-        (good, upright, 4, "saved 4 pictures for 3 photos"),
-        ({**good, "photos": [{**photos[0], "attempts": 1}, *photos[1:]]}, upright, 3, "attempts"),
-        (good, clean | {first: clean[first].resize((7, 5))}, 3, r"not \(7, 5\)"),
-    ]
-    for report, photos_then, saved, message in bad:
-        with pytest.raises(demo_folder.CheckError, match=message):
-            demo_folder.check(report, photos_then, accident, saved)
-    accident.victim = None
-    with pytest.raises(demo_folder.CheckError, match="no server was killed"):
-        demo_folder.check(good, upright, accident, 3)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,186 @@
+"""The restore program on a Ray cluster of two nodes on this machine; `make demo-cluster`."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.e2e.holding import put_photos
+from tools import restore
+from tools.client import ClientError
+from tools.host import free_port
+
+# Ray reads them when it is imported.
+os.environ |= {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # so that it listens on 127.0.0.1 only
+    "RAY_agent_register_timeout_ms": "300000",  # on a busy machine
+    "RAY_worker_register_timeout_seconds": "300",
+}
+pytest.importorskip("ray", reason='needs Ray: pip install "ray[data]"')
+
+pytestmark = pytest.mark.comfy
+PORTS = (
+    *("metrics_agent_port", "metrics_export_port"),
+    *("runtime_env_agent_port", "dashboard_agent_listen_port"),
+)
+"""Of Ray's agents: a node that has to find them out waits for 15 s only."""
+COUNT = 20
+
+
+def node(**settings: Any) -> dict[str, Any]:
+    """One with room for one ComfyUI."""
+    ports = {name: free_port() for name in PORTS}
+    settings |= {"num_cpus": 1, "node_ip_address": "127.0.0.1", "include_log_monitor": False}
+    return {**ports, **settings}
+
+
+@pytest.fixture(scope="module")
+def cluster(comfyui_root: Path) -> Iterator[Any]:
+    """A head and a second node, each with room for one ComfyUI."""
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args=node(include_dashboard=False))
+    cluster.add_node(**node())
+    yield cluster
+    cluster.shutdown()
+
+
+def run(cluster: Any, *arguments: str | Path) -> int:
+    options = [*map(str, arguments), "--ray", cluster.address, "--preset", "fast"]
+    return restore.run(restore.parse(options))
+
+
+def read_lines(out: Path) -> list[dict[str, Any]]:
+    report = out / "diff-restorer-report.jsonl"
+    lines = report.read_text().split("\n")[:-1] if report.exists() else []
+    return [json.loads(line) for line in lines]
+
+
+class Accident(threading.Thread):
+    """Kills the ComfyUI of the head, and the other node, once half of the photos are done."""
+
+    def __init__(self, cluster: Any, out: Path) -> None:
+        super().__init__(daemon=True)
+        self.cluster, self.out = cluster, out
+        self.killed: list[str] = []
+        """What is dead, in words."""
+
+    def run(self) -> None:
+        (node,) = self.cluster.worker_nodes
+        while len(lines := read_lines(self.out)) < COUNT / 2:
+            time.sleep(0.1)
+        self.cluster.remove_node(node, allow_graceful=False)
+        self._tell(f"node {node.node_id[:8]}")
+        while not (port := self._port(lines, node.node_id)):
+            time.sleep(0.1)
+            lines = read_lines(self.out)
+        for process in Path("/proc").glob("[0-9]*/cmdline"):
+            if f"--port\0{port}\0".encode() in process.read_bytes():
+                os.kill(int(process.parent.name), signal.SIGKILL)
+                self._tell(f"ComfyUI {port}")
+
+    def _tell(self, killed: str) -> None:
+        self.killed.append(killed)
+        sys.stdout.write(f"--- killed {killed}\n")
+
+    def _port(self, lines: list[dict[str, Any]], dead: str) -> str | None:
+        others = (line["server"] for line in lines if line["server"][:8] != dead[:8])
+        return next((server.rpartition(":")[2] for server in others), None)
+
+
+@pytest.mark.parametrize("scheme", ["", "file://"])
+def test_a_folder_is_listed_by_path_and_by_uri(tmp_path: Path, scheme: str):
+    from tools import cluster
+
+    folder = tmp_path / "photos"
+    put_photos(folder / "sub", 1)
+    for name in ("a.jpg", "a.png", "b.heic", ".hidden.png", "notes.txt", "out/a_restored.png"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).touch()
+    (folder / "loop").symlink_to(folder)
+    os.mkfifo(folder / "pipe.png")
+    Path(os.fsdecode(os.fsencode(folder) + b"/no \xff text.png")).touch()
+    named = [f"{scheme}{folder}", f"{scheme}{folder}/out"]
+    photos, out = (cluster.Place.of(name if scheme else Path(name)) for name in named)
+    batches = cluster.list_photos(None, photos, out, recursive=True)
+    lines = [json.loads(line) for batch in batches for line in batch["line"]]
+    assert [(line["status"], line.get("source")) for line in lines] == [
+        ("left out", None),
+        ("failed", "."),
+        ("pending", "a.jpg"),
+        ("pending", "a.png"),
+        ("pending", "sub/photo 0.png"),
+        ("listed", None),
+    ]
+    assert "no UTF-8" in lines[1]["error"]
+    assert lines[2]["output"] == "a.jpg_restored.png"  # not that of a.png
+    assert lines[-1]["count"] == 4
+
+
+def test_a_result_appears_whole(tmp_path: Path):
+    from tools import cluster
+
+    (tmp_path / "result").write_bytes(b"new")
+    place = cluster.Place.of(f"file://{tmp_path}/out")
+    place.put(tmp_path / "result", Path("sub/a.png"))
+    assert [path.name for path in (tmp_path / "out/sub").iterdir()] == ["a.png"]
+    with pytest.raises(OSError, match="missing"):
+        place.put(tmp_path / "missing", Path("sub/a.png"))
+    assert [path.read_bytes() for path in (tmp_path / "out/sub").iterdir()] == [b"new"]
+
+
+def test_a_uri_that_cannot_be_opened_is_named():
+    from tools import cluster
+
+    with pytest.raises(ClientError, match=r"nope://.*s3://"):
+        cluster.Place.of("nope://bucket/photos")
+
+
+@pytest.mark.slow
+def test_a_node_and_a_comfyui_die_half_way(cluster: Any, tmp_path: Path):
+    photos = put_photos(tmp_path / "photos", COUNT)
+    out = tmp_path / "out"
+    accident = Accident(cluster, out)
+    accident.start()
+    assert run(cluster, tmp_path / "photos", "--out", out) == 0
+    assert len(accident.killed) == 2
+    lines = read_lines(out)
+    assert sorted(line["source"] for line in lines) == sorted(map(str, photos))
+    # Done before the node died, and not yet told: then it is there, and nothing is done again.
+    assert Counter(line["status"] for line in lines).keys() <= {"done", "skipped"}
+    assert sum(line["attempts"] > 1 for line in lines) <= 1
+    results = {out / f"{photo.stem}_restored.png" for photo in photos}
+    assert set(out.glob("*.png")) == results
+    written = {path: path.stat().st_mtime_ns for path in results}
+    assert run(cluster, tmp_path / "photos", "--out", out) == 0
+    assert Counter(line["status"] for line in read_lines(out)) == {"skipped": COUNT}
+    assert written == {path: path.stat().st_mtime_ns for path in results}
+    sys.stdout.write(f"{COUNT} photos restored, none twice; a second run had nothing to do\n")
+
+
+@pytest.mark.slow
+def test_what_is_no_photo_is_told_and_ends_nothing(cluster: Any, tmp_path: Path, capsys):
+    folder, out = tmp_path / "photos", tmp_path / "photos/out"
+    first, _ = put_photos(folder / "sub", 2)
+    first.rename(folder / "é ämter 東京.png")
+    (folder / "broken.jpg").write_bytes(b"no picture")
+    (folder / "raw.heic").write_bytes(b"")
+    (folder / "loop").symlink_to(folder)
+    assert run(cluster, folder, "--out", out, "--recursive") == 1
+    status = {Path(line["source"]).name: line["status"] for line in read_lines(out)}
+    assert status == {"é ämter 東京.png": "done", "photo 1.png": "done", "broken.jpg": "failed"}
+    printed = capsys.readouterr()
+    assert f"error: {folder}/broken.jpg is not a picture" in printed.err
+    assert "1 .heic left out" in printed.err
+    assert (out / "sub/photo 1_restored.png").exists()

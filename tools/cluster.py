@@ -1,0 +1,349 @@
+"""Restores a folder of photos on all nodes of a Ray cluster: ``tools.restore --ray``.
+
+A task lists the folder, actors that each keep a ComfyUI restore what it lists, and the lines of
+the report come back. Ray Data starts actors, gives each a photo at a time, and starts anew those
+that die, with what they had in flight.
+"""
+
+from __future__ import annotations
+
+import argparse
+import atexit
+import functools
+import json
+import logging
+import os
+import uuid
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import ray
+import ray.data
+from pyarrow import fs
+from ray.exceptions import RayError
+
+from tools.batch import Batch, Event, Options, server_of
+from tools.client import ClientError, Workflow
+from tools.environment import ROOT
+from tools.host import Host
+from tools.jobs import Job, digest_workflow, part_twins, result_name, result_record, settle, sort_of
+from tools.photo_writer import NO_SPACE, PART_PREFIX, OutputError
+from tools.restoration import UPLOADS
+from tools.terminal import Display, say, summarise, tell_others
+
+REPORT_NAME = "diff-restorer-report.jsonl"
+IN_FLIGHT = 2
+"""Photos that an actor holds: when one is done, the next is there."""
+FAILED_STARTS = 10
+"""Of ComfyUI, one after another on whatever node, that end the run."""
+WAITING = 2**21
+"""Bytes of lines that are listed and not yet given out: some thousands."""
+NOT_SENT = ["/docs", "/tests"]
+"""What no node needs of this repository."""
+LOCAL = fs.LocalFileSystem()
+Line = dict[str, Any]
+Batched = dict[str, list[str]]
+
+
+@dataclass(frozen=True)
+class Place:
+    """A folder on any file system that pyarrow knows."""
+
+    uri: str
+    """Without password and options, for messages and reports."""
+    files: fs.SubTreeFileSystem
+
+    @classmethod
+    def of(cls, named: str | Path) -> Place:
+        """The place that a path or a URI names.
+
+        Raises:
+            ClientError: pyarrow cannot open it.
+        """
+        if isinstance(named, Path):
+            uri = path = os.path.abspath(named)
+            return cls(uri, fs.SubTreeFileSystem(path, LOCAL))
+        scheme = named.partition("://")[0]
+        try:
+            files, path = fs.FileSystem.from_uri(named)
+        except (ValueError, OSError) as error:
+            raise ClientError(
+                f"a URI with {scheme}:// cannot be opened: {error}. Accepted are paths, file://, "
+                "s3:// and gs://"
+            ) from error
+        return cls(f"{scheme}://{path}".rstrip("/"), fs.SubTreeFileSystem(path, files))
+
+    def name(self, below: str | Path) -> str:
+        return f"{self.uri}/{below}"
+
+    def put(self, file: Path, below: Path) -> None:
+        """Copies a file there, which appears complete or not at all."""
+        part = str(below.with_name(f"{PART_PREFIX}{uuid.uuid4().hex}"))
+        self.files.create_dir(str(below.parent))
+        try:
+            fs.copy_files(str(file), part, LOCAL, self.files)
+            self.files.move(part, str(below))
+        except BaseException:
+            with suppress(OSError):
+                self.files.delete_file(part)
+            raise
+
+
+def list_photos(_: object, photos: Place, out: Place, *, recursive: bool) -> Iterator[Batched]:
+    """Yields the photos of a folder as pending lines, then how many; holds one folder at a time.
+
+    Pictures of other endings come as ``left out``, what cannot be read as ``failed``.
+    """
+    folders, listed = [Path()], 0
+    local = photos.files.base_fs.equals(LOCAL)
+    while folders:
+        folder = folders.pop()
+        jobs, faults = list[Job](), list[str]()
+        try:
+            found = photos.files.get_file_info(fs.FileSelector(str(folder)))
+        except OSError as error:
+            found = []
+            faults.append(f"cannot be read: {error}")
+        for info in found:
+            try:
+                below = folder / info.base_name
+            except UnicodeDecodeError as error:
+                faults.append(f"has a file whose name is no UTF-8; rename it: {error}")
+                continue
+            sort = sort_of(below.name)
+            if info.type == fs.FileType.File and sort == "photo":
+                jobs.append(Job(below, folder / result_name(below)))
+            elif info.type == fs.FileType.File and sort == "other":
+                yield batched({"status": "left out", "ending": below.suffix.lower()})
+            elif info.type == fs.FileType.Directory and recursive and below.name[0] != ".":
+                linked = local and os.path.islink(Path(photos.files.base_path, below))
+                if not linked and photos.name(below) != out.uri:
+                    folders.append(below)
+        part_twins(jobs)
+        for fault in faults:
+            reason = f"{photos.name(folder)} {fault}"
+            jobs.append(Job(folder, folder, "failed", error=reason))
+        listed += len(jobs)
+        yield from (batched(job.report()) for job in sorted(jobs, key=lambda job: job.source))
+    yield batched({"status": "listed", "count": listed})
+
+
+def batched(line: Line) -> Batched:
+    """A line as Ray Data moves it: as text, for their fields differ."""
+    return {"line": [json.dumps(line)]}
+
+
+class Restorer:
+    """An actor: a ComfyUI of its own, to which it gives one photo at a time.
+
+    Raises:
+        HostError: ComfyUI does not start.
+    """
+
+    def __init__(
+        self, photos: Place, out: Place, workflow: Workflow, arguments: argparse.Namespace
+    ) -> None:
+        self.photos, self.out, self.workflow = photos, out, workflow
+        self.options = Options(arguments.max_side, arguments.wait, arguments.attempts)
+        self.digest = digest_workflow(workflow, arguments.max_side)
+        self.overwrite = arguments.overwrite
+        self.host = Host(cpu=not arguments.gpu)
+        keeper = ThreadPoolExecutor(1)
+        keeper.submit(self.host.__enter__).result()
+        atexit.register(self.host.stop)
+        self.server = server_of(self.host, keeper)
+        self.name = f"{ray.get_runtime_context().get_node_id()[:8]} {self.host.url}"
+
+    def __call__(self, batch: Batched) -> Batched:
+        (line,) = map(json.loads, batch["line"])
+        return batched(self.restore(line) if line["status"] == "pending" else line)
+
+    def restore(self, line: Line) -> Line:
+        """Restores the photo of a pending line, unless it is done or no photo."""
+        source, output = Path(line["source"]), Path(line["output"])
+        with TemporaryDirectory(prefix="diff-restorer-") as folder:
+            job = Job(Path(folder, source.name), Path(folder, "result", output.name))
+            job.output.parent.mkdir()
+            try:
+                if not self._restore(job, source, output):
+                    return {"status": "result"}
+            except OutputError as error:
+                return {"status": "full", "error": f"{error} (node {self.name})"}
+            finally:
+                self._clear()
+        if job.error:
+            named = job.error.replace(str(job.output), self.out.name(output))
+            job.error = named.replace(str(job.source), self.photos.name(source))
+        server = self.name if job.attempts else None
+        return replace(job, source=source, output=output, server=server).report()
+
+    def _restore(self, job: Job, source: Path, output: Path) -> bool:
+        """Restores a copy on this node, and sends the result; whether it is a photo at all."""
+        try:
+            fs.copy_files(str(source), str(job.source), self.photos.files, LOCAL)
+        except OSError as error:
+            job.fail(f"{job.source} cannot be read: {error}")
+            return True
+        if result_record(job.source) is not None:
+            return False
+        try:
+            there = self.out.files.get_file_info(str(output)).type != fs.FileType.NotFound
+            if there and not self.overwrite:
+                fs.copy_files(str(output), str(job.output), self.out.files, LOCAL)
+            settle(job, self.digest, overwrite=self.overwrite)
+            Batch([self.server], self.workflow, [job], self.options).run()
+            if job.status == "done":
+                self.out.put(job.output, output)
+        except OSError as error:
+            reason = f"{self.out.name(output)} cannot be written: {error}"
+            if error.errno in NO_SPACE:
+                raise OutputError(reason) from error
+            job.fail(reason)
+        return True
+
+    def _clear(self) -> None:
+        """Removes what the photo left in ComfyUI's folders, which a long run would fill."""
+        for folder in (f"input/{UPLOADS}", "output"):
+            for file in (self.host.base / folder).glob("*.*"):
+                file.unlink(missing_ok=True)
+
+
+def shares(per_node: int | None, *, gpu: bool) -> tuple[dict[str, Any], int]:
+    """What an actor takes of a node, and how many the cluster holds now.
+
+    Args:
+        per_node: Actors on the smallest node; ``None`` for one per GPU, or one per node of CPUs.
+        gpu: Whether they share GPUs or CPUs.
+    """
+    kind = "GPU" if gpu else "CPU"
+    nodes = [node["Resources"].get(kind, 0) for node in ray.nodes() if node["Alive"]]
+    smallest = min(filter(None, nodes), default=1)
+    share = smallest / (per_node or (smallest if gpu else 1))
+    share = int(share) if share > 1 else share  # Ray has no 1.5 GPUs
+    return {f"num_{kind.lower()}s": share}, max(1, sum(int(size / share) for size in nodes))
+
+
+def run(
+    options: argparse.Namespace,
+    workflow: Workflow,
+    reserve: Callable[[Path], AbstractContextManager[None]],
+) -> int:
+    """Restores a folder; 0 if every photo is done, else 1.
+
+    Args:
+        options: From `tools.restore.parse`, with ``ray``.
+        workflow: In API format.
+        reserve: Keeps other runs out of a local folder.
+
+    Raises:
+        ClientError: Nothing can be restored.
+    """
+    (named,) = options.photos
+    photos, out = Place.of(named), Place.of(options.out)
+    if photos.files.get_file_info("").type != fs.FileType.Directory:
+        raise ClientError(f"there is no folder {photos.uri}: --ray takes one folder of photos")
+    local = isinstance(options.out, Path)
+    report = options.report or (options.out / REPORT_NAME if local else Path(REPORT_NAME))
+    counts, others = Counter[str](), Counter[str]()
+    with reserve(options.out) if local else nullcontext(), report.open("w") as written:
+        connect(options.ray)
+        display = Display(None)
+        try:
+            lister = functools.partial(
+                list_photos, photos=photos, out=out, recursive=options.recursive
+            )
+            for line in stream(lister, Restorer, (photos, out, workflow, options), options):
+                status = line["status"]
+                counts[status] += line.get("count", 1)
+                if status == "full":
+                    raise ClientError(line["error"])
+                if status == "left out":
+                    others[line["ending"]] += 1
+                elif status in ("done", "skipped", "failed"):
+                    line["source"] = photos.name(line["source"])
+                    line["output"] = out.name(line["output"])
+                    written.write(f"{json.dumps(line)}\n")
+                    written.flush()
+                    display.show(Event(job=Job(**line)))
+        except RayError as error:
+            raise ClientError(str(getattr(error, "cause", error))) from error
+        finally:
+            display.bar.close()
+            ray.shutdown()
+            tell_others(photos.uri, others)
+            say(f"{summarise(counts)} Report: {report}")
+    settled = sum(counts[status] for status in ("done", "skipped", "failed", "result"))
+    if "listed" not in counts or counts["listed"] > settled:
+        raise ClientError(
+            f"only {settled} photos are restored; Ray's log, in /tmp/ray, says why. The same "
+            "command goes on"
+        )
+    if counts["listed"] == counts["result"]:
+        raise ClientError(f"no photo in {photos.uri}")
+    return 1 if counts["failed"] else 0
+
+
+def connect(address: str) -> None:
+    """Joins a cluster and sends it this repository.
+
+    Raises:
+        ClientError: There is none.
+    """
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    try:
+        ray.init(
+            address,
+            runtime_env={"working_dir": str(ROOT), "excludes": NOT_SENT},
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+        )
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise ClientError(
+            f"no Ray cluster answers at --ray {address}: {error}. Start one with `ray start "
+            "--head`, or name its address"
+        ) from error
+
+
+def stream(
+    lister: Callable[[object], Iterator[Batched]],
+    restorer: type,
+    arguments: Sequence[Any],
+    options: argparse.Namespace,
+) -> Iterator[Line]:
+    """What actors make of the lines of a task, as they are made.
+
+    Args:
+        lister: The task.
+        restorer: The actors' class.
+        arguments: Its.
+        options: From `tools.restore.parse`.
+    """
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.target_max_block_size = 1  # byte: each photo is given out by itself
+    limits = ray.data.ExecutionResources.for_limits(object_store_memory=WAITING)
+    context.execution_options.resource_limits = limits
+    context.max_errored_blocks = -1  # `run` counts what is missing
+    context.max_consecutive_actor_init_deaths = FAILED_STARTS
+    share, room = shares(options.per_node, gpu=options.gpu)
+    least, most = options.actors or (room, room)
+    restored = (
+        ray.data.from_items([0])
+        .map_batches(lister, num_cpus=0)
+        .map_batches(
+            restorer,
+            batch_size=1,
+            fn_constructor_args=arguments,
+            compute=ray.data.ActorPoolStrategy(
+                min_size=least, max_size=most, max_tasks_in_flight_per_actor=IN_FLIGHT
+            ),
+            **share,
+        )
+    )
+    return (json.loads(row["line"]) for row in restored.iter_rows())

@@ -14,6 +14,9 @@ from torch import Tensor
 
 from ..diff_restorer import make_hint_conv
 
+TRUNK = ("in_channels", "model_channels", "channel_mult", "num_res_blocks", "transformer_depth")
+"""Sizes of a UNet, in the host's terms, that its control shares."""
+
 
 class ControlModel(comfy.cldm.cldm.ControlNet):
     """The host's ControlNet trunk with P_D as its context and the LQ latent as its hint."""
@@ -39,6 +42,7 @@ class ControlModel(comfy.cldm.cldm.ControlNet):
             )
         )
         self.context_width = config["context_dim"]
+        self.trunk = {name: config[name] for name in TRUNK}
         self.latent_channels = latent_channels
 
     def forward(
@@ -166,6 +170,13 @@ class DegradationControlNet(comfy.controlnet.ControlNet):
                 f"{_family(needed)}. SDXL (2048), SD 2 (1024) and Flux models do not work with it: "
                 "connect the model that the file was trained for."
             )
+        # What does not fit, the host leaves out with a line in its log.
+        for name, needed in self.network.trunk.items():
+            if config.get(name) != needed:
+                raise ValueError(
+                    f"model: its {name} is {config.get(name)}, this Diff-Restorer file needs "
+                    f"{needed}. Connect the model that the file was trained for."
+                )
         # The host does not clean up after an interrupt, and the next run may have another size.
         self.cond_hint = None
         getattr(self, "cond_hints", {}).clear()

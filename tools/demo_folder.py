@@ -23,9 +23,9 @@ from PIL import ExifTags, Image
 
 from tools import restore
 from tools.batch import Event
-from tools.client import ClientError
 from tools.demo import SAMPLES, degrade_photo, psnr
-from tools.host import Host, HostError, exit_on_termination
+from tools.ending import in_words
+from tools.host import Host, exit_on_termination
 from tools.photo import read_photo
 
 SUFFIXES = (".png", ".jpg", ".tif")
@@ -165,6 +165,7 @@ def run(out: Path, count: int, max_side: int, cpu: bool) -> None:
     )
 
 
+@in_words
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of ``python -m tools.demo_folder``."""
     parser = argparse.ArgumentParser(prog="python -m tools.demo_folder", description=__doc__)
@@ -175,14 +176,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--gpu", action="store_true", help="let both servers use a GPU")
     options = parser.parse_args(arguments)
     exit_on_termination()
-    try:
-        run(options.out, options.photos, options.max_side, not options.gpu)
-    except (CheckError, ClientError, HostError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+    run(options.out, options.photos, options.max_side, not options.gpu)
     return 0
 
 

@@ -245,7 +245,7 @@ HEADERS: dict[str, tuple[dict | bytes, str]] = {
     "enormous shape": ({KEY: _entry(shape=[10**30])}, "has 8 bytes, which its shape"),
     "negative size": ({KEY: _entry(shape=[-2])}, "are no whole numbers"),
     "fractional size": ({KEY: _entry(shape=[2.0])}, "are no whole numbers"),
-    "no shape": ({KEY: {"dtype": "F32", "data_offsets": [0, 8]}}, "cannot be read: 'shape'"),
+    "no shape": ({KEY: {"dtype": "F32", "data_offsets": [0, 8]}}, "has no dtype, shape and two"),
     "no object": ({KEY: 3}, "cannot be read"),
     "shape without end": ({KEY: _entry(shape=3)}, "cannot be read"),
     "three offsets": ({KEY: _entry(offsets=[0, 4, 8])}, "cannot be read"),
@@ -274,10 +274,10 @@ def test_the_header_alone_decides(tmp_path: Path, case: str) -> None:
     header, message = HEADERS[case]
     body = bytes(18_000 if case == "too many" else 8 if isinstance(header, dict) else 0)
     path = _write_raw(tmp_path / "odd.safetensors", header, body)
-    began = time.perf_counter()
+    began = time.process_time()  # however busy the machine is
     with pytest.raises(CheckpointError, match=message) as caught:
         read_checkpoint(path, ())
-    assert time.perf_counter() - began < 0.5
+    assert time.process_time() - began < 0.5
     assert str(path) in str(caught.value)
     assert len(str(caught.value)) < 1000
 

@@ -48,6 +48,15 @@ def test_sockets_take_what_they_are_named_for(pack: ModuleType, run, node_id: st
                 run(node_id, **{name: value})
 
 
+@pytest.mark.parametrize("node_id", NODES)
+def test_names_are_no_novels(pack: ModuleType, run, node_id: str) -> None:
+    """They would be quoted in messages and logs."""
+    for name, entry in inputs_of(node_id).items():
+        if entry.get_io_type() in ("STRING", "COMBO"):
+            with pytest.raises(ValueError, match=rf"^{name}: found 5,000 characters, expected"):
+                run(node_id, **{name: "x" * 5000})
+
+
 IMAGES: dict[str, tuple[torch.Tensor, str]] = {
     "bytes": (torch.zeros(1, 8, 8, 3, dtype=torch.uint8), "found torch.uint8, expected images"),
     "no batch": (torch.zeros(0, 8, 8, 3), "expected images"),

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import ParamSpec
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = ("benchmarks", "diff_restorer", "nodes", "tests", "tools", "training")
+PACKAGES = ("benchmarks", "diff_restorer", "nodes", "tools", "training")
 
 Arguments = ParamSpec("Arguments")
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 import pytest
 
 from diff_restorer.checkpoint import CheckpointError
+from diff_restorer.weights import parse_json
 from tools.client import ClientError
 from tools.ending import in_words
 from tools.environment import ROOT
@@ -20,7 +21,7 @@ def fail_in_a_library() -> None:
 
 
 def refuse() -> None:
-    raise ValueError("--photos: there are none")
+    parse_json("[" * 100_000)
 
 
 def break_file() -> None:
@@ -46,7 +47,7 @@ def stumble() -> None:
 @pytest.mark.parametrize(
     ("main", "status", "words"),
     [
-        (refuse, 1, "error: --photos: there are none\n"),
+        (refuse, 1, "error: nested too deeply\n"),
         (break_file, 1, "error: a.safetensors: incomplete\n"),
         (lose_server, 1, "error: no ComfyUI answers\n"),
         (miss, 1, "nowhere"),

@@ -99,7 +99,9 @@ def _check_latent(name: str, value: Any) -> None:
 def _check_conditioning(name: str, value: Any) -> None:
     if not isinstance(value, list) or not value:
         raise ValueError(f"{name}: found {kind_of(value)} without entries, expected a prompt.")
-    for tokens, _ in value:
+    for entry in value:
+        whole = isinstance(entry, list | tuple) and len(entry) == 2 and isinstance(entry[1], dict)
+        tokens = entry[0] if whole else None
         if not isinstance(tokens, Tensor) or tokens.ndim != 3 or 0 in tokens.shape:
             found = tuple(tokens.shape) if isinstance(tokens, Tensor) else kind_of(tokens)
             raise ValueError(

@@ -170,7 +170,6 @@ def test_norms_that_see_their_tile_alone_would_be_told_apart() -> None:
     assert levels(decoder.trunk.decoder_head(alone) - expected, expected).max() > 4
 
 
-@torch.no_grad()
 class FusedNorm(torch.nn.GroupNorm):
     """As a host to come might have it: the same sums, by a function that nobody sees."""
 
@@ -187,6 +186,7 @@ def test_norms_out_of_reach_are_refused() -> None:
         Plan([[Stage(norm)]], Map(torch.zeros(1, 4, 2, 4), 1), Cut(1, torch.zeros(1)))
 
 
+@torch.no_grad()
 def test_maps_in_a_file_hold_the_same(tmp_path: Path) -> None:
     """But for fp32, of which a file keeps 16 bits."""
     decoder = Decoder("kl", 64, 96)

@@ -76,6 +76,9 @@ PROMPTS: dict[str, tuple[list, str]] = {
     "empty": ([], "found a list without entries"),
     "no tokens": ([[torch.zeros(1, 0, 32), {}]], r"found \(1, 0, 32\)"),
     "None": ([[None, {}]], "found nothing"),
+    "no pairs": ([3], "found nothing"),
+    "empty pairs": ([[]], "found nothing"),
+    "no dictionary": ([[torch.zeros(1, 4, 32), None]], "found nothing"),
     "NaN": ([[torch.full((1, 4, 32), NAN), {}]], "holds NaN or infinite values"),
 }
 

@@ -286,9 +286,11 @@ def _read(file: Any, begin: int, stored: torch.dtype, values: Tensor) -> bool:
 
     Piece by piece, each of which is checked and converted while the processor's cache holds it.
     """
+    step, converts = PIECE // stored.itemsize, values.dtype != stored
+    scratch = torch.empty(min(step, len(values)) if converts else 0, dtype=stored)
     file.seek(begin)
-    for piece in values.split(PIECE // stored.itemsize):
-        raw = piece if piece.dtype == stored else torch.empty(len(piece), dtype=stored)
+    for piece in values.split(step):
+        raw = scratch[: len(piece)] if converts else piece
         rest: memoryview = raw.view(torch.uint8).numpy().data
         while rest:
             count = file.readinto(rest)
@@ -297,7 +299,7 @@ def _read(file: Any, begin: int, stored: torch.dtype, values: Tensor) -> bool:
             rest = rest[count:]
         if not is_finite(raw):
             return False
-        if raw is not piece:
+        if converts:
             piece.copy_(raw)
     return True
 

@@ -102,10 +102,16 @@ def _check_conditioning(name: str, value: Any) -> None:
     for entry in value:
         whole = isinstance(entry, list | tuple) and len(entry) == 2 and isinstance(entry[1], dict)
         tokens = entry[0] if whole else None
-        if not isinstance(tokens, Tensor) or tokens.ndim != 3 or 0 in tokens.shape:
-            found = tuple(tokens.shape) if isinstance(tokens, Tensor) else kind_of(tokens)
+        if not _is_tokens(tokens):
+            is_tensor = isinstance(tokens, Tensor)
+            found = f"{tuple(tokens.shape)} of {tokens.dtype}" if is_tensor else kind_of(tokens)
             raise ValueError(
                 f"{name}: expected tokens (batch, tokens, width), found {found}. Connect the "
                 "output of a text encoder or of the Prompt Processor."
             )
         check_finite(name, tokens, "They come from the text encoder: is its file damaged?")
+
+
+def _is_tokens(value: Any) -> bool:
+    shaped = isinstance(value, Tensor) and value.ndim == 3 and 0 not in value.shape
+    return shaped and value.is_floating_point()

@@ -14,6 +14,7 @@ import os
 import sys
 import tempfile
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -127,6 +128,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     exit_on_termination()
     os.environ["TQDM_DISABLE"] = "1"
     logging.disable(logging.ERROR)
+    warnings.simplefilter("ignore")  # Pillow's, of what is damaged
     torch.set_num_threads(1)  # of toys, which are faster so
     with ExitStack() as stack:
         return 1 if run(options, stack) else 0

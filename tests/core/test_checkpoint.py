@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import time
@@ -318,6 +319,24 @@ def test_large_weights_are_numbers(tmp_path: Path) -> None:
     path, weights = tmp_path / "a.safetensors", torch.full((1000,), 6e4, dtype=torch.float16)
     write_checkpoint(path, {KEY: weights}, toy_weights.info())
     assert torch.equal(read_checkpoint(path, ()).state("control.")["time_embed.0.weight"], weights)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float32])
+def test_weights_of_many_pieces(tmp_path: Path, dtype: torch.dtype | None) -> None:
+    """Which are read in pieces, into memory of another kind."""
+    path, weights = tmp_path / "a.safetensors", torch.randn(3, 2**20 + 1).half()
+    write_checkpoint(path, {KEY: weights, "control.a": torch.ones(())}, toy_weights.info())
+    read = read_checkpoint(path, ()).state("control.", dtype)
+    found = read["time_embed.0.weight"]
+    assert torch.equal(found, weights.to(dtype or weights.dtype))
+    assert read["a"] == 1
+    assert torch.equal(copy.deepcopy(found).mul_(2), found * 2)
+    found.zero_()
+    assert not found.any()
+    weights[2, -1] = float("nan")
+    write_checkpoint(path, {KEY: weights}, toy_weights.info())
+    with pytest.raises(CheckpointValuesError):
+        read_checkpoint(path, ()).state("control.", dtype)
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:

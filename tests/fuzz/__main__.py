@@ -23,8 +23,7 @@ from random import Random
 
 import torch
 
-from tests.e2e.conftest import HOST_NODES
-from tests.e2e.graph import Runner
+from tests.e2e.graph import HOST_NODES, Runner
 from tests.e2e.holding import Holding
 from tests.fuzz.cases import FaultError, Kind, keep, outcome, smaller
 from tests.fuzz.files import Files

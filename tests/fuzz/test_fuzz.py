@@ -8,7 +8,6 @@ from types import ModuleType
 
 import pytest
 
-from tests.e2e.conftest import runner
 from tests.e2e.holding import Holding
 from tests.fuzz.cases import FaultError, Kind, found_cases, outcome, smaller
 from tests.fuzz.files import Files
@@ -16,9 +15,6 @@ from tests.fuzz.photos import Photos
 from tests.fuzz.servers import Prompts, Servers
 from tests.fuzz.toys import Toys
 from tests.fuzz.values import Values
-from tests.nodes.conftest import pack
-
-__all__ = ["pack", "runner"]  # fixtures
 
 pytestmark = pytest.mark.comfy
 
@@ -68,7 +64,7 @@ class Divider:
         for _, number in case["steps"]:
             if number < 0:
                 raise ValueError("by: below 0")
-            1 / number
+            assert 1 / number
 
     def named(self, error: Exception) -> bool:
         return isinstance(error, ValueError)

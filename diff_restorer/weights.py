@@ -307,7 +307,8 @@ def _read(file: Any, begin: int, stored: torch.dtype, values: Tensor) -> bool:
     step, converts = PIECE // stored.itemsize, values.dtype != stored
     scratch = torch.empty(min(step, len(values)) if converts else 0, dtype=stored)
     file.seek(begin)
-    for piece in values.split(step):
+    for start in range(0, len(values), step):
+        piece = values[start : start + step]
         raw = scratch[: len(piece)] if converts else piece
         rest: memoryview = raw.view(torch.uint8).numpy().data
         while rest:

@@ -38,6 +38,8 @@ from tools.host import Host, exit_on_termination
 KINDS = ("files", "photos", "values", "prompts", "servers")
 AT_ONCE = 25
 """Cases of one kind, after which good input is tried."""
+CURRENT = Path(tempfile.gettempdir()) / "diff-restorer-fuzz-current.json"
+"""The case that is being tried, for one that ends the process or the server."""
 
 
 def say(line: str) -> None:
@@ -74,7 +76,7 @@ def _try(name: str, kind: Kind, random: Random, counts: Counter[str], until: flo
         if time.monotonic() > until:
             break
         case = kind.make(random)
-        CURRENT.write_text(json.dumps({"kind": name, **case}))  # for a case that ends the process
+        CURRENT.write_text(json.dumps({"kind": name, **case}))
         try:
             counts[outcome(kind, case)] += 1
         except FaultError as fault:
@@ -89,10 +91,6 @@ def _try(name: str, kind: Kind, random: Random, counts: Counter[str], until: flo
         say(f"after {name}: {fault}")
         faults += 1
     return faults
-
-
-CURRENT = Path(tempfile.gettempdir()) / "diff-restorer-fuzz-current.json"
-"""The case that is being tried."""
 
 
 def _open(names: Sequence[str], folder: Path, stack: ExitStack) -> dict[str, Kind]:

@@ -8,9 +8,9 @@ where `make test` tries it from then on, and ends the program with status 1.
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import logging
-import os
 import sys
 import tempfile
 import time
@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import torch
 
@@ -98,6 +99,8 @@ def _open(names: Sequence[str], folder: Path, stack: ExitStack) -> dict[str, Kin
     made: dict[str, Callable[[], Kind]] = {}
     if set(names) & {"files", "photos", "values"}:
         in_process.import_host(environment.comfyui_root(), folder, cpu=True)
+        host_utils: Any = importlib.import_module("comfy.utils")
+        host_utils.set_progress_bar_enabled(False)
         pack = in_process.load_pack()
         toys = Toys(pack, folder)
         made["files"] = lambda: Files(toys, folder)
@@ -123,7 +126,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, help="default: all")
     options = parser.parse_args(arguments)
     exit_on_termination()
-    os.environ["TQDM_DISABLE"] = "1"
     logging.disable(logging.ERROR)
     warnings.simplefilter("ignore")  # Pillow's, of what is damaged
     torch.set_num_threads(1)  # of toys, which are faster so

@@ -216,8 +216,8 @@ class Files:
         elif tensors[name].numel():
             place, value = details
             flat = tensors[name].clone().reshape(-1)
-            with contextlib.suppress(TypeError, RuntimeError, OverflowError):  # None, 10 ** 30
-                flat[place % len(flat)] = value
+            with contextlib.suppress(TypeError, ValueError, RuntimeError, OverflowError):
+                flat[place % len(flat)] = float(value)  # which not all types can hold
             tensors[name] = flat.reshape(tensors[name].shape)
 
     def _make_special(self, path: Path, what: str) -> None:

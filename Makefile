@@ -11,11 +11,12 @@ MINUTES ?=
 INIT ?=
 CLEAN ?=
 PAIRS ?=
+PROMPTS ?=
 LIMIT ?=
 ARGS ?=
 
 .DELETE_ON_ERROR:
-.PHONY: help demo demo-cluster restore serve test test-all lint nano evaluate ablate bench bench-train
+.PHONY: help demo demo-cluster restore serve test test-all lint fuzz soak nano evaluate ablate bench bench-train
 
 help:
 	@echo "make demo  [IMAGE=photo.jpg] [OUT=demo_out] [GPU=1]   restore photos with Nano"
@@ -23,6 +24,8 @@ help:
 	@echo "make restore PHOTOS=folder [OUT=restored] [ARGS=..]   restore many photos"
 	@echo "make serve [PORT=8188] [DIR=folder] [GPU=1] [ARGS=..] ComfyUI with this pack"
 	@echo "make test | test-all | lint                           checks"
+	@echo "make fuzz  [MINUTES=10] [ARGS=..]                     random files, photos, values, servers"
+	@echo "make soak  [PROMPTS=1000] [OUT=soak_out] [ARGS=..]    many prompts on one server"
 	@echo "make nano  PHOTOS=folder [STEPS=tiny | MINUTES=90] [INIT=nano.safetensors] [ARGS=..]"
 	@echo "                                                      train Nano from clean photos, or fit one to them"
 	@echo "make evaluate CLEAN=folder [PAIRS=folder] [OUT=eval_out]  score Nano through ComfyUI"
@@ -66,6 +69,13 @@ test-all:
 lint:
 	$(call in_environment,dev,set -e; "$$python" -m ruff check .; "$$python" -m ruff format --check .; \
 	  PYTHONPATH="$$("$$python" -m tools.host root)" "$$python" -m pyright --pythonpath "$$python")
+
+fuzz:
+	$(call in_environment,dev,exec "$$python" -m tests.fuzz $(if $(MINUTES),--minutes $(MINUTES)) $(ARGS))
+
+soak:
+	$(call in_environment,dev,exec "$$python" -m tests.fuzz.soak --out "$${OUT:-soak_out}" \
+	  $(if $(PROMPTS),--prompts $(PROMPTS)) $(ARGS))
 
 nano:
 	@test -n "$$PHOTOS" || { echo "error: name a folder of clean photos: make nano PHOTOS=/path" >&2; exit 1; }

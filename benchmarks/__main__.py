@@ -23,6 +23,7 @@ import tyro
 from tqdm import tqdm
 
 from diff_restorer.files import written_whole
+from tools.ending import in_words
 
 from .cases import CASES, LARGE, NANO, Setting
 from .measuring import computes_bf16, on_gpu
@@ -56,6 +57,7 @@ class Config:
     """A case as JSON: measure it in this process and print JSON (used by the program)."""
 
 
+@in_words
 def main(config: Config) -> None:
     """Measure in processes, log the table of ratios and write the report.
 
@@ -164,4 +166,4 @@ def _write(path: Path, results: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, description=__doc__))
+    sys.exit(main(tyro.cli(Config, description=__doc__)))

@@ -20,15 +20,18 @@ import mmap
 import os
 import shutil
 import tempfile
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 
 UNIT = 8
@@ -322,10 +325,33 @@ def _look(stages: Sequence[Stage], blank: Tensor, outputs: Sequence[Tensor]) -> 
         if stage.summary is not None:
             (summary,) = _look([Stage(stage.summary)], blank, ())
             inputs.append(summary.output)
-        with _Counting() as seen:
+        with _Counting() as seen, _counting_norm_modules() as modules:
             blank = stage.function(*inputs)
+        if len(modules) > seen.norms:
+            raise HiddenNormError(
+                f"found {modules[-1]}, which does not norm by torch's group_norm: tiles cannot "
+                "give it the statistics of the whole picture"
+            )
         planned.append(_Planned(stage, blank, math.ceil(seen.reach), seen.norms, summary))
     return planned
+
+
+@contextmanager
+def _counting_norm_modules() -> Iterator[list[str]]:
+    """Classes of the group norms that run meanwhile in this thread, whatever they compute by."""
+    found, thread = list[str](), threading.get_ident()
+
+    def note(module: nn.Module, inputs: Any) -> None:
+        name = type(module).__name__
+        is_norm = isinstance(module, nn.GroupNorm) or "groupnorm" in name.lower()
+        if is_norm and threading.get_ident() == thread:
+            found.append(name)
+
+    hook = register_module_forward_pre_hook(note)
+    try:
+        yield found
+    finally:
+        hook.remove()
 
 
 def _joined(stages: Sequence[Stage]) -> Stage:
@@ -381,6 +407,10 @@ def _last_reader(windows: Sequence[Window], margin: int) -> int:
     columns = sum(window.top == 0 for window in windows)
     reach = math.ceil(margin / min(min(each.height, each.width) for each in windows))
     return reach * (columns + 1)
+
+
+class HiddenNormError(ValueError):
+    """Norms that tiles cannot reach, such as fused ones of a host to come."""
 
 
 class _Counting(TorchFunctionMode):

@@ -12,13 +12,15 @@ from typing import Any
 from torch import Tensor
 
 from .host_models import DiffRestorer
-from .images import check_finite, check_image
+from .images import check_finite, check_image, kind_of
 from .sockets import Degradation, DegradationSocket, DiffRestorerSocket
 
 _OWN = {
     DegradationSocket.io_type: (Degradation, "the output of a Prompt Processor"),
     DiffRestorerSocket.io_type: (DiffRestorer, "the output of Load Diff-Restorer"),
 }
+MOST_TEXT = 1000
+"""Characters of names, which messages quote."""
 # By what it is asked for, as hosts and packs bring classes of their own.
 _OF_THE_HOST = {"MODEL": "model_options", "VAE": "first_stage_model", "CLIP_VISION": "encode_image"}
 
@@ -53,27 +55,34 @@ def _check(entry: Any, value: Any) -> None:
     elif kind == "CONDITIONING":
         _check_conditioning(name, value)
     elif kind in _OWN and not isinstance(value, _OWN[kind][0]):
-        raise ValueError(f"{name}: found {_a(value)}, expected {_OWN[kind][1]}.")
+        raise ValueError(f"{name}: found {kind_of(value)}, expected {_OWN[kind][1]}.")
     elif kind in _OF_THE_HOST and not hasattr(value, _OF_THE_HOST[kind]):
-        raise ValueError(f"{name}: found {_a(value)}, expected a {kind} of a loader.")
-    elif kind in ("STRING", "COMBO") and not isinstance(value, str):
-        raise ValueError(f"{name}: found {_a(value)}, expected text.")
+        raise ValueError(f"{name}: found {kind_of(value)}, expected a {kind} of a loader.")
+    elif kind in ("STRING", "COMBO"):
+        _check_text(name, value)
 
 
-def _a(value: Any) -> str:
-    return "nothing" if value is None else f"a {type(value).__name__}"
+def _check_text(name: str, value: Any) -> None:
+    if not isinstance(value, str):
+        raise ValueError(f"{name}: found {kind_of(value)}, expected text.")
+    if len(value) > MOST_TEXT:
+        raise ValueError(
+            f"{name}: found {len(value):,} characters, expected text of at most {MOST_TEXT:,}."
+        )
 
 
 def _check_number(name: str, value: Any, kinds: Any, least: float, most: float) -> None:
     if not isinstance(value, kinds) or not least <= value <= most:
-        found = value if isinstance(value, int | float) else _a(value)
+        found = value if isinstance(value, int | float) else kind_of(value)
         raise ValueError(f"{name}: {found}, expected {least:.20g} to {most:.20g}.")
 
 
 def _check_latent(name: str, value: Any) -> None:
     samples = value.get("samples") if isinstance(value, dict) else None
     if not isinstance(samples, Tensor):
-        raise ValueError(f"{name}: found {_a(value)} without samples, expected a sampler's LATENT.")
+        raise ValueError(
+            f"{name}: found {kind_of(value)} without samples, expected a sampler's LATENT."
+        )
     if samples.ndim != 4 or 0 in samples.shape or not samples.is_floating_point():
         raise ValueError(
             f"{name}: expected latents of pictures (batch, channels, height, width), found shape "
@@ -89,12 +98,20 @@ def _check_latent(name: str, value: Any) -> None:
 
 def _check_conditioning(name: str, value: Any) -> None:
     if not isinstance(value, list) or not value:
-        raise ValueError(f"{name}: found {_a(value)} without entries, expected a prompt.")
-    for tokens, _ in value:
-        if not isinstance(tokens, Tensor) or tokens.ndim != 3 or 0 in tokens.shape:
-            found = tuple(tokens.shape) if isinstance(tokens, Tensor) else _a(tokens)
+        raise ValueError(f"{name}: found {kind_of(value)} without entries, expected a prompt.")
+    for entry in value:
+        whole = isinstance(entry, list | tuple) and len(entry) == 2 and isinstance(entry[1], dict)
+        tokens = entry[0] if whole else None
+        if not _is_tokens(tokens):
+            is_tensor = isinstance(tokens, Tensor)
+            found = f"{tuple(tokens.shape)} of {tokens.dtype}" if is_tensor else kind_of(tokens)
             raise ValueError(
                 f"{name}: expected tokens (batch, tokens, width), found {found}. Connect the "
                 "output of a text encoder or of the Prompt Processor."
             )
         check_finite(name, tokens, "They come from the text encoder: is its file damaged?")
+
+
+def _is_tokens(value: Any) -> bool:
+    shaped = isinstance(value, Tensor) and value.ndim == 3 and 0 not in value.shape
+    return shaped and value.is_floating_point()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -14,20 +16,41 @@ from . import host
 from .checks import checked
 from .sockets import CATEGORY, found_by
 
+DAMAGED = (
+    *(OSError, SyntaxError, ValueError, TypeError, LookupError, AttributeError, OverflowError),
+    *(EOFError, ArithmeticError, RuntimeError, struct.error, zlib.error),
+    Image.DecompressionBombError,
+)
+"""What Pillow raises for damaged data."""
 NO_FOLDER = "(make a folder in ComfyUI's input folder)"
 
 
 def read_photo(path: Path) -> Tensor:
-    """A photo upright, (1, H, W, 3 or 4) in [0, 1]."""
-    with Image.open(path) as stored:
-        picture = ImageOps.exif_transpose(stored)
-        if picture.mode.startswith("I"):  # 16 bits of grey
-            grey = np.asarray(picture).astype(np.float32)[..., None] / 65535
-            pixels = np.repeat(grey, 3, axis=-1)
-        else:
-            mode = "RGBA" if picture.has_transparency_data else "RGB"
-            pixels = np.asarray(picture.convert(mode)).astype(np.float32) / 255
+    """A photo upright, (1, H, W, 3 or 4) in [0, 1].
+
+    Raises:
+        ValueError: The file is damaged or no photo.
+    """
+    try:
+        with Image.open(path) as stored:
+            pixels = _pixels(ImageOps.exif_transpose(stored))
+    except DAMAGED as error:
+        # Pillow's own message names the stream, not the file.
+        kind = "unknown format" if isinstance(error, Image.UnidentifiedImageError) else error
+        raise ValueError(
+            f"folder: {path} is not a photo that can be read ({kind}). Take it out of the folder, "
+            "or go on with the next index."
+        ) from error
     return torch.from_numpy(pixels)[None]
+
+
+def _pixels(picture: Image.Image) -> np.ndarray:
+    """(H, W, 3 or 4) in [0, 1]."""
+    if picture.mode.startswith("I"):  # 16 bits of grey
+        grey = np.asarray(picture).astype(np.float32)[..., None] / 65535
+        return np.repeat(grey, 3, axis=-1).clip(0, 1)
+    mode = "RGBA" if picture.has_transparency_data else "RGB"
+    return np.asarray(picture.convert(mode)).astype(np.float32) / 255
 
 
 class DiffRestorerFolderPhoto(io.ComfyNode):

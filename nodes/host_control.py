@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import comfy.cldm.cldm
@@ -13,6 +13,14 @@ from comfy.ldm.modules.diffusionmodules.openaimodel import TimestepEmbedSequenti
 from torch import Tensor
 
 from ..diff_restorer import make_hint_conv
+
+TRUNK = ("model_channels", "channel_mult", "num_res_blocks", "transformer_depth")
+"""Sizes of a UNet, in the host's terms, that its control shares; inpainting has more inputs."""
+
+
+def _trunk(config: Mapping[str, Any]) -> dict[str, Any]:
+    sizes = {name: config.get(name) for name in TRUNK}
+    return {name: list(s) if isinstance(s, tuple) else s for name, s in sizes.items()}
 
 
 class ControlModel(comfy.cldm.cldm.ControlNet):
@@ -39,6 +47,7 @@ class ControlModel(comfy.cldm.cldm.ControlNet):
             )
         )
         self.context_width = config["context_dim"]
+        self.trunk = _trunk(config)
         self.latent_channels = latent_channels
 
     def forward(
@@ -166,6 +175,14 @@ class DegradationControlNet(comfy.controlnet.ControlNet):
                 f"{_family(needed)}. SDXL (2048), SD 2 (1024) and Flux models do not work with it: "
                 "connect the model that the file was trained for."
             )
+        # What does not fit, the host leaves out with a line in its log.
+        trunk = _trunk(config)
+        for name, size in self.network.trunk.items():
+            if trunk[name] != size:
+                raise ValueError(
+                    f"model: its {name} is {trunk[name]}, this Diff-Restorer file needs {size}. "
+                    "Connect the model that the file was trained for."
+                )
         # The host does not clean up after an interrupt, and the next run may have another size.
         self.cond_hint = None
         getattr(self, "cond_hints", {}).clear()

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..diff_restorer import PromptOutput, PromptProcessorConfig
 from ..diff_restorer.abstention import CLEAN, draw
-from ..diff_restorer.checkpoint import Checkpoint, read_checkpoint
+from ..diff_restorer.checkpoint import Checkpoint, CheckpointKeysError, read_checkpoint
 from ..diff_restorer.views import NATIVE, WHOLE, native_views
 from .host import check_interrupt
 from .host_build import (
@@ -61,12 +61,29 @@ class DiffRestorer:
             build_tuned_decoder(checkpoint) if checkpoint.has("decoder.vae.") else None
         )
         self.has_tiny_vae = checkpoint.has_tiny_vae
+        self._check_widths()
         self.clip_vision: Any = None
         self.vae: Any = None
         """As `clip_vision`: the host's own class, where the file is complete."""
         self.carried: weakref.WeakSet[Any] = weakref.WeakSet()
         """The `PhotoFeatures` that LATENTs carry at the moment."""
         self._last: tuple[weakref.ref[Any], bytes, PromptOutput] | None = None
+
+    def _check_widths(self) -> None:
+        """Each part has been found to be whole; whether they are parts of one model.
+
+        Raises:
+            CheckpointKeysError: They take P_D of another width than is read.
+        """
+        widths = {"control module": self.control.network.context_width}
+        if self.fusion is not None:
+            widths["decoder"] = self.fusion.model.config.context_width
+        for part, width in widths.items():
+            if width != self.sizes.context_width:
+                raise CheckpointKeysError(
+                    f"{self.path}: the {part} does not fit: it takes P_D that is {width} wide, the "
+                    f"prompt processor's is {self.sizes.context_width}. Export the file again."
+                )
 
     def get_ram_usage(self) -> int:
         """Bytes of the weights; newer hosts clear their cache by it."""

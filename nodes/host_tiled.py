@@ -255,9 +255,16 @@ class TiledDiffusion:
         """The chain of controls for these tiles, made once per run."""
         key = id(control), tuple(some), tuple(windows), batch
         if key not in self._controls:
-            made = self._tiles_of(control, some, windows, batch)
-            made.pre_run(model, model.model_sampling.percent_to_sigma)
-            self._controls[key] = made
+            to_sigma = model.model_sampling.percent_to_sigma
+            made = self._controls[key] = self._tiles_of(control, some, windows, batch)
+            made.pre_run(model, to_sigma)
+            # Newer hosts have a copy of each control on each further GPU, and evaluate that there.
+            further: dict[torch.device, Any] = {}
+            for device, copy in getattr(control, "multigpu_clones", {}).items():
+                there = self._controls[key, device] = self._tiles_of(copy, some, windows, batch)
+                there.pre_run(_model_on(device, model), to_sigma)
+                further[device] = there
+            made.multigpu_clones = further
         return self._controls[key]
 
     def _tiles_of(
@@ -302,6 +309,12 @@ class TiledDiffusion:
             for place in some
         )
         return torch.cat([torch.lerp(whole, each, self.locality) for each in own])
+
+
+def _model_on(device: torch.device, model: Any) -> Any:
+    """The copy of the model on a further GPU, as newer hosts have it."""
+    copies = model.current_patcher.get_additional_models_with_key("multigpu")
+    return next((each.model for each in copies if each.load_device == device), model)
 
 
 def _ends_with(tokens: Tensor, semantic: Tensor) -> bool:

@@ -26,7 +26,7 @@ from ..diff_restorer import (
 )
 from ..diff_restorer.decoder import PIXELS, Features
 from ..diff_restorer.tiled_vae import plan_decode, plan_encode, plan_features
-from ..diff_restorer.tiles import Cut, Map, Plan
+from ..diff_restorer.tiles import Cut, HiddenNormError, Map, Plan
 from .host import at_once, check_interrupt, is_oom, map_folder
 from .host_build import with_tuned_decoder
 from .host_models import DiffRestorer
@@ -98,7 +98,7 @@ def encode_photo(
     if carried + _features_bytes(trunk, levels, padded, vae.vae_dtype) > MOST_FEATURES:
         levels = ()
     latent, by_level = _encode(vae, trunk, padded, levels)
-    if not levels:
+    if not by_level:
         return padded, latent, None
     features = PhotoFeatures(weakref.ref(vae), digest(padded), by_level)
     restorer.carried.add(features)
@@ -128,11 +128,15 @@ def _encode(
                 raise
             # Handled below: the exception keeps tensors alive as long as it is handled.
             logging.warning("Degradation Control: out of memory, encoding again in tiles.")
-    return _in_smaller_tiles(
-        AUTO_TILE,
-        lambda side: _encode_tiled(vae, trunk, pixels, levels, side),
-        "Degradation Control: encoded in exact",
-    )
+    try:
+        return _in_smaller_tiles(
+            AUTO_TILE,
+            lambda side: _encode_tiled(vae, trunk, pixels, levels, side),
+            "Degradation Control: encoded in exact",
+        )
+    except HiddenNormError as error:
+        logging.warning("Degradation Control: %s. Using the host's tiles.", error)
+        return vae.encode_tiled(padded), {}
 
 
 def _load(vae: Any, others: Sequence[Any], needed: float, in_a_tile: float) -> None:
@@ -297,13 +301,20 @@ class AwareDecoder:
                 # Handled below: the exception keeps tensors alive as long as it is handled.
                 logging.warning("Aware VAE Decode: out of memory, trying again in tiles.")
 
-        def in_tiles(side: int) -> Tensor:
-            if tiling == EXACT:
-                return self._exact(given, side)
-            return self._blended(given, side, min(overlap, side // 2))
+        def in_tiles(tiling: str) -> Tensor:
+            def work(side: int) -> Tensor:
+                if tiling == EXACT:
+                    return self._exact(given, side)
+                return self._blended(given, side, min(overlap, side // 2))
 
-        done = f"Aware VAE Decode: decoded in {tiling}"
-        images = _in_smaller_tiles(tile or AUTO_TILE, in_tiles, done)
+            done = f"Aware VAE Decode: decoded in {tiling}"
+            return _in_smaller_tiles(tile or AUTO_TILE, work, done)
+
+        try:
+            images = in_tiles(tiling)
+        except HiddenNormError as error:
+            logging.warning("Aware VAE Decode: %s. Using fast tiles.", error)
+            images = in_tiles(FAST)
         return images.to(self.vae.output_device).movedim(1, -1)
 
     def _trunk(self) -> VaeTrunk:

@@ -11,6 +11,11 @@ from torch.nn import functional as F
 from ..diff_restorer.weights import is_finite
 
 
+def kind_of(value: Any) -> str:
+    """What something is, for a message."""
+    return "nothing" if value is None else f"a {type(value).__name__}"
+
+
 def check_finite(name: str, value: Tensor, remedy: str) -> None:
     """Refuse what would end as a black picture.
 
@@ -28,7 +33,7 @@ def check_image(image: Any, name: str) -> None:
         ValueError: It has another shape, is empty, or holds NaN or infinite values.
     """
     if not isinstance(image, Tensor) or not image.is_floating_point():
-        found = str(image.dtype) if isinstance(image, Tensor) else f"a {type(image).__name__}"
+        found = str(image.dtype) if isinstance(image, Tensor) else kind_of(image)
         raise ValueError(
             f"{name}: found {found}, expected images with values from 0 to 1. The node before "
             "must hand on what Load Image does."

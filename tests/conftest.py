@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
+from tests.e2e.graph import HOST_NODES, Runner
 from tools import environment, in_process
+from tools.host import Host
 
 
 @pytest.fixture(scope="session")
@@ -27,6 +31,22 @@ def comfyui(comfyui_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     base = tmp_path_factory.mktemp("comfyui")
     in_process.import_host(comfyui_root, base, cpu=True)
     return base
+
+
+@pytest.fixture(scope="session")
+def pack(comfyui: Path) -> ModuleType:
+    """The pack's root module, loaded by the host's own loader under the host's own name."""
+    return in_process.load_pack()
+
+
+@pytest.fixture(scope="session")
+def runner(comfyui_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runner]:
+    """A server with the pack and `HOST_NODES`."""
+    base = tmp_path_factory.mktemp("server")
+    (base / "custom_nodes").mkdir()
+    (base / "custom_nodes/e2e_host_nodes").symlink_to(HOST_NODES, target_is_directory=True)
+    with Host(base) as host:
+        yield Runner(host)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

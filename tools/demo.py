@@ -24,8 +24,9 @@ from PIL import Image, ImageOps
 from diff_restorer.degradations import degrade
 from tools import sheet
 from tools.client import Client, ClientError, Workflow, load_workflow
+from tools.ending import in_words
 from tools.environment import ROOT
-from tools.host import Host, HostError, exit_on_termination
+from tools.host import Host, exit_on_termination
 from tools.photo import read_photo
 from tools.restoration import NANO_WORKFLOW, Restoration, restore
 
@@ -186,6 +187,7 @@ def _prediction(restoration: Restoration) -> str:
     return f"seen as {restoration.kind} ({restoration.probabilities[restoration.kind]:.0%})"
 
 
+@in_words
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of ``python -m tools.demo``."""
     parser = argparse.ArgumentParser(prog="python -m tools.demo", description=__doc__)
@@ -200,26 +202,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--gpu", action="store_true", help="let ComfyUI use a GPU")
     options = parser.parse_args(arguments)
     exit_on_termination()
-    try:
-        options.out.mkdir(parents=True, exist_ok=True)
-        server: AbstractContextManager[Host | None]
-        if options.server:
-            server = nullcontext()
+    options.out.mkdir(parents=True, exist_ok=True)
+    server: AbstractContextManager[Host | None]
+    if options.server:
+        server = nullcontext()
+    else:
+        print("Starting ComfyUI ...", file=sys.stderr)
+        server = Host(port=options.port, cpu=not options.gpu, log=options.out / "host.log")
+    with server as host:
+        client = Client(host.url if host else options.server)
+        if options.image:
+            restore_own(client, host, options.image, options.max_side, options.out)
         else:
-            print("Starting ComfyUI ...", file=sys.stderr)
-            server = Host(port=options.port, cpu=not options.gpu, log=options.out / "host.log")
-        with server as host:
-            client = Client(host.url if host else options.server)
-            if options.image:
-                restore_own(client, host, options.image, options.max_side, options.out)
-            else:
-                restore_samples(client, load_workflow(NANO_WORKFLOW), options.out)
-    except (ClientError, HostError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+            restore_samples(client, load_workflow(NANO_WORKFLOW), options.out)
     print(f"\nPictures: {options.out.resolve()}")
     return 0
 

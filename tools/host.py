@@ -25,7 +25,8 @@ from types import FrameType, TracebackType
 from typing import Any
 
 from tools import environment
-from tools.environment import ROOT, SetupError
+from tools.ending import in_words
+from tools.environment import ROOT
 
 PACK_NAME = "diff-restorer"
 PACK_NODE = "DiffRestorerLoader"
@@ -284,6 +285,7 @@ def serve(base: Path, port: int, cpu: bool, arguments: Sequence[str]) -> int:
         return host.process.returncode if host.process else 0
 
 
+@in_words
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of ``python -m tools.host``."""
     parser = argparse.ArgumentParser(prog="python -m tools.host", description=__doc__)
@@ -299,20 +301,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     server.add_argument("rest", nargs="*", help="after --: further arguments of ComfyUI")
     options = parser.parse_args(arguments)
     exit_on_termination()
-    try:
-        if options.command == "setup":
-            sys.stdout.write(f"{environment.ensure(options.stage)}\n")
-            return 0
-        if options.command == "root":
-            sys.stdout.write(f"{environment.comfyui_root()}\n")
-            return 0
-        base = options.dir or environment.cache_dir() / "serve"
-        return serve(base, options.port, not options.gpu, options.rest)
-    except (SetupError, HostError) as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 1
-    except KeyboardInterrupt:
-        return 130
+    if options.command == "setup":
+        sys.stdout.write(f"{environment.ensure(options.stage)}\n")
+        return 0
+    if options.command == "root":
+        sys.stdout.write(f"{environment.comfyui_root()}\n")
+        return 0
+    base = options.dir or environment.cache_dir() / "serve"
+    return serve(base, options.port, not options.gpu, options.rest)
 
 
 if __name__ == "__main__":

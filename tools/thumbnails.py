@@ -14,6 +14,7 @@ from PIL import Image, ImageDraw, ImageOps
 
 from tools.client import Client, Workflow, find_node, load_workflow
 from tools.demo import LONG_SIDE, SAMPLES, Sample, degrade_photo
+from tools.ending import in_words
 from tools.environment import ROOT
 from tools.host import Host
 from tools.photo import read_photo
@@ -164,6 +165,7 @@ def draw(client: Client, name: str) -> Image.Image:
     return left
 
 
+@in_words
 def main(names: Sequence[str]) -> None:
     """Draw those named, or all, with a server of our own."""
     with Host() as host:
@@ -174,4 +176,4 @@ def main(names: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(main(sys.argv[1:]))

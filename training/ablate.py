@@ -32,6 +32,7 @@ import tyro
 from tqdm import tqdm
 
 from diff_restorer.degradations import KINDS
+from tools.ending import in_words
 from tools.environment import ROOT
 
 from .common import Precision, git_revision, half, home, mixed_precision
@@ -316,13 +317,10 @@ def ablate(config: Config) -> tuple[dict[str, Any], dict[str, str]]:
     return rows, made.failed
 
 
+@in_words
 def main(config: Config) -> int:
     """Entry point; returns the exit code."""
-    try:
-        _, failed = ablate(config)
-    except (ValueError, OSError, KeyError) as error:
-        log.error("error: %s", error)
-        return 1
+    _, failed = ablate(config)
     for name, reason in failed.items():
         log.error("failed: %s: %s", name, reason)
     return 1 if failed else 0

@@ -33,6 +33,7 @@ from torch.nn import functional as F
 from diff_restorer.checkpoint import EPSILON
 from diff_restorer.prompt_processor import DEFAULT_TYPES
 from diff_restorer.views import WHOLE
+from tools.ending import in_words
 
 from .common import DataConfig, ModelConfig, half, home, open_data
 from .data import RestorationBatches
@@ -96,6 +97,7 @@ class Config:
     """A `Variant` as JSON: measure it in this process and print JSON (used by the program)."""
 
 
+@in_words
 def main(config: Config) -> None:
     """Measure in processes, log the tables and write the figures."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -352,4 +354,4 @@ def _peak_bytes() -> float:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, description=__doc__))
+    sys.exit(main(tyro.cli(Config, description=__doc__)))

@@ -11,7 +11,6 @@ import argparse
 import contextlib
 import dataclasses
 import sys
-import traceback
 import types
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -30,16 +29,12 @@ from typing import (
 import tomli_w
 import tomllib
 import tyro
-from safetensors import SafetensorError
 
-import diff_restorer
-
-from .errors import DiskError, NonFiniteError, ResumeError
+from tools.ending import sentence
 
 ConfigT = TypeVar("ConfigT")
 
 PRESETS = Path(__file__).parent / "configs"
-CORE = Path(diff_restorer.__file__).parent
 # `[common]` may hold these though a program lacks them.
 _SHARED = frozenset({"loop", "data", "model"})
 LENGTHS = ("steps", "epochs", "minutes")
@@ -88,19 +83,15 @@ def run_program(
 def exit_after(program: Callable[[], object]) -> NoReturn:
     """Run a program and end the process.
 
-    What our own code finds wrong with settings, files or the machine, and a file that cannot be
-    read or written, is one line and exit status 1; anything else is an error of ours, with its
-    traceback.
+    See `tools.ending.sentence`, which decides between one line and a traceback.
     """
     try:
         program()
-    except (OSError, SafetensorError) as error:  # of whatever library
-        sys.exit(f"error: {error}")
-    except (ValueError, DiskError, ResumeError, NonFiniteError) as error:
-        raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
-        if not any(folder in raised_in.parents for folder in (PRESETS.parent, CORE)):
+    except Exception as error:
+        words = sentence(error)
+        if words is None:
             raise
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {words}")
     sys.exit()
 
 

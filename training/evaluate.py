@@ -30,9 +30,10 @@ from typing import Any
 import tyro
 
 from diff_restorer.checkpoint import read_checkpoint
-from tools.client import Client, ClientError, load_workflow
+from tools.client import Client, load_workflow
+from tools.ending import in_words
 from tools.environment import ROOT
-from tools.host import Host, HostError, exit_on_termination
+from tools.host import Host, exit_on_termination
 from tools.restoration import NANO_WORKFLOW
 
 from .common import git_revision
@@ -279,15 +280,12 @@ def write_report(
     log.info("\n%s", tables.bars_table(bars))
 
 
+@in_words
 def main(config: Config) -> int:
     """Entry point; returns the exit code."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     exit_on_termination()
-    try:
-        summary, failed = evaluate(config)
-    except (ClientError, HostError, ValueError, OSError) as error:
-        log.error("error: %s", error)
-        return 1
+    summary, failed = evaluate(config)
     log.info("report: %s", config.out / "table.md")
     for name, reason in failed.items():
         log.error("failed: %s: %s", name, reason)

@@ -325,4 +325,6 @@ def _fill(module: nn.Module, state: State, path: Path, part: str) -> None:
         raise PretrainedError(
             f"{path}: the {part} does not fit; missing {missing[:3]}, of other size {misfits[:3]}"
         )
-    module.load_state_dict({key: state[key].float() for key in own}, assign=True)
+    # Copies: a mapped file that is written over would end the run, or change its networks.
+    copies = {key: state[key].to(torch.float32, copy=True) for key in own}
+    module.load_state_dict(copies, assign=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import time
@@ -245,7 +246,7 @@ HEADERS: dict[str, tuple[dict | bytes, str]] = {
     "enormous shape": ({KEY: _entry(shape=[10**30])}, "has 8 bytes, which its shape"),
     "negative size": ({KEY: _entry(shape=[-2])}, "are no whole numbers"),
     "fractional size": ({KEY: _entry(shape=[2.0])}, "are no whole numbers"),
-    "no shape": ({KEY: {"dtype": "F32", "data_offsets": [0, 8]}}, "cannot be read: 'shape'"),
+    "no shape": ({KEY: {"dtype": "F32", "data_offsets": [0, 8]}}, "has no dtype, shape and two"),
     "no object": ({KEY: 3}, "cannot be read"),
     "shape without end": ({KEY: _entry(shape=3)}, "cannot be read"),
     "three offsets": ({KEY: _entry(offsets=[0, 4, 8])}, "cannot be read"),
@@ -274,10 +275,10 @@ def test_the_header_alone_decides(tmp_path: Path, case: str) -> None:
     header, message = HEADERS[case]
     body = bytes(18_000 if case == "too many" else 8 if isinstance(header, dict) else 0)
     path = _write_raw(tmp_path / "odd.safetensors", header, body)
-    began = time.perf_counter()
+    began = time.process_time()  # however busy the machine is
     with pytest.raises(CheckpointError, match=message) as caught:
         read_checkpoint(path, ())
-    assert time.perf_counter() - began < 0.5
+    assert time.process_time() - began < 0.5
     assert str(path) in str(caught.value)
     assert len(str(caught.value)) < 1000
 
@@ -318,6 +319,24 @@ def test_large_weights_are_numbers(tmp_path: Path) -> None:
     path, weights = tmp_path / "a.safetensors", torch.full((1000,), 6e4, dtype=torch.float16)
     write_checkpoint(path, {KEY: weights}, toy_weights.info())
     assert torch.equal(read_checkpoint(path, ()).state("control.")["time_embed.0.weight"], weights)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float32])
+def test_weights_of_many_pieces(tmp_path: Path, dtype: torch.dtype | None) -> None:
+    """Which are read in pieces, into memory of another kind."""
+    path, weights = tmp_path / "a.safetensors", torch.randn(3, 2**20 + 1).half()
+    write_checkpoint(path, {KEY: weights, "control.a": torch.ones(())}, toy_weights.info())
+    read = read_checkpoint(path, ()).state("control.", dtype)
+    found = read["time_embed.0.weight"]
+    assert torch.equal(found, weights.to(dtype or weights.dtype))
+    assert read["a"] == 1
+    assert torch.equal(copy.deepcopy(found).mul_(2), found * 2)
+    found.zero_()
+    assert not found.any()
+    weights[2, -1] = float("nan")
+    write_checkpoint(path, {KEY: weights}, toy_weights.info())
+    with pytest.raises(CheckpointValuesError):
+        read_checkpoint(path, ()).state("control.", dtype)
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from diff_restorer import (
     photo_statistics,
 )
 from diff_restorer.tiled_vae import plan_decode, plan_encode, plan_features
-from diff_restorer.tiles import Cut, Map, Plan, Stage, Window
+from diff_restorer.tiles import Cut, HiddenNormError, Map, Plan, Stage, Window
 from training.networks import Sizes, build_vae
 
 KINDS = {"kl": Sizes(vae_channels=(32, 32, 64, 64), vae_layers=2), "tiny": Sizes(vae_channels=())}
@@ -168,6 +168,22 @@ def test_norms_that_see_their_tile_alone_would_be_told_apart() -> None:
             alone = torch.cat([block(half) for half in alone.chunk(2, dim=-1)], dim=-1)
         alone = level.resample(alone) if level.resample else alone
     assert levels(decoder.trunk.decoder_head(alone) - expected, expected).max() > 4
+
+
+class FusedNorm(torch.nn.GroupNorm):
+    """As a host to come might have it: the same sums, by a function that nobody sees."""
+
+    def forward(self, value: torch.Tensor) -> torch.Tensor:
+        grouped = value.unflatten(1, (self.num_groups, -1))
+        spread, mean = torch.std_mean(grouped, dim=(2, 3, 4), keepdim=True)
+        return ((grouped - mean) / spread).flatten(1, 2)
+
+
+@torch.no_grad()
+def test_norms_out_of_reach_are_refused() -> None:
+    norm = FusedNorm(2, 4)
+    with pytest.raises(HiddenNormError, match="found FusedNorm, which does not norm by torch's"):
+        Plan([[Stage(norm)]], Map(torch.zeros(1, 4, 2, 4), 1), Cut(1, torch.zeros(1)))
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""One server for all end-to-end tests, with the tests' own nodes."""
+"""Graphs and photos for all end-to-end tests."""
 
 from __future__ import annotations
 
@@ -7,21 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.graph import Graph, Runner, make_photo
+from tests.e2e.graph import HOST_NODES, Graph, Runner, make_photo
 from tests.e2e.holding import Holding
 from tools.host import Host
-
-HOST_NODES = Path(__file__).parent / "host_nodes"
-
-
-@pytest.fixture(scope="session")
-def runner(comfyui_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runner]:
-    """A server with the pack and `host_nodes`."""
-    base = tmp_path_factory.mktemp("server")
-    (base / "custom_nodes").mkdir()
-    (base / "custom_nodes/e2e_host_nodes").symlink_to(HOST_NODES, target_is_directory=True)
-    with Host(base) as host:
-        yield Runner(host)
 
 
 @pytest.fixture(scope="session")

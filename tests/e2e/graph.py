@@ -16,6 +16,8 @@ from tools.client import Client, Progress, Result, Workflow, find_node, load_wor
 from tools.host import Host
 from tools.restoration import NANO_WORKFLOW, OUTPUT_TITLE
 
+HOST_NODES = Path(__file__).parent / "host_nodes"
+"""The tests' own nodes."""
 OnProgress = Callable[[Progress], None]
 AFTER_RUN = {"seed": "fixed", "index": "increment"}
 """What the front end does with a number after a run."""

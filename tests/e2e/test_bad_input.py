@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -174,10 +175,19 @@ def test_unconnected_socket_is_named(runner: Runner, nano: Graph):
         runner.run(bad)
 
 
-OVERWRITE: dict[str, Callable[[Path], object]] = {
-    "cut, then filled": lambda path: path.write_bytes(path.read_bytes()[:1000]),
-    "emptied": lambda path: os.truncate(path, 0),
-    "other values of the same length": lambda path: path.write_bytes(bytes(path.stat().st_size)),
+def write_over(path: Path, content: bytes) -> None:
+    """Block by block, without making the file shorter."""
+    with path.open("r+b") as file:
+        for start in range(0, len(content), 2**17):
+            file.seek(start)
+            file.write(content[start : start + 2**17])
+
+
+OVERWRITE: dict[str, Callable[[Path, Path], object]] = {
+    "cp": lambda path, other: subprocess.run(["cp", other, path], check=True),
+    "wget -O, half way": lambda path, other: path.write_bytes(other.read_bytes()[: 2**20]),
+    "rsync --inplace": lambda path, other: write_over(path, other.read_bytes()),
+    "emptied": lambda path, other: os.truncate(path, 0),
 }
 
 
@@ -185,15 +195,16 @@ OVERWRITE: dict[str, Callable[[Path], object]] = {
 def test_a_loaded_file_is_overwritten_in_place(
     runner: Runner, nano: Graph, tmp_path: Path, how: str
 ):
-    """As by `cp`, `wget -O` and `rsync --inplace`: mapped weights would kill the server."""
-    path = tmp_path / "nano.safetensors"
+    """Mapped weights would kill the server, or change its pictures."""
+    path, other = tmp_path / "nano.safetensors", tmp_path / "other.safetensors"
     shutil.copyfile(SHIPPED, path)
+    other.write_bytes(bytes(path.stat().st_size))
     graph = nano.copy()
     loaded = graph.add("E2EToyModels", path=str(path))
     for output in range(4):
         graph.replace_link([graph.node("DiffRestorerNanoLoader"), output], [loaded, output])
     runner.pictures(graph)
-    OVERWRITE[how](path)
+    OVERWRITE[how](path, other)
     for each in (graph, nano):
         each.set("KSampler", seed=5)
     seen, _ = runner.executed(graph)

@@ -15,12 +15,6 @@ from tests import toy_weights
 from tools import in_process
 
 
-@pytest.fixture(scope="session")
-def pack(comfyui: Path) -> ModuleType:
-    """The pack's root module, loaded by the host's own loader under the host's own name."""
-    return in_process.load_pack()
-
-
 @pytest.fixture(autouse=True)
 def _as_in_the_host() -> Iterator[None]:
     """The executor runs every node without autograd."""

@@ -48,6 +48,15 @@ def test_sockets_take_what_they_are_named_for(pack: ModuleType, run, node_id: st
                 run(node_id, **{name: value})
 
 
+@pytest.mark.parametrize("node_id", NODES)
+def test_names_are_no_novels(pack: ModuleType, run, node_id: str) -> None:
+    """They would be quoted in messages and logs."""
+    for name, entry in inputs_of(node_id).items():
+        if entry.get_io_type() in ("STRING", "COMBO"):
+            with pytest.raises(ValueError, match=rf"^{name}: found 5,000 characters, expected"):
+                run(node_id, **{name: "x" * 5000})
+
+
 IMAGES: dict[str, tuple[torch.Tensor, str]] = {
     "bytes": (torch.zeros(1, 8, 8, 3, dtype=torch.uint8), "found torch.uint8, expected images"),
     "no batch": (torch.zeros(0, 8, 8, 3), "expected images"),
@@ -67,6 +76,10 @@ PROMPTS: dict[str, tuple[list, str]] = {
     "empty": ([], "found a list without entries"),
     "no tokens": ([[torch.zeros(1, 0, 32), {}]], r"found \(1, 0, 32\)"),
     "None": ([[None, {}]], "found nothing"),
+    "no pairs": ([3], "found nothing"),
+    "empty pairs": ([[]], "found nothing"),
+    "no dictionary": ([[torch.zeros(1, 4, 32), None]], "found nothing"),
+    "complex numbers": ([[torch.zeros(1, 4, 32).cfloat(), {}]], "found .* of torch.complex64"),
     "NaN": ([[torch.full((1, 4, 32), NAN), {}]], "holds NaN or infinite values"),
 }
 

@@ -355,6 +355,32 @@ def test_a_model_of_another_family(prepare, photo, cfg: float) -> None:
         )  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"channels": 64}, "its model_channels is 64, this Diff-Restorer file needs 32"),
+        ({"mult": (1, 1)}, r"its channel_mult is \[1, 1\], .* needs \[1, 2\]"),
+    ],
+)
+def test_a_model_of_another_size(
+    prepare, photo, pack: ModuleType, tmp_path, sizes: dict, message: str
+) -> None:
+    """Which the host would sample without what does not fit, and a line in its log."""
+    import nodes
+
+    unet = toy_weights.UNetSizes(**sizes)
+    path = tmp_path / "other.safetensors"
+    tensors = toy_weights.restorer_tensors() | toy_weights.base_tensors(unet=unet)
+    pack.diff_restorer.checkpoint.write_checkpoint(path, tensors, toy_weights.info())
+    model, *_ = pack.nodes.host_nano.load_nano(path)
+    restoration = prepare(photo())
+    with pytest.raises(ValueError, match=f"model: {message}"):
+        nodes.common_ksampler(  # type: ignore
+            model, 1, 1, 1.0, "euler", "normal",
+            restoration.positive, restoration.negative, restoration.latent,
+        )  # fmt: skip
+
+
 def test_a_degradation_of_another_file(toy, prepare, photo, pack: ModuleType) -> None:
     import dataclasses
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from typing import Any
 
@@ -236,6 +237,32 @@ def test_exact_tiles_are_the_whole_picture(decode, photo, fidelity: float, size:
     whole = decode(image, fidelity=fidelity)
     error = (decode(image, fidelity=fidelity, tile_size=64) - whole).abs() * 255
     assert error.max() < 0.02
+
+
+def _fused_norm(norm: torch.nn.GroupNorm, value: torch.Tensor) -> torch.Tensor:
+    """As a host to come might have it: the same sums, by a function that nobody sees."""
+    weight, bias = (each.to(value) for each in (norm.weight, norm.bias))
+    return torch.native_group_norm(
+        value, weight, bias, len(value), value.shape[1], value[0, 0].numel(), norm.num_groups,
+        norm.eps,
+    )[0]  # fmt: skip
+
+
+def test_norms_that_exact_tiles_cannot_reach_make_them_fast(
+    toy, pack, decode, prepare, photo, monkeypatch, caplog
+) -> None:
+    """Instead of the statistics of each tile in the place of the picture's, without a word."""
+    norms = [m for m in toy.vae.first_stage_model.modules() if isinstance(m, torch.nn.GroupNorm)]
+    for norm in norms:
+        monkeypatch.setattr(norm, "forward", functools.partial(_fused_norm, norm))
+    image = photo(128, 128)
+    fast = decode(image, tile_size=64, overlap=16, tiling="fast")
+    assert torch.equal(decode(image, tile_size=64, overlap=16), fast)
+    assert "Using fast tiles" in caplog.text
+    monkeypatch.setattr(pack.nodes.host_vae, "AUTO_TILE", 64)
+    monkeypatch.setattr(pack.nodes.host_vae, "at_once", lambda *_: 0)
+    assert pack.nodes.host_vae.PhotoFeatures.KEY not in prepare(image).latent
+    assert "Using the host's tiles" in caplog.text
 
 
 def test_fast_tiles_see_their_own_part_of_each_photo(decode, prepare, photo) -> None:

@@ -55,6 +55,17 @@ def test_photos_come_upright_with_depth_and_transparency(folder: Path, run: Any)
     assert torch.allclose(photos[2][0, ..., 1], torch.tensor([[0.0, 1.0], [0.2, 0.4]]))
 
 
+def test_damaged_photos_are_named(folder: Path, run: Any) -> None:
+    Image.new("RGB", (40, 30)).save(folder / "1.jpg")
+    (folder / "1.jpg").write_bytes((folder / "1.jpg").read_bytes()[:300])
+    (folder / "2.png").write_bytes(b"<html>")
+    for index, reason in enumerate(("[Tt]runcated", "unknown format")):
+        with pytest.raises(
+            ValueError, match=rf"^folder: .*{index + 1}\.\w+ is not .* \(.*{reason}"
+        ):
+            run(NODE, folder="deep/photos", index=index)
+
+
 def test_other_folders_are_refused(folder: Path, run: Any) -> None:
     for name in ("..", "deep/../..", "/", "photos"):
         with pytest.raises(ValueError, match=r"folder: there is no .* Found there: deep, deep/ph"):

@@ -161,6 +161,23 @@ def test_types_and_classifier_disagree(pack: ModuleType, tmp_path: Path) -> None
         pack.nodes.host_models.load_restorer(path)
 
 
+WIDE = toy_weights.UNetSizes(context=64)
+
+
+@pytest.mark.parametrize(
+    ("prefix", "part"), [("control.", "control module"), ("decoder.fusion.", "decoder")]
+)
+def test_parts_of_two_models(pack: ModuleType, tmp_path: Path, prefix: str, part: str) -> None:
+    """Each of which is whole."""
+    tensors, other = toy_weights.restorer_tensors(), toy_weights.restorer_tensors(unet=WIDE)
+    tensors |= {key: value for key, value in other.items() if key.startswith(prefix)}
+    path = tmp_path / "odd.safetensors"
+    pack.diff_restorer.checkpoint.write_checkpoint(path, tensors, toy_weights.info())
+    message = rf"odd\.safetensors: the {part} does not fit: it takes P_D that is 64 wide, .* 32"
+    with pytest.raises(ValueError, match=message):
+        pack.nodes.host_models.load_restorer(path)
+
+
 def test_nano_is_complete(toy) -> None:
     assert toy.model.model.model_config.unet_config["context_dim"] == 32
     assert toy.model.model.latent_format.scale_factor == 0.18215

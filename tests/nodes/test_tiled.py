@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 from dataclasses import replace
 from types import SimpleNamespace
@@ -221,6 +222,25 @@ def test_other_controlnets_see_their_part(toy, tiled, prepare, photo, sample_on)
     difference = (found[1] - found[0]).abs()
     assert difference[..., :8].max() == 0
     assert difference[..., 8:].mean() > 0
+
+
+def test_tiles_on_a_further_gpu_have_the_control_of_that_gpu(
+    toy, tiled, prepare, photo, sample_on, pack, calls
+) -> None:
+    """Newer hosts look for it in `multigpu_clones` of the control that they are given."""
+    image, there = photo(64, 128), torch.device("cuda", 1)
+    restoration = prepare(image)
+    control = restoration.control
+    other = control.copy()
+    other.control_model = copy.deepcopy(control.control_model)
+    control.multigpu_clones = {there: other}
+    begun = calls(pack.nodes.host_control.DegradationControlNet, "pre_run")
+    sample_on(tiled(image).model, restoration, steps=1)
+    tiles = [args[0] for args, _ in begun if args[0].cond_hint_original.shape[-1] == 64]
+    here, *further = tiles
+    assert here.multigpu_clones[there] in further
+    assert here.control_model is control.control_model
+    assert here.multigpu_clones[there].control_model is other.control_model
 
 
 def test_areas_and_masks(toy, tiled, prepare, photo, sample_on) -> None:

@@ -229,7 +229,7 @@ def test_standard_errors():
 
 
 def test_bad_names_and_files_are_named(
-    config: Config, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     for change, message in (
         ({"variants": ("no_pds",)}, "no_pds"),
@@ -238,4 +238,4 @@ def test_bad_names_and_files_are_named(
         ({"data": replace(config.data, kinds=("fog",))}, "fog"),
     ):
         assert ablate.main(replace(config, **change)) == 1
-        assert message in caplog.text
+        assert message in capsys.readouterr().err

@@ -399,12 +399,12 @@ def test_the_round_trip_takes_the_vae_of_the_workflow():
 
 
 def test_a_dead_server_ends_the_run_with_a_message(
-    photos: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     server = f"http://127.0.0.1:{free_port()}"
     sets = PhotoSets(photos, suites=("own",), limit=1)
     assert evaluate.main(Config(sets, tmp_path, server=server)) == 1
-    assert "no ComfyUI answers" in caplog.text
+    assert "no ComfyUI answers" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")

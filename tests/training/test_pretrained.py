@@ -65,6 +65,20 @@ def test_single_file_and_diffusers_folder_are_the_same_networks(files: dict[str,
     assert not any(value.requires_grad for value in single.unet.parameters())
 
 
+def test_files_may_be_written_over_while_a_training_runs(
+    files: dict[str, Path], tmp_path: Path
+) -> None:
+    """Mapped weights would end it, or change: those of fp32 files are used as they are."""
+    path = tmp_path / "sd15.safetensors"
+    state = {key: value.float() for key, value in load_file(files["checkpoint"]).items()}
+    save_file(state, path)
+    base = opened(path, files["clip"])
+    before = {key: value.clone() for key, value in states(base).items()}
+    path.write_bytes(bytes(path.stat().st_size))
+    path.write_bytes(b"")
+    assert all(torch.equal(before[key], value) for key, value in states(base).items())
+
+
 def test_another_vae_takes_the_place_of_the_checkpoint_s(
     files: dict[str, Path], tmp_path: Path
 ) -> None:

@@ -411,7 +411,7 @@ def test_stage_2_of_sd15_trains_the_decoder_only(sd15_files: dict[str, Path]) ->
 
 
 def test_a_file_for_sd15_can_be_taken_apart(
-    sd15_files: dict[str, Path], photos: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    sd15_files: dict[str, Path], photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data_ = ablate.AblationData(photos, limit=1, kinds=("noise",))
     config = ablate.Config(
@@ -423,7 +423,8 @@ def test_a_file_for_sd15_can_be_taken_apart(
         precision="no",
     )
     assert ablate.main(config) == 1
-    assert "give SD 1.5's with --sd15.checkpoint and --sd15.clip" in caplog.text
+    printed = capsys.readouterr().err
+    assert "give SD 1.5's with --sd15.checkpoint and --sd15.clip" in printed
     base = toy_sd15.model_config(sd15_files["control"].parents[1]).sd15
     assert ablate.main(replace(config, sd15=base)) == 0
     rows = json.loads((tmp_path / "ablation.json").read_text())["variants"]

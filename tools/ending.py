@@ -1,0 +1,56 @@
+"""How programs end: with a sentence where their user can do something, else with a traceback."""
+
+from __future__ import annotations
+
+import functools
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import ParamSpec
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = ("benchmarks", "diff_restorer", "nodes", "tools", "training")
+
+Arguments = ParamSpec("Arguments")
+
+
+def sentence(error: Exception) -> str | None:
+    """What to tell the user; None where an error is one of ours, and its traceback says more.
+
+    Errors for users are those of kinds that we define, settings that our own code finds wrong
+    (ValueError), and files that cannot be read or written, whichever library tells.
+    """
+    kind = type(error)
+    for_users = (
+        isinstance(error, OSError)
+        or kind.__name__ == "SafetensorError"
+        or kind.__module__.partition(".")[0] in (*PACKAGES, "__main__")
+        or (isinstance(error, ValueError) and _is_raised_here(error))
+    )
+    return (str(error) or kind.__name__) if for_users else None
+
+
+def _is_raised_here(error: Exception) -> bool:
+    last = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve()
+    return any(ROOT / package in last.parents for package in PACKAGES)
+
+
+def in_words(main: Callable[Arguments, int | None]) -> Callable[Arguments, int]:
+    """A program's `main` that returns its exit status: 1 after a sentence, 130 after Ctrl-C."""
+
+    @functools.wraps(main)
+    def run(*args: Arguments.args, **kwargs: Arguments.kwargs) -> int:
+        try:
+            return main(*args, **kwargs) or 0
+        except KeyboardInterrupt:
+            sys.stderr.write("interrupted\n")
+            return 130
+        except Exception as error:
+            words = sentence(error)
+            if words is None:
+                raise
+            sys.stderr.write(f"error: {words}\n")
+            return 1
+
+    return run

@@ -33,6 +33,8 @@ NANO_VARIABLE = "DIFF_RESTORER_NANO"
 START_TIMEOUT = 300.0
 STOP_TIMEOUT = 10.0
 FOLDERS = ("custom_nodes", "models", "input", "output", "user")
+EXAMPLES = ("example.png", "large.png", "frames")
+"""Of what `write_examples` writes, the oldest and the newest."""
 NOT_IN_A_COPY = (".git", "__pycache__", "demo_out", "runs", "tests")
 
 
@@ -271,7 +273,7 @@ def _die_with_parent() -> Callable[[], None] | None:
 def serve(base: Path, port: int, cpu: bool, arguments: Sequence[str]) -> int:
     """Runs a server in the foreground until it ends or Ctrl-C; returns its exit code."""
     sys.stderr.write(f"Starting ComfyUI in {base} ...\n")
-    if not (base / "input/example.png").exists():
+    if not all((base / "input" / name).exists() for name in EXAMPLES):
         from tools.examples import write_examples  # needs packages that the set-up has not
 
         write_examples(base / "input")

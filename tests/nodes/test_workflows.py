@@ -34,7 +34,7 @@ OTHER_INPUTS = {
 }
 NOTES = ("Note", "MarkdownNote")
 # Files of the host's comfy_extras whose nodes the workflows use.
-EXTRAS = ("dataset", "images", "latent", "preview_any", "rebatch", "string")
+EXTRAS = ("dataset", "images", "latent", "preview_any", "rebatch", "string", "video")
 # What the front end stores beside the widgets of the schema.
 UPLOAD = {"upload": "image"}
 

@@ -277,7 +277,8 @@ def serve(base: Path, port: int, cpu: bool, arguments: Sequence[str]) -> int:
         from tools.examples import write_examples  # needs packages that the set-up has not
 
         write_examples(base / "input")
-    with Host(base, port, cpu=cpu, arguments=arguments) as host:
+    # The user's own choice comes later and so goes before.
+    with Host(base, port, cpu=cpu, arguments=("--preview-method", "auto", *arguments)) as host:
         sys.stderr.write(
             f"\nComfyUI with Diff-Restorer: {host.url}\n"
             f"Models, input and output: {host.base}\nStop with Ctrl-C.\n\n"

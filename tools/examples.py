@@ -23,7 +23,7 @@ LARGE_SEVERITY = 0.6
 FRAMES, FRAME_COUNT, FRAME_KIND = "frames", 8, "noise"
 """What restore_frames opens: a pan over a photo, each frame with grain of its own."""
 _PAN = 48
-"""By what share of a photo's width it pans from one frame to the next."""
+"""Each frame begins 1/48 of the photo's width further right than the one before."""
 
 
 def write_examples(folder: Path, long_side: int = LONG_SIDE) -> None:

@@ -189,7 +189,8 @@ def test_frames_make_one_video(runner: Runner) -> None:
     result = runner.run(graph.set(VIDEO, fps=10.0))
     (video,) = result.outputs[graph.node(VIDEO)]["images"]
     assert len(result.outputs[graph.node("SaveImage")]["images"]) == 3
-    with av.open(runner.host.base / "output" / video["subfolder"] / video["filename"]) as film:
+    place = runner.host.base / "output" / video["subfolder"] / video["filename"]
+    with av.open(place, mode="r") as film:
         (stream,) = film.streams.video
         assert (stream.width, stream.height, stream.average_rate) == (96, 72, 10)
         assert len(list(film.decode(video=0))) == 3

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
+from comfy_api.latest import io, ui
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
@@ -43,10 +45,13 @@ def bar_chart(probabilities: Mapping[str, float], highlighted: Collection[str]) 
     return torch.from_numpy(np.asarray(picture, dtype=np.float32) / 255)
 
 
-def charts_of(degradation: Degradation) -> Tensor:
-    """The bar chart of each photo, (B, H, W, 3) in [0, 1]."""
+def shown_kinds(degradation: Degradation, node: type[io.ComfyNode]) -> dict[str, Any]:
+    """What a node shows of a degradation: the chart of each photo, and JSON for /history."""
     pairs = zip(degradation.as_dicts(), degradation.kinds, strict=True)
-    return torch.stack([bar_chart(*pair) for pair in pairs])
+    charts = torch.stack([bar_chart(*pair) for pair in pairs])
+    text = ui.PreviewText(degradation.as_json())
+    # The front end takes one dictionary.
+    return ui.PreviewImage(charts, cls=node).as_dict() | text.as_dict()
 
 
 _HUES = (

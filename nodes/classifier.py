@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 from torch import Tensor
 
-from .chart import charts_of
+from .chart import shown_kinds
 from .checks import checked
 from .host_models import DiffRestorer
 from .sockets import CATEGORY, Degradation, DegradationSocket, DiffRestorerSocket, found_by
@@ -102,12 +101,9 @@ class DiffRestorerDegradationClassifier(io.ComfyNode):
             restorer = restorer_of(diff_restorer, degradation)
             vision = clip_vision_of(clip_vision, restorer)
             _, degradation = restorer.read(vision, photos_of(image, degradation))
-        rows = degradation.as_dicts()
-        text = json.dumps(rows[0] if len(rows) == 1 else rows)
+        text = degradation.as_json()
         confidence, best = degradation.probabilities.mean(dim=0).max(dim=0)
-        charts = charts_of(degradation)
-        # The front end takes one dictionary: pictures for the node, text for /history.
-        shown = ui.PreviewImage(charts, cls=cls).as_dict() | ui.PreviewText(text).as_dict()
         label = degradation.types[int(best)]
         degraded = any(degradation.degraded)
+        shown = shown_kinds(degradation, cls)
         return io.NodeOutput(label, float(confidence), text, degradation, degraded, ui=shown)

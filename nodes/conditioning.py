@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 from torch import Tensor
 
-from .chart import charts_of
+from .chart import shown_kinds
 from .checks import checked
 from .host_control import DegradationControlNet
 from .host_models import DiffRestorer
@@ -168,8 +168,7 @@ class DiffRestorerPromptProcessor(io.ComfyNode):
         # P_S was replaced by zeros in a part of the training, as CFG needs it.
         empty = torch.zeros_like(positive[0][0])
         negative = [[empty, {"pooled_output": torch.zeros_like(semantic.mean(dim=1))}]]
-        shown = ui.PreviewImage(charts_of(degradation), cls=cls)
-        return io.NodeOutput(positive, negative, degradation, ui=shown)
+        return io.NodeOutput(positive, negative, degradation, ui=shown_kinds(degradation, cls))
 
 
 class DiffRestorerDegradationControl(io.ComfyNode):

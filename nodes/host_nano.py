@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import comfy.clip_vision
-import comfy.latent_formats
 import comfy.ldm.models.autoencoder
 import comfy.model_base
 import comfy.model_detection
@@ -35,28 +34,22 @@ from ..diff_restorer.checkpoint import (
 from .host import ModelPatcher, for_cpu, nano_unet_dtype, nano_vae_dtype
 from .host_build import check_fit, detect_unet, fill, sized_by, vae_config
 from .host_models import DiffRestorer
+from .host_preview import PreviewedLatent
 
 
 class _NanoUNet(comfy.supported_models.SD15):
     """Stable Diffusion 1.5 at another width; not registered, so it never matches other files."""
 
-    def __init__(self, unet_config: dict[str, Any], info: CheckpointInfo) -> None:
+    def __init__(self, unet_config: dict[str, Any], info: CheckpointInfo, vae: Any) -> None:
         super().__init__(unet_config)
-        self.latent_format = _NanoLatent(info.latent_scale, unet_config["in_channels"])
+        channels = unet_config["in_channels"]
+        self.latent_format = PreviewedLatent(info.latent_scale, channels, vae)
         self.prediction = info.prediction
 
     def model_type(self, state_dict: Mapping[str, Tensor], prefix: str = "") -> Any:
         """What the UNet predicts, as the host asks for it."""
         kinds = comfy.model_base.ModelType
         return kinds.V_PREDICTION if self.prediction == V_PREDICTION else kinds.EPS
-
-
-class _NanoLatent(comfy.latent_formats.LatentFormat):
-    """Latents of a VAE of our own: the previews made for Stable Diffusion's would be wrong."""
-
-    def __init__(self, scale_factor: float, channels: int) -> None:
-        self.scale_factor = scale_factor
-        self.latent_channels = channels
 
 
 def load_nano(path: Path, abstain: bool = True) -> tuple[Any, Any, Any, DiffRestorer]:
@@ -80,14 +73,15 @@ def load_nano(path: Path, abstain: bool = True) -> tuple[Any, Any, Any, DiffRest
     restorer = DiffRestorer(checkpoint, dtype, abstain)
     for_cpu(restorer.control.network, dtype)
     restorer.clip_vision, restorer.vae = _clip_vision(checkpoint), _vae(checkpoint)
-    return _unet(checkpoint, dtype), restorer.clip_vision, restorer.vae, restorer
+    unet = _unet(checkpoint, dtype, restorer.vae)
+    return unet, restorer.clip_vision, restorer.vae, restorer
 
 
-def _unet(checkpoint: Checkpoint, dtype: torch.dtype | None) -> Any:
+def _unet(checkpoint: Checkpoint, dtype: torch.dtype | None, vae: Any) -> Any:
     prefix, part = "base.unet.", "UNet"
     shapes = checkpoint.shapes(prefix)
     with sized_by(checkpoint, part):
-        config: Any = _NanoUNet(detect_unet(shapes), checkpoint.info)
+        config: Any = _NanoUNet(detect_unet(shapes), checkpoint.info, vae)
     device = comfy.model_management.get_torch_device()
     offload_device = comfy.model_management.unet_offload_device()
     if dtype is None:

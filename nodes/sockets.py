@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -93,6 +94,11 @@ class Degradation:
         """Per photo: type -> probability, most probable first."""
         rows = (zip(self.types, row.tolist(), strict=True) for row in self.probabilities)
         return [dict(sorted(row, key=lambda entry: -entry[1])) for row in rows]
+
+    def as_json(self) -> str:
+        """`as_dicts`, of one photo its object alone."""
+        rows = self.as_dicts()
+        return json.dumps(rows[0] if len(rows) == 1 else rows)
 
     @property
     def kinds(self) -> list[tuple[str, ...]]:

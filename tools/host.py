@@ -34,6 +34,8 @@ NANO_VARIABLE = "DIFF_RESTORER_NANO"
 START_TIMEOUT = 300.0
 STOP_TIMEOUT = 10.0
 FOLDERS = ("custom_nodes", "models", "input", "output", "user")
+EXAMPLES = ("example.png", "large.png", "frames")
+"""Of what `write_examples` writes, the oldest and the newest."""
 NOT_IN_A_COPY = (".git", "__pycache__", "demo_out", "runs", "tests")
 
 
@@ -269,11 +271,12 @@ def _die_with_parent() -> Callable[[], None] | None:
 def serve(base: Path, port: int, cpu: bool, arguments: Sequence[str]) -> int:
     """Runs a server in the foreground until it ends or Ctrl-C; returns its exit code."""
     sys.stderr.write(f"Starting ComfyUI in {base} ...\n")
-    if not (base / "input/example.png").exists():
+    if not all((base / "input" / name).exists() for name in EXAMPLES):
         from tools.examples import write_examples  # needs packages that the set-up has not
 
         write_examples(base / "input")
-    with Host(base, port, cpu=cpu, arguments=arguments) as host:
+    # The user's own choice comes later and so goes before.
+    with Host(base, port, cpu=cpu, arguments=("--preview-method", "auto", *arguments)) as host:
         sys.stderr.write(
             f"\nComfyUI with Diff-Restorer: {host.url}\n"
             f"Models, input and output: {host.base}\nStop with Ctrl-C.\n\n"

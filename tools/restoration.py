@@ -35,7 +35,8 @@ from tools.photo import Pixels, to_bits
 NANO_WORKFLOW = ROOT / "workflows/api/restore_nano.json"
 INPUT_TITLE = "Degraded photo"
 OUTPUT_TITLE = "Restored"
-CLASSIFIER = "DiffRestorerDegradationClassifier"
+READERS = ("DiffRestorerDegradationClassifier", "DiffRestorerPromptProcessor")
+"""Nodes that tell the probabilities, the one to go by first."""
 UPLOADS = "diff-restorer"
 """Subfolder of the server's input folder."""
 DOUBLINGS = 8
@@ -54,7 +55,7 @@ class Restoration:
     pixels: Pixels
     """(H, W, 3) or (H, W, 4); uint16 for a photo of 16 bits and a result without alpha."""
     probabilities: dict[str, float]
-    """Degradation type -> probability; empty if the workflow has no classifier."""
+    """Degradation type -> probability; empty if no node of the workflow tells."""
     seconds: float
 
     @property
@@ -238,8 +239,10 @@ def _join(upper: Pixels, fine: Pixels) -> Pixels:
 
 
 def _probabilities(result: Result, workflow: Workflow) -> dict[str, float]:
-    for node_id, shown in result.outputs.items():
-        if workflow.get(node_id, {}).get("class_type") == CLASSIFIER:
-            kinds = json.loads("".join(shown["text"]))
-            return {str(kind): float(probability) for kind, probability in kinds.items()}
+    for reader in READERS:
+        for node_id, shown in result.outputs.items():
+            # Older versions of the pack show no text there.
+            if workflow.get(node_id, {}).get("class_type") == reader and "text" in shown:
+                kinds = json.loads("".join(shown["text"]))
+                return {str(kind): float(probability) for kind, probability in kinds.items()}
     return {}

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from playwright.sync_api import Browser, sync_playwright
+from playwright.sync_api import Browser, ViewportSize, sync_playwright
 
 from tests.browser.chromium import ARGUMENTS, NoChromiumError, find_or_install
-from tests.browser.editor import Editor
+from tests.browser.editor import VIEW, Editor
 from tools.examples import write_examples
 from tools.host import Host
 
@@ -45,8 +45,8 @@ def open_editor(browser: Browser, server: Host) -> Iterator[Callable[..., Editor
     """Opens editors, and closes them after the test."""
     editors: list[Editor] = []
 
-    def open_one(**settings: Any) -> Editor:
-        editors.append(Editor(browser, server, **settings))
+    def open_one(view: ViewportSize = VIEW, **settings: Any) -> Editor:
+        editors.append(Editor(browser, server, view, **settings))
         return editors[-1]
 
     yield open_one

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import time
+import urllib.parse
 import urllib.request
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from PIL import Image
 from playwright.sync_api import Browser, ConsoleMessage, Page, ViewportSize
 
 from tools.environment import ROOT
@@ -15,6 +20,8 @@ from tools.host import PACK_NAME, Host
 
 SCREENSHOTS = ROOT / "browser_out"
 VIEW: ViewportSize = {"width": 1600, "height": 1000}
+LAPTOP: ViewportSize = {"width": 1440, "height": 900}
+NODES_2 = {"Comfy.VueNodes.Enabled": True}
 SECONDS = 1000.0
 READY = "window.app?.graph && window.app.extensionManager?.setting"
 # What the front end itself asks of other servers, which this one forbids; the pack has no scripts.
@@ -27,14 +34,20 @@ class Editor:
     Args:
         browser: The running browser.
         host: The running server.
+        view: Size of the page.
         settings: Front-end settings, beside those that keep its greetings away.
     """
 
-    def __init__(self, browser: Browser, host: Host, **settings: Any) -> None:
+    def __init__(
+        self, browser: Browser, host: Host, view: ViewportSize = VIEW, **settings: Any
+    ) -> None:
         self.host = host
         greeted = {"Comfy.TutorialCompleted": True, "Comfy.InstalledVersion": "99.0.0"}
-        self._send_settings(greeted | {"Comfy.Locale": "en"} | settings)
-        self.context = browser.new_context(viewport=VIEW)
+        self._send(
+            "/settings",
+            greeted | {"Comfy.Locale": "en", "Comfy.VueNodes.Enabled": False} | settings,
+        )
+        self.context = browser.new_context(viewport=view)
         self.page: Page = self.context.new_page()
         self.page.set_default_timeout(60 * SECONDS)
         self.errors: list[str] = []
@@ -50,14 +63,22 @@ class Editor:
         """Close the tab and forget its graph."""
         self.context.close()
 
-    def _send_settings(self, settings: dict[str, Any]) -> None:
-        request = urllib.request.Request(
-            self.host.url + "/settings",
-            json.dumps(settings).encode(),
-            {"Content-Type": "application/json"},
+    def _send(self, path: str, content: dict[str, Any]) -> None:
+        self._open(
+            urllib.request.Request(
+                self.host.url + path,
+                json.dumps(content).encode(),
+                {"Content-Type": "application/json"},
+            )
         )
+
+    def _fetch(self, path: str) -> bytes:
+        return self._open(urllib.request.Request(self.host.url + path))
+
+    def _open(self, request: urllib.request.Request) -> bytes:
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        opener.open(request, timeout=30).close()
+        with opener.open(request, timeout=30) as reply:
+            return reply.read()
 
     def _listen(self, message: ConsoleMessage) -> None:
         about = f"{message.text} {message.location.get('url', '')}"
@@ -109,6 +130,15 @@ class Editor:
         """
         before = set(self.host.get("/history"))
         self.page.get_by_test_id("queue-button").first.click()
+        return self._wait_for_more(before, timeout)
+
+    def run_by_api(self, workflow: dict[str, Any], timeout: float = 300.0) -> dict[str, Any]:
+        """`run` of a workflow in API format, as a program would."""
+        before = set(self.host.get("/history"))
+        self._send("/prompt", {"prompt": workflow})
+        return self._wait_for_more(before, timeout)
+
+    def _wait_for_more(self, before: set[str], timeout: float) -> dict[str, Any]:
         deadline = time.monotonic() + timeout
         while time.monotonic() < deadline:
             history = self.host.get("/history")
@@ -116,6 +146,38 @@ class Editor:
                 return history[more.pop()]
             self.page.wait_for_timeout(250)  # lets the page work, as time.sleep would not
         raise TimeoutError(f"not finished after {timeout:.0f} s")
+
+    def saved(self, entry: dict[str, Any]) -> list[bytes]:
+        """The PNG files that a run has saved, in the order of its nodes."""
+        found = [
+            picture
+            for _, shown in sorted(entry["outputs"].items())
+            for picture in shown.get("images", ())
+            if picture["type"] == "output" and picture["filename"].endswith(".png")
+        ]
+        return [self._fetch("/view?" + urllib.parse.urlencode(picture)) for picture in found]
+
+    def pixels(self, entry: dict[str, Any]) -> list[np.ndarray]:
+        """`saved`, as (H, W, 3) in [0, 255]."""
+        return [np.asarray(Image.open(io.BytesIO(data))) for data in self.saved(entry)]
+
+    def zoom(self) -> float:
+        """At which the graph is shown; the front end draws no text below 0.6."""
+        return self.page.evaluate("app.canvas.ds.scale")
+
+    def drop(self, data: bytes, name: str) -> None:
+        """Let go of a PNG file over the canvas."""
+        self.page.evaluate(
+            """([text, name]) => {
+                const bytes = Uint8Array.from(atob(text), each => each.charCodeAt(0));
+                const dataTransfer = new DataTransfer();
+                dataTransfer.items.add(new File([bytes], name, {type: 'image/png'}));
+                app.canvas.canvas.dispatchEvent(new DragEvent('drop', {
+                    dataTransfer, bubbles: true, cancelable: true, clientX: 700, clientY: 450,
+                }));
+            }""",
+            [base64.b64encode(data).decode(), name],
+        )
 
     def shown_pictures(self, node_type: str) -> list[list[int]]:
         """Sizes (width, height) of the pictures that a node of that type shows, once there."""

@@ -6,12 +6,17 @@ import contextlib
 import json
 import re
 from collections.abc import Callable
+from typing import Any
 
+import numpy as np
 import pytest
 from playwright.sync_api import TimeoutError
 
-from tests.browser.editor import Editor
+from tests.browser.contrast import contrast_of
+from tests.browser.editor import LAPTOP, NODES_2, Editor
+from tools.client import load_workflow
 from tools.environment import ROOT
+from tools.examples import FIRST
 from tools.host import PACK_NAME
 
 pytestmark = [pytest.mark.comfy, pytest.mark.browser]
@@ -20,6 +25,11 @@ WORKFLOWS = sorted(path.stem for path in (ROOT / "workflows").glob("*.json"))
 NEEDS_FILES = "restore_sd15"
 CLASSIFIER = "DiffRestorerDegradationClassifier"
 PROCESSOR = "DiffRestorerPromptProcessor"
+NOTE = "MarkdownNote"
+BLUEPRINT = re.compile("Restore photo")
+WORDS = ("denoise", "deblur", "dehaze", "derain", "old photo")
+LEAST_ZOOM, LEAST_CONTRAST = 0.6, 4.5
+MODES, MODE_NAMES = ({}, NODES_2), ("classic", "nodes2")
 CATEGORY = re.compile(f"restoration [>/] {PACK_NAME}")
 
 
@@ -36,9 +46,63 @@ def test_templates_list_the_pack(editor: Editor) -> None:
     assert editor.errors == []
 
 
+@pytest.mark.parametrize("settings", MODES, ids=MODE_NAMES)
+def test_workflows_are_legible_when_they_open(
+    open_editor: Callable[..., Editor], settings: dict[str, bool]
+) -> None:
+    """On a laptop's screen: text is drawn, and the note stands out from its ground."""
+    editor, mode = open_editor(LAPTOP, **settings), MODE_NAMES[MODES.index(settings)]
+    for name in WORKFLOWS:
+        editor.open_template(name)
+        editor.page.keyboard.press("Escape")  # a dialog may tell of missing files
+        editor.screenshot(f"{name}_open_{mode}")
+        assert editor.zoom() >= LEAST_ZOOM, name
+        note = editor.screenshot(f"{name}_note_{mode}", body_of(editor.place_of(NOTE)))
+        assert contrast_of(note) >= LEAST_CONTRAST, name
+
+
+def body_of(place: dict[str, float]) -> dict[str, float]:
+    """What lies below a title and within the borders."""
+    edge, title = 0.05 * place["width"], 0.25 * place["height"]
+    return {
+        "x": place["x"] + edge, "y": place["y"] + title,
+        "width": place["width"] - 2 * edge, "height": place["height"] - 1.4 * title,
+    }  # fmt: skip
+
+
+def equals_api(editor: Editor, entry: dict[str, Any], name: str) -> bool:
+    """Whether a run gave what the API's format gives, picture by picture.
+
+    The server answers from its cache where both describe one graph.
+    """
+    by_api = editor.run_by_api(load_workflow(ROOT / f"workflows/api/{name}.json"))
+    one, other = editor.pixels(entry), editor.pixels(by_api)
+    return len(one) == len(other) > 0 and all(map(np.array_equal, one, other))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted({*WORKFLOWS} - {NEEDS_FILES}))
+def test_workflow_runs_in_nodes_2(open_editor: Callable[..., Editor], name: str) -> None:
+    """By clicking alone; the node that saves shows the restored picture."""
+    editor = open_editor(LAPTOP, **NODES_2)
+    editor.open_template(name)
+    entry = editor.run()
+    assert entry["status"]["status_str"] == "success"
+    assert equals_api(editor, entry, name)
+    editor.page.wait_for_function(
+        """() => {
+            const found = app.graph.nodes.find(each => each.title === 'Restored');
+            const picture = document.querySelector(`[data-node-id="${found.id}"] img`);
+            return picture?.complete && picture.naturalWidth > 0;
+        }"""
+    )
+    editor.screenshot(f"{name}_nodes2")
+    assert editor.errors == []
+
+
 @pytest.mark.parametrize("name", WORKFLOWS)
 def test_workflow_opens_and_runs(editor: Editor, name: str) -> None:
-    """By clicking alone; each shows its restored picture."""
+    """By clicking alone; each shows its restored picture, the one that programs get."""
     editor.open_template(name)
     nodes = editor.nodes()
     assert [node["type"] for node in nodes if not node["known"]] == []
@@ -48,6 +112,7 @@ def test_workflow_opens_and_runs(editor: Editor, name: str) -> None:
     entry = editor.run()
     assert entry["status"]["status_str"] == "success"
     assert editor.shown_pictures("SaveImage")
+    assert equals_api(editor, entry, name)
     assert [node for node in editor.nodes() if node["red"] or node["redSockets"]] == []
     editor.fit()
     editor.screenshot(name)
@@ -82,11 +147,45 @@ def test_the_prompt_processor_shows_a_chart(editor: Editor) -> None:
     editor.screenshot("processor", editor.place_of(PROCESSOR))
 
 
-def test_the_blueprint_is_found_by_what_people_type(editor: Editor) -> None:
-    add_node(editor, "denoise", re.compile("Restore photo"))
+@pytest.mark.parametrize("words", WORDS)
+def test_the_blueprint_is_found_by_what_people_type(editor: Editor, words: str) -> None:
+    add_node(editor, words, BLUEPRINT)
     (node,) = editor.nodes()
     assert node["title"].startswith("Restore photo")
     assert editor.errors == []
+
+
+def test_the_blueprint_runs(editor: Editor) -> None:
+    """Found, put down and connected, it gives what its template gives."""
+    add_node(editor, WORDS[0], BLUEPRINT)
+    editor.page.evaluate(
+        """name => {
+            const [node] = app.graph.nodes;
+            const [load, save] = ['LoadImage', 'SaveImage'].map(type => {
+                const made = LiteGraph.createNode(type);
+                app.graph.add(made);
+                return made;
+            });
+            load.widgets.find(each => each.name === 'image').value = name;
+            load.connect(0, node, 0);
+            node.connect(0, save, 0);
+        }""",
+        FIRST,
+    )
+    entry = editor.run()
+    assert entry["status"]["status_str"] == "success"
+    assert equals_api(editor, entry, "restore_photo")
+
+
+def test_a_dropped_result_opens_its_workflow(editor: Editor) -> None:
+    editor.open_template("restore_nano")
+    before = sorted(node["type"] for node in editor.nodes())
+    (result,) = editor.saved(editor.run())
+    editor.page.evaluate("app.graph.clear()")
+    editor.drop(result, "restored.png")
+    editor.page.wait_for_function("app.graph.nodes.length > 0")
+    assert sorted(node["type"] for node in editor.nodes()) == before
+    assert [node for node in editor.nodes() if not node["known"]] == []
 
 
 def add_node(editor: Editor, words: str, shown: re.Pattern[str] = CATEGORY) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from contextlib import closing
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 from PIL import Image
@@ -14,11 +16,13 @@ from tools import demo
 from tools.client import ExecutionError, find_node
 from tools.environment import ROOT
 from tools.host import PACK_NAME
+from tools.restoration import restore
 
 pytestmark = pytest.mark.comfy
 
 API = ROOT / "workflows/api"
 (BLUEPRINT,) = (ROOT / "subgraphs").glob("*.json")
+VIDEO = "SaveWEBM"
 CLASSIFIER = "DiffRestorerDegradationClassifier"
 SURE = ("noise", "low_light")
 ONE_PHOTO = (
@@ -133,8 +137,11 @@ def test_measures_are_reported(runner: Runner, photos: dict[str, str]) -> None:
 
 
 def test_folder_of_unequal_photos(runner: Runner) -> None:
+    """Frames of several sizes make no video, which is muted then."""
     photos = [make_photo(*size) for size in ((96, 72), (53, 61), (64, 64))]
-    restored = runner.pictures(write_folder(runner, "unequal", photos))
+    graph = write_folder(runner, "unequal", photos)
+    del graph.nodes[graph.node(VIDEO)]
+    restored = runner.pictures(graph)
     shapes = sorted(each.shape[:2] for each in restored)
     assert shapes == sorted((photo.height, photo.width) for photo in photos)
 
@@ -165,13 +172,40 @@ def test_a_folder_is_restored_photo_by_photo(runner: Runner) -> None:
 
 def test_same_noise_for_all_frames(runner: Runner) -> None:
     """Three equal frames, two at once: fixed gives equal results, random does not."""
-    graph = write_folder(runner, "frames", [make_photo()] * 3).set("RebatchImages", batch_size=2)
+    graph = write_folder(runner, "frames", [make_photo()] * 3)
+    graph.nodes[find_node(graph.nodes, "RebatchImages", "Frames at once")]["inputs"][
+        "batch_size"
+    ] = 2
     for behavior, least, most in (("fixed", 0.0, 0.5), ("random", 0.01, 255.0)):
         first, second, third = runner.pictures(
             graph.copy().set("LatentBatchSeedBehavior", seed_behavior=behavior)
         )
         assert least <= np.abs(first - second).mean() <= most
         assert np.abs(first - third).mean() <= 0.5  # the first of its batch
+
+
+def test_frames_make_one_video(runner: Runner) -> None:
+    """Though each goes through the graph on its own."""
+    graph = write_folder(runner, "film", [make_photo(seed=seed) for seed in range(3)])
+    result = runner.run(graph.set(VIDEO, fps=10.0))
+    (video,) = result.outputs[graph.node(VIDEO)]["images"]
+    assert len(result.outputs[graph.node("SaveImage")]["images"]) == 3
+    place = runner.host.base / "output" / video["subfolder"] / video["filename"]
+    with closing(av.open(place)) as film:
+        (stream,) = film.streams.video
+        assert (stream.width, stream.height, stream.average_rate) == (96, 72, 10)
+        assert len(list(film.decode(video=0))) == 3
+
+
+def test_programs_read_the_kinds_of_every_workflow(runner: Runner, photo: str) -> None:
+    """Also of the blueprint, which has no Classifier."""
+    picture = Image.open(runner.host.base / "input" / photo)
+    told = [
+        restore(runner.client, load(name).nodes, picture, name).probabilities
+        for name in ("restore_photo", "restore_nano")
+    ]
+    assert told[0] == told[1]
+    assert sum(told[0].values()) == pytest.approx(1, abs=1e-3)
 
 
 def test_blueprint_is_offered_and_runs(runner: Runner, photo: str, tmp_path: Path) -> None:

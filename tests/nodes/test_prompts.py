@@ -279,16 +279,26 @@ def test_classifier_of_a_batch(classify, photo) -> None:
     assert degradation.batch == 3
 
 
-def test_classifier_shows_pictures_and_text(toy, pack: ModuleType, photo, comfyui) -> None:
+@pytest.mark.parametrize(
+    ("file", "name", "more"),
+    [
+        ("classifier", "DiffRestorerDegradationClassifier", {}),
+        ("conditioning", "DiffRestorerPromptProcessor", {"semantic_strength": 1.0}),
+    ],
+)
+def test_kinds_are_shown_as_pictures_and_text(
+    toy, pack: ModuleType, photo, comfyui, file: str, name: str, more: dict[str, float]
+) -> None:
     """/history gets the pictures of all photos and the probabilities."""
     import folder_paths
     from PIL import Image
 
-    node = pack.nodes.classifier.DiffRestorerDegradationClassifier
+    node = getattr(getattr(pack.nodes, file), name)
     out = node.PREPARE_CLASS_CLONE(None).EXECUTE_NORMALIZED(
-        diff_restorer=toy.restorer, clip_vision=toy.clip_vision, image=photo(batch=2)
+        diff_restorer=toy.restorer, clip_vision=toy.clip_vision, image=photo(batch=2), **more
     )
-    assert json.loads(out.ui["text"][0]) == json.loads(out.args[2])
+    told = next(each for each in out.args if hasattr(each, "as_dicts")).as_dicts()
+    assert json.loads(out.ui["text"][0]) == told
     assert len(out.ui["images"]) == 2
     for entry in out.ui["images"]:
         with Image.open(f"{folder_paths.get_temp_directory()}/{entry['filename']}") as chart:

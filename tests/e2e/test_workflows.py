@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from contextlib import closing
 from pathlib import Path
 
 import av
@@ -190,8 +189,8 @@ def test_frames_make_one_video(runner: Runner) -> None:
     result = runner.run(graph.set(VIDEO, fps=10.0))
     (video,) = result.outputs[graph.node(VIDEO)]["images"]
     assert len(result.outputs[graph.node("SaveImage")]["images"]) == 3
-    place = runner.host.base / "output" / video["subfolder"] / video["filename"]
-    with closing(av.open(place)) as film:
+    place = Path(runner.host.base, "output", video["subfolder"], video["filename"])
+    with av.open(place) as film:
         (stream,) = film.streams.video
         assert (stream.width, stream.height, stream.average_rate) == (96, 72, 10)
         assert len(list(film.decode(video=0))) == 3

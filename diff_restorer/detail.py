@@ -191,7 +191,7 @@ class DetailPath(nn.Module):
                     branch.weight.data.mul_(0.2)
                     nn.init.zeros_(branch.bias)
 
-    def hidden(self) -> tuple[nn.Parameter, ...]:
+    def hidden(self) -> tuple[Tensor, ...]:
         """Weights of the convs between features, which know nothing at the start."""
         modules = (*self.groups.modules(), *self.down, *self.up)
         return tuple(m.weight for m in modules if isinstance(m, nn.Conv2d | nn.ConvTranspose2d))

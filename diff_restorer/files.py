@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
 
 @contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
+def written_whole(path: Path) -> Generator[Path, None, None]:
     """A name beside `path` to write to, which takes its place when the block ends without an error:
     readers see the old file or the new one, never a part. The folder is made."""
     path.parent.mkdir(parents=True, exist_ok=True)

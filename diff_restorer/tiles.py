@@ -22,7 +22,7 @@ import shutil
 import tempfile
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -337,7 +337,7 @@ def _look(stages: Sequence[Stage], blank: Tensor, outputs: Sequence[Tensor]) -> 
 
 
 @contextmanager
-def _counting_norm_modules() -> Iterator[list[str]]:
+def _counting_norm_modules() -> Generator[list[str], None, None]:
     """Classes of the group norms that run meanwhile in this thread, whatever they compute by."""
     found, thread = list[str](), threading.get_ident()
 

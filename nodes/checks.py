@@ -102,7 +102,7 @@ def _check_conditioning(name: str, value: Any) -> None:
     for entry in value:
         whole = isinstance(entry, list | tuple) and len(entry) == 2 and isinstance(entry[1], dict)
         tokens = entry[0] if whole else None
-        if not _is_tokens(tokens):
+        if not (isinstance(tokens, Tensor) and _is_tokens(tokens)):
             is_tensor = isinstance(tokens, Tensor)
             found = f"{tuple(tokens.shape)} of {tokens.dtype}" if is_tensor else kind_of(tokens)
             raise ValueError(

@@ -34,7 +34,8 @@ class Average:
     @torch.no_grad()
     def update(self) -> None:
         """Takes in the weights after a step; the first step's are taken as they are."""
-        averages, live = list(self._averages.values()), list(self._live.values())
+        averages = list(self._averages.values())
+        live: list[Tensor] = list(self._live.values())
         if self._updates:
             self._blend(averages, live, self._updates)  # pyright: ignore[reportArgumentType]
         else:

@@ -16,7 +16,7 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs, set_seed
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 
 from . import config as record
 from .checkpoints import Checkpoints, state_bytes, write_failure
@@ -109,7 +109,7 @@ class Stage:
     opponents: tuple[nn.Module, ...] = ()
     """Parts of `trainable` that do not share gradients, as a GAN's two sides: each one's norm is
     limited by itself. None: the norm of the whole is."""
-    hidden: tuple[nn.Parameter, ...] = ()
+    hidden: tuple[Tensor, ...] = ()
     """Weights of `trainable` that Muon may move."""
     check: Callable[[Path], None] | None = None
     """Raises an error that names the file where it reads back other than it was exported."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 _MOMENTUM, _FLOOR = 0.95, 1e-12
 _QUINTIC = 3.4445, -4.7750, 2.0315
@@ -23,7 +23,7 @@ class Muon(torch.optim.Optimizer):
     """
 
     def __init__(
-        self, params: Iterable[nn.Parameter], lr: float, size: float, weight_decay: float = 0.0
+        self, params: Iterable[Tensor], lr: float, size: float, weight_decay: float = 0.0
     ) -> None:
         """Takes weights of two dimensions or more.
 
@@ -39,13 +39,13 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             for weight in group["params"]:
                 if weight.grad is not None:
-                    step = self._direction(weight) * group["size"]
+                    step = self._direction(weight, weight.grad) * group["size"]
                     weight.mul_(1 - group["lr"] * group["weight_decay"])
                     weight.add_(step, alpha=-group["lr"])
 
-    def _direction(self, weight: Tensor) -> Tensor:
+    def _direction(self, weight: Tensor, gradient: Tensor) -> Tensor:
         """Of Nesterov's momentum, with a root mean square of about 1."""
-        state, gradient = self.state[weight], weight.grad
+        state = self.state[weight]
         if "momentum" not in state:
             state["momentum"] = torch.zeros_like(gradient)
         momentum = state["momentum"].lerp_(gradient, 1 - _MOMENTUM)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .checkpoints import compare_file
 from .common import checkpoint_info, open_models
@@ -29,7 +29,7 @@ def stage_of(
     validate: Callable[[int, Path], dict[str, float]],
     begin_step: Callable[[int], None] | None = None,
     opponents: tuple[nn.Module, ...] = (),
-    hidden: tuple[nn.Parameter, ...] = (),
+    hidden: tuple[Tensor, ...] = (),
 ) -> Stage:
     """A stage whose file holds the `parts` of `models`, in fp32 and read back bit for bit."""
     prefixes = tuple(parts)

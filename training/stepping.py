@@ -65,7 +65,7 @@ class Stepper:
         accumulate: int,
         seed: int,
         opponents: tuple[nn.Module, ...] = (),
-        hidden: tuple[nn.Parameter, ...] = (),
+        hidden: tuple[Tensor, ...] = (),
         muon: float = 0.0,
     ) -> None:
         """Wraps the module for `accelerator`; arguments are those of `LoopConfig` and `Stage`.

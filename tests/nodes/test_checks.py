@@ -79,7 +79,10 @@ PROMPTS: dict[str, tuple[list, str]] = {
     "no pairs": ([3], "found nothing"),
     "empty pairs": ([[]], "found nothing"),
     "no dictionary": ([[torch.zeros(1, 4, 32), None]], "found nothing"),
-    "complex numbers": ([[torch.zeros(1, 4, 32).cfloat(), {}]], "found .* of torch.complex64"),
+    "complex numbers": (
+        [[torch.zeros(1, 4, 32, dtype=torch.complex64), {}]],
+        "found .* of torch.complex64",
+    ),
     "NaN": ([[torch.full((1, 4, 32), NAN), {}]], "holds NaN or infinite values"),
 }
 

@@ -52,8 +52,9 @@ class LoopConfig:
     lr: float = 1e-4
     """Peak learning rate."""
     muon: float = 0.0
-    """Muon in place of AdamW for the weights between features, where a stage has such: size of its
-    steps in units of the learning rate. 0: AdamW moves all."""
+    """Muon in place of AdamW for the weights between features, where a stage has such (stage 2 of a
+    decoder with a detail path): size of its steps in units of the learning rate. 0: AdamW moves
+    all."""
     warmup: int = 100
     """Steps of linear warm-up; a time box has its own."""
     decay: bool = True

@@ -68,11 +68,7 @@ class Stepper:
         hidden: tuple[Tensor, ...] = (),
         muon: float = 0.0,
     ) -> None:
-        """Wraps the module for `accelerator`; arguments are those of `LoopConfig` and `Stage`.
-
-        Raises:
-            ValueError: Muon is wanted where no weights are for it.
-        """
+        """Wraps the module for `accelerator`; arguments are those of `LoopConfig` and `Stage`."""
         self._accelerator, self._trainable = accelerator, trainable
         self._lr, self._clip, self._seed = lr, clip, seed
         self._accumulate, self._sides = accumulate, opponents or (trainable,)
@@ -82,12 +78,8 @@ class Stepper:
         self._ahead = on_gpu and accelerator.scaler is None
         self._next: Batch | None = None
         learned = [p for p in trainable.parameters() if p.requires_grad]
-        if muon and not hidden:
-            raise ValueError(
-                "--loop.muon: only stage 2 of a decoder with a detail path has weights for it; "
-                "give 0"
-            )
-        turned = {id(p) for p in hidden} if muon else set[int]()
+        hidden = hidden if muon else ()
+        turned = {id(p) for p in hidden}
         optimizers: list[torch.optim.Optimizer] = [
             torch.optim.AdamW(
                 [p for p in learned if id(p) not in turned],
@@ -96,7 +88,7 @@ class Stepper:
                 fused=True if on_gpu else None,
             )
         ]
-        if muon:
+        if hidden:
             optimizers.append(Muon(hidden, lr, muon, weight_decay))
         module = _LossModule(trainable, loss)
         self._module, *self._optimizers = accelerator.prepare(module, *optimizers)

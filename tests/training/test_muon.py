@@ -12,7 +12,7 @@ from torch import nn
 from training.loop import run
 from training.muon import Muon, orthogonalized
 
-from .toys import Points, config, stage
+from .toys import Points, config, same, stage
 
 
 @pytest.mark.parametrize("shape", [(24, 60), (60, 24), (30, 30)])
@@ -50,6 +50,9 @@ def test_only_hidden_weights_move_otherwise(tmp_path: Path) -> None:
     assert differ == {"0.weight"}
 
 
-def test_a_stage_without_weights_for_it_says_so(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"--loop\.muon: only stage 2 .* give 0"):
-        run(replace(stage(), hidden=()), Points(), config(tmp_path, muon=0.5))
+def test_where_a_stage_has_no_such_weights_adamw_moves_all(tmp_path: Path) -> None:
+    toy = replace(stage(), hidden=())
+    run(toy, Points(), config(tmp_path / "without", steps=1, muon=0.5, ema=0.0))
+    expected = stage()
+    run(expected, Points(), config(tmp_path / "adamw", steps=1, ema=0.0))
+    assert same(toy.trainable.state_dict(), expected.trainable.state_dict())

@@ -324,6 +324,7 @@ def write_checkpoint(path: Path | str, tensors: Mapping[str, Tensor], info: Chec
     info = replace(info, format_version=max(needed, info.format_version))
     with written_whole(Path(path)) as part:
         save_file(contiguous, part, metadata=info.to_metadata())
+        part.chmod(0o644)  # safetensors makes files private to their owner
 
 
 def open_safetensors(path: Path) -> Any:

@@ -204,7 +204,7 @@ def test_programs_read_the_kinds_of_every_workflow(runner: Runner, photo: str) -
         for name in ("restore_photo", "restore_nano")
     ]
     assert told[0] == told[1]
-    assert sum(told[0].values()) == pytest.approx(1, abs=1e-3)
+    assert 0 <= min(told[0].values()) < max(told[0].values()) <= 1
 
 
 def test_blueprint_is_offered_and_runs(runner: Runner, photo: str, tmp_path: Path) -> None:

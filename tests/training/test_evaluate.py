@@ -444,7 +444,9 @@ def test_the_program_restores_through_the_api(run: Config):
     assert [Path(name).name for name in metrics["failed"]] == ["broken.png"]
     assert "broken.png" in (run.out / "table.md").read_text()
     for photo in metrics["photos"]:
-        assert sum(photo["probabilities"].values()) == pytest.approx(1, abs=1e-3)
+        assert set(photo["probabilities"]) == set(KINDS)
+        assert 0.3 < max(photo["probabilities"].values()) <= 1
+        assert min(photo["probabilities"].values()) >= 0
         assert {"lq", "restored", "vae"} <= set(photo["scores"])
         assert photo["seconds"] > 0
     assert metrics["sets"]["low_light"]["gain"] > 1

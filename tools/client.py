@@ -253,7 +253,7 @@ class AsyncClient:
         except DAMAGED as error:
             raise ServerUnreachableError(
                 f"what answers at {self.server} is no ComfyUI, or something between changes its "
-                f"answers: {path} gave what ComfyUI never gives ({type(error).__name__}: {error}). "
+                f"answers: {path} gave what ComfyUI never gives ({error}). "
                 "Check the address, and log in to the proxy or tunnel if there is one"
             ) from error
 

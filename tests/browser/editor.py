@@ -94,7 +94,8 @@ class Editor:
     def open_templates(self) -> None:
         """Open the dialog of workflow templates on this pack's page."""
         self.page.get_by_label("Templates").first.click()
-        self.page.get_by_text(PACK_NAME, exact=True).first.click()
+        dialog = self.page.get_by_role("dialog")  # nodes may wear a badge with the name
+        dialog.get_by_text(PACK_NAME, exact=True).first.click()
 
     def open_template(self, name: str) -> None:
         """Open a workflow of this pack from the templates dialog, by clicking."""

@@ -76,7 +76,7 @@ def test_what_we_have_to_mend_keeps_its_traceback(main: Callable[[], None]):
     [
         (("benchmarks", "--cases", "nosuch"), "error: --cases: unknown ['nosuch']; known are"),
         (("training.evaluate", "--data.clean", "/nowhere", "--out", "{out}"), "error: "),
-        (("training.plots", "--runs", "/nowhere"), "error: "),
+        (("training.plots", "/nowhere"), "error: "),
     ],
 )
 def test_programs(program: tuple[str, ...], words: str, tmp_path):

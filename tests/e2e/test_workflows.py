@@ -70,17 +70,19 @@ def test_workflow_runs(runner: Runner, photo: str, name: str) -> None:
 
 def test_clean_photos_are_not_sampled(runner: Runner, photos: dict[str, str]) -> None:
     """Nor encoded; the classifier decides, which is right about some of each kind. What is seen
-    as damaged, but not evidently, is not sampled either."""
+    as damaged, but not evidently, is not sampled either; what is more likely there than not may be,
+    also where `clean` is likelier still."""
     labels, sampled = {}, set()
     for name, photo in photos.items():
         graph = load("restore_if_degraded", photo)
         executed, result = runner.executed(graph)
         text = result.outputs[graph.node(CLASSIFIER)]["text"][0]
-        labels[name] = next(iter(json.loads(text)))
+        told = json.loads(text)
+        labels[name] = next(iter(told))
         expensive = {"DiffRestorerDegradationControl", "KSampler", "DiffRestorerAwareVAEDecode"}
         skipped = not executed & expensive
         assert skipped or executed >= expensive, name
-        assert skipped or labels[name] != "clean", name
+        assert skipped or max(told[kind] for kind in told if kind != "clean") > 0.5, name
         if skipped:
             (out,) = runner.client.images(result, find_node(graph.nodes, "SaveImage", "Restored"))
             sent = Image.open(runner.host.base / "input" / photo)

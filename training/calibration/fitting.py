@@ -13,10 +13,11 @@ from diff_restorer.abstention import CLEAN, Abstention
 
 CEILING = 40.0
 """dB: what is nearer to the clean photo than this is as good as the photo."""
-GRID = (0.0, 0.2, 0.4, 0.6, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.998, 0.999, 0.9995, 1.0)
-"""Candidates for thresholds; finer where softmax is sure, as its mistakes lie there, too."""
+GRID = (0.5, 0.6, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.998, 0.999, 0.9995, 1.0)
+"""Candidates for thresholds; finer where softmax is sure, as its mistakes lie there, too. None is
+below a half: what is rather not there is not acted on."""
 SWEEPS = 4
-CARE = 0.1
+CARE = 0.01
 """dB of utility that the highest thresholds of a kind are worth over the lowest: a few hundred
 photos do not show every photo that is taken for something it is not."""
 

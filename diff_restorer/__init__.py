@@ -5,7 +5,7 @@ from .decoder import aware_decode, encode_with_features, encoder_features
 from .detail import DetailConfig, DetailPath
 from .fusion import FusionBlocks, FusionConfig
 from .local import LocalPooled
-from .photo_statistics import photo_statistics
+from .photo_statistics import local_statistics, photo_statistics
 from .prompt_processor import DEFAULT_TYPES, PromptOutput, PromptProcessor, PromptProcessorConfig
 from .vae_trunk import UnsupportedVaeError, VaeTrunk
 
@@ -24,6 +24,7 @@ __all__ = [
     "aware_decode",
     "encode_with_features",
     "encoder_features",
+    "local_statistics",
     "make_hint_conv",
     "photo_statistics",
     "zero_init",

@@ -201,12 +201,13 @@ class DetailPath(nn.Module):
 
         Args:
             pooled: Pooled P_D, (B, context_width), or of each place of the photos.
-            statistics: `photo_statistics` of the whole LQ photos, (B, 51).
+            statistics: `photo_statistics` of the whole LQ photos, (B, 51), or `local_statistics`.
         """
         if isinstance(pooled, LocalPooled):
             tiles = pooled.tiles.movedim(1, -1)  # (B, R, K, C)
-            everywhere = statistics[:, None, None].expand(*tiles.shape[:-1], -1)
-            return replace(pooled, tiles=self._condition(tiles, everywhere).movedim(-1, 1))
+            if statistics.ndim == 2:
+                statistics = statistics[:, None, None].expand(*tiles.shape[:-1], -1)
+            return replace(pooled, tiles=self._condition(tiles, statistics).movedim(-1, 1))
         return self._condition(pooled, statistics)
 
     def _condition(self, pooled: Tensor, statistics: Tensor) -> Tensor:

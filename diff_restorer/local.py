@@ -36,6 +36,16 @@ class LocalPooled:
         rows, columns = self.rows.to(values), self.columns.to(values)
         return torch.einsum("bcrk,rh,kw->bchw", values, rows, columns)
 
+    def of_parts(self, photo: Tensor, measure: Callable[[Tensor], Tensor]) -> Tensor:
+        """(B, R, K, N): `measure`, (B, N), of the part of a photo that each tile has a say in."""
+        scales = (photo.shape[-2] // self.rows.shape[1], photo.shape[-1] // self.columns.shape[1])
+        rows, columns = (
+            [_reach(weights, scale) for weights in each]
+            for each, scale in zip((self.rows, self.columns), scales, strict=True)
+        )
+        found = [[measure(photo[..., row, column]) for column in columns] for row in rows]
+        return torch.stack([torch.stack(line, dim=1) for line in found], dim=1)
+
     @property
     def weights(self) -> tuple[Tensor, Tensor]:
         """Rows (1, R, h, w) and columns (1, K, h, w), in no more memory than they have."""
@@ -54,6 +64,12 @@ class LocalPooled:
     def within(self, rows: Tensor, columns: Tensor) -> LocalPooled:
         """The same in a part of the photo, from that part of both `weights`."""
         return replace(self, rows=rows[0, :, :, 0], columns=columns[0, :, 0])
+
+
+def _reach(weights: Tensor, scale: int) -> slice:
+    """From the first to the last place that counts, in pixels."""
+    places = weights.nonzero().flatten()
+    return slice(int(places[0]) * scale, (int(places[-1]) + 1) * scale)
 
 
 Condition = Tensor | LocalPooled

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .local import LocalPooled
 from .shrinkage import opponent
 
 NOISE_LEVELS = 3
@@ -27,6 +28,14 @@ def photo_statistics(photo: Tensor) -> Tensor:
         (B, 51): of `tone_quantiles` 48, and of `noise_levels` 3.
     """
     return torch.cat([tone_quantiles(photo), noise_levels(photo)], dim=1)
+
+
+def local_statistics(photo: Tensor, places: LocalPooled) -> Tensor:
+    """(B, R, K, 51): the tone of whole photos, on which all places agree, and the noise of each
+    tile, which may be on one side alone."""
+    tone = tone_quantiles(photo)[:, None, None]
+    noise = places.of_parts(photo, noise_levels)
+    return torch.cat([tone.expand(*noise.shape[:-1], -1), noise], dim=-1)
 
 
 def tone_quantiles(photo: Tensor) -> Tensor:

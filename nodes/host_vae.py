@@ -22,6 +22,7 @@ from ..diff_restorer import (
     aware_decode,
     encode_with_features,
     encoder_features,
+    local_statistics,
     photo_statistics,
 )
 from ..diff_restorer.decoder import PIXELS, Features
@@ -332,7 +333,10 @@ class AwareDecoder:
         """What modulates the decoder; of whole photos, so that their tiles agree."""
         if not self._fuses:
             return pooled
-        statistics = photo_statistics((pixels + 1) / 2).to(self.vae.device)
+        photo = (pixels + 1) / 2
+        is_local = isinstance(pooled, LocalPooled)
+        found = local_statistics(photo, pooled) if is_local else photo_statistics(photo)
+        statistics = found.to(self.vae.device)
         return self.restorer.fusion.model.condition(pooled.to(statistics), statistics)
 
     def _check_fusion(self, trunk: VaeTrunk, kind: str) -> None:

@@ -70,19 +70,16 @@ def photo() -> torch.Tensor:
     return torch.from_numpy(data.astronaut()[:256].copy()).permute(2, 0, 1)[None].float() / 255
 
 
-@pytest.mark.parametrize(
-    ("kind", "severity", "gain"), [("noise", 0.6, 2), ("low_light", 0.6, 3), ("haze", 0.9, 3)]
-)
+@pytest.mark.parametrize(("kind", "severity"), [("noise", 0.6), ("low_light", 0.6), ("haze", 0.9)])
 def test_a_photo_that_is_bad_on_one_side_is_restored_there(
-    restore, photo, kind: str, severity: float, gain: float
+    restore, photo, kind: str, severity: float
 ) -> None:
-    """One tile of three shows it; the fine side, apart from the seam, stays. Noise gains less than
-    it could (2.5 dB), because its level is that of the whole photo."""
+    """One tile of three shows it; the fine side, apart from the seam, stays."""
     bad = degrade(kind, photo, severity, torch.Generator().manual_seed(0))
     image = torch.cat([bad[..., :256], photo[..., 256:]], dim=-1).movedim(1, -1).contiguous()
     clean = photo.movedim(1, -1)
     restored = restore(image, tiles=True)
     left, right = slice(0, 128), slice(384, 512)
     before = psnr(image[:, :, left], clean[:, :, left])
-    assert psnr(restored[:, :, left], clean[:, :, left]) > before + gain
+    assert psnr(restored[:, :, left], clean[:, :, left]) > before + 3
     assert psnr(restored[:, :, right], clean[:, :, right]) > 32

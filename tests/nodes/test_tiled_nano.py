@@ -74,9 +74,7 @@ def test_each_side_is_seen_as_what_it_is(pack, run, halves) -> None:
 def test_the_noisy_side_is_better_by_its_own_degradation(halves, restored) -> None:
     """Locality 1 against 0, each side apart from the seam of the tiles.
 
-    The clean side may lose a little by a look of its own, when it is taken for something mild. The
-    noisy one gains less than it could (3.8 dB), as the level of the noise is that
-    of the whole photo.
+    The clean side may lose a little by a look of its own, when it is taken for something mild.
     """
     image, clean = halves
     found = {
@@ -84,6 +82,6 @@ def test_the_noisy_side_is_better_by_its_own_degradation(halves, restored) -> No
         for locality, picture in restored.items()
         for side, columns in (("left", slice(0, 192)), ("right", slice(320, 512)))
     }
-    assert found[1.0, "left"] > psnr(image[:, :, :192], clean[:, :, :192]) + 3
+    assert found[1.0, "left"] > psnr(image[:, :, :192], clean[:, :, :192]) + 5
     assert found[1.0, "left"] > found[0.0, "left"]
     assert found[1.0, "right"] > 35

@@ -75,8 +75,10 @@ def serving(rule: Rule, target: int | None = None) -> Iterator[tuple[str, list[s
     with Quiet(("127.0.0.1", 0), type("Ruled", (Handler,), members)) as server:
         thread = threading.Thread(target=server.serve_forever, daemon=True)
         thread.start()
-        yield f"http://127.0.0.1:{server.server_address[1]}", log
-        server.shutdown()
+        try:
+            yield f"http://127.0.0.1:{server.server_address[1]}", log
+        finally:  # else its thread would go on polling a closed socket, as fast as it can
+            server.shutdown()
 
 
 def always(status: int, content: bytes = b"", **headers: str) -> Rule:

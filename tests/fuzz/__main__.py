@@ -11,6 +11,7 @@ import argparse
 import importlib
 import json
 import logging
+import os
 import sys
 import tempfile
 import time
@@ -94,6 +95,13 @@ def _try(name: str, kind: Kind, random: Random, counts: Counter[str], until: flo
     return faults
 
 
+def _silence_libtiff() -> None:
+    """It writes what it finds wrong to the C library's stderr; Python's own stays."""
+    sys.stderr = os.fdopen(os.dup(2), "w", buffering=1)
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+
+
 def _open(names: Sequence[str], folder: Path, stack: ExitStack) -> dict[str, Kind]:
     """The kinds by name; a server and the host in this process only where they are needed."""
     made: dict[str, Callable[[], Kind]] = {}
@@ -128,6 +136,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     exit_on_termination()
     logging.disable(logging.ERROR)
     warnings.simplefilter("ignore")  # Pillow's, of what is damaged
+    _silence_libtiff()
     torch.set_num_threads(1)  # of toys, which are faster so
     with ExitStack() as stack:
         return 1 if run(options, stack) else 0

@@ -18,7 +18,18 @@ from torch.utils.flop_counter import FlopCounterMode
 from tools import in_process
 
 from .measuring import PeakMemory, computes_bf16, interleaved, on_gpu, timed
-from .stage import LARGE_FILE, Graph, Prompts, Sd15, nano, open_host, picture, sample, stock
+from .stage import (
+    LARGE_FILE,
+    RANDOM_RESTORER,
+    Graph,
+    Prompts,
+    Sd15,
+    nano,
+    open_host,
+    picture,
+    sample,
+    stock,
+)
 
 Figures = dict[str, Any]
 LEVER_SIDE = 256
@@ -120,6 +131,36 @@ def vision(setting: Setting) -> Figures:
 
     seconds = interleaved({"CLIPVisionEncode": encode, "ours": read}, rounds)
     return {"seconds": seconds, "ratio": seconds["ours"] / seconds["CLIPVisionEncode"]}
+
+
+def load(setting: Setting) -> Figures:
+    """Tensors of a file, checked, against the host's reader under `--disable-mmap`; and memory
+    beyond the tensors themselves."""
+    pack = open_host(setting.folder)
+    host: Any = importlib.import_module("comfy.utils")
+    host.DISABLE_MMAP = True  # a file that is mapped may change under a running server
+    files = {"Nano": pack.nodes.host.NANO_FILE, "SD 1.5": setting.folder / RANDOM_RESTORER}
+    figures: Figures = {}
+    for name, path in files.items():
+
+        def ours(path: Path = path) -> dict[str, Tensor]:
+            return pack.diff_restorer.checkpoint.read_checkpoint(path).state("")
+
+        def theirs(path: Path = path) -> dict[str, Tensor]:
+            return host.load_torch_file(str(path))
+
+        seconds = interleaved({"host": theirs, "ours": ours}, 5 * setting.rounds)
+        with PeakMemory() as memory:
+            tensors = ours()
+        own = sum(tensor.nbytes for tensor in tensors.values()) / 1e9
+        figures[name] = {
+            "seconds": seconds,
+            "ratio": seconds["ours"] / seconds["host"],
+            "file_gb": own,
+            "peak_gb": memory.gb,
+            "largest_gb": max(tensor.nbytes for tensor in tensors.values()) / 1e9,
+        }
+    return figures
 
 
 def untiled(setting: Setting) -> Figures:
@@ -371,6 +412,7 @@ NANO = tuple(case.__name__ for case in (area, peak, levers))
 CASES: dict[str, Callable[[Setting], Figures]] = {
     case.__name__: case
     for case in (
-        step, decode, vision, untiled, stock_untiled, exact, fast, stock_tiled, peak, area, levers,
+        *(step, decode, vision, load, untiled, stock_untiled, exact, fast, stock_tiled, peak),
+        *(area, levers),
     )
 }  # fmt: skip

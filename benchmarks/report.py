@@ -44,6 +44,13 @@ def rows(results: Results) -> Iterator[Row]:
         yield Row("Aware VAE Decode with encode / VAEEncode + VAEDecode", entry["made"], 1.25)
     if entry := of("vision"):
         yield Row("Prompt Processor + Classifier / CLIPVisionEncode", entry["ratio"], 1.05)
+    for name, each in (of("load") or {}).items():
+        if isinstance(each, dict) and "ratio" in each:
+            what = f"reading and checking {name}'s file / the host's reading without a map"
+            yield Row(what, each["ratio"], 1.05, f"{each['file_gb']:.2f} GB")
+            most = each["file_gb"] + each["largest_gb"]
+            what = f"memory to read {name}'s file / the file and its largest tensor"
+            yield Row(what, each["peak_gb"] / most, 1.05)
     exact = sorted(int(key.split()[1]) for key in results if key.startswith("exact "))
     whole = next((of(key) for key in results if key.startswith("untiled ")), None)
     for side in exact:

@@ -28,6 +28,7 @@ Prompts = tuple[Conditioning, Conditioning]
 """Positive and negative."""
 SAMPLER, SCHEDULER = "euler", "sgm_uniform"
 LARGE_FILE = "models/diff_restorer/large_random.safetensors"
+RANDOM_RESTORER = "models/diff_restorer/restorer_random.safetensors"  # of toy_weights.write_sd15
 
 
 def open_host(folder: Path, precision: Literal["half", "fp32", "own"] = "half") -> ModuleType:

@@ -35,6 +35,16 @@ def results() -> dict[str, Any]:
         "machine": MACHINE,
         "step": {"seconds_per_step": {"stock": 2.0, "ours": 2.1}, "ratio": 1.05, "code": "c0de"},
         "vision": {"seconds": {}, "ratio": 1.01, "code": "0ld"},
+        "load": {
+            "Nano": {
+                "seconds": {},
+                "ratio": 0.9,
+                "file_gb": 0.04,
+                "peak_gb": 0.06,
+                "largest_gb": 0.01,
+            },
+            "code": "c0de",
+        },
         "untiled 64": decoded(4.0, 8.0),
         "exact 64": decoded(6.0, 1.0),
         "exact 128": decoded(24.0, 2.5),
@@ -50,6 +60,8 @@ def test_each_ratio_is_held_against_its_bar() -> None:
     assert found == {
         "a sampling step / one with ControlNetApplyAdvanced": (1.05, "**miss**"),
         "Prompt Processor + Classifier / CLIPVisionEncode": (1.01, "pass"),
+        "reading and checking Nano's file / the host's reading without a map": (0.9, "pass"),
+        "memory to read Nano's file / the file and its largest tensor": (1.2, "**miss**"),
         "memory, exact tiles at 64 px / whole at 64 px": (0.125, "pass"),
         "time, exact tiles / VAEDecodeTiled at 64 px": (1.2, "pass"),
         "memory, exact tiles at 128 px / whole at 64 px": (0.312, "**miss**"),

@@ -199,7 +199,7 @@ class Sd15:
     @cached_property
     def graph(self) -> Graph:
         model, _, vae = self._checkpoint
-        return Graph(model, self.clip_vision, vae, _restorer("restorer_random.safetensors"))
+        return Graph(model, self.clip_vision, vae, load_restorer(Path(RANDOM_RESTORER).name))
 
     @cached_property
     def clip_vision(self) -> Any:
@@ -222,7 +222,8 @@ class Sd15:
         return controlled[0], controlled[1]
 
 
-def _restorer(name: str) -> Any:
+def load_restorer(name: str) -> Any:
+    """DIFF_RESTORER of a file in the host's folder of them."""
     return in_process.execute("DiffRestorerLoader", file=name)[0]
 
 

@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import json
 import math
-import mmap
 import os
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -31,8 +29,8 @@ DTYPES = {
     "F64": torch.float64,
 }
 """In which weights may be."""
-PIECE, HUGE_PAGE = 2**21, 2**21
-"""Bytes that are read at once; bytes of a huge page of most systems."""
+PIECE = 2**21
+"""Bytes that are read at once."""
 _PICKLES = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 
 
@@ -267,7 +265,7 @@ def read_tensors(
         for key in keys:
             entry = header.entries[key]
             stored = DTYPES[entry.dtype]
-            found[key] = _memory(entry.shape, dtype or stored)
+            found[key] = torch.empty(entry.shape, dtype=dtype or stored)
             if not _read(file, entry.begin, stored, found[key].reshape(-1)):
                 unfit = key
                 break
@@ -281,22 +279,6 @@ def read_tensors(
             "black. Export or download the file again."
         )
     return found
-
-
-def _memory(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """`torch.empty`, in huge pages where the system has them.
-
-    To be given its memory in small pages would take a process longer than to read the file: 2 MB
-    that the system has in its cache took 1.1 ms to read into new small pages, and 0.3 into one
-    huge page.
-    """
-    size = math.prod(shape) * dtype.itemsize
-    if size < HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.empty(shape, dtype=dtype)
-    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with suppress(OSError):  # of systems that are built without them
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=dtype).reshape(shape)
 
 
 def _read(file: Any, begin: int, stored: torch.dtype, values: Tensor) -> bool:

@@ -27,7 +27,7 @@ CLASSIFIER = "DiffRestorerDegradationClassifier"
 PROCESSOR = "DiffRestorerPromptProcessor"
 NOTE = "MarkdownNote"
 BLUEPRINT = re.compile("Restore photo")
-WORDS = ("denoise",)
+WORDS = ("denoise", "deblur", "dehaze", "derain", "old photo", "enhance", "jpeg", "low light")
 LEAST_ZOOM, LEAST_CONTRAST = 0.6, 4.5
 MODES, MODE_NAMES = ({}, NODES_2), ("classic", "nodes2")
 CATEGORY = re.compile(f"restoration [>/] {PACK_NAME}")
@@ -153,6 +153,8 @@ def test_the_prompt_processor_shows_a_chart(editor: Editor) -> None:
 
 @pytest.mark.parametrize("words", WORDS)
 def test_the_blueprint_is_found_by_what_people_type(editor: Editor, words: str) -> None:
+    if words != WORDS[0] and "search_aliases" not in editor.host.get("/object_info")[PROCESSOR]:
+        pytest.skip("this front end searches the beginning of names alone")
     add_node(editor, words, BLUEPRINT)
     (node,) = editor.nodes()
     assert node["title"].startswith("Restore photo")
@@ -206,10 +208,14 @@ def add_node(editor: Editor, words: str, shown: re.Pattern[str] = CATEGORY) -> N
         editor.page.keyboard.press("Escape")
     found.click()
     editor.page.wait_for_function("app.graph.nodes.length === 1")
-    if editor.page.evaluate("Boolean(app.graph.nodes[0].flags?.ghost)"):
-        editor.page.mouse.move(620, 330)  # newer front ends hang the node on the pointer
-        editor.page.mouse.click(620, 330)
-        editor.page.wait_for_function("!app.graph.nodes[0].flags?.ghost")
+    for step in range(6):  # newer front ends hang the node on the pointer, once they have drawn it
+        if not editor.page.evaluate("Boolean(app.graph.nodes[0].flags?.ghost)"):
+            break
+        editor.page.wait_for_timeout(1000)
+        editor.page.mouse.move(620 + step, 330)
+        editor.page.wait_for_timeout(500)
+        editor.page.mouse.click(620 + step, 330)
+    editor.page.wait_for_function("!app.graph.nodes[0].flags?.ghost")
 
 
 def test_a_node_shows_its_help(editor: Editor) -> None:

@@ -1,8 +1,9 @@
 """Abstention: where damage is not evident, P_D is drawn towards that of clean photos.
 
-A kind is believed by its odds against `clean`, from not at all at a lower threshold to fully at an
-upper one. A photo is trusted as its most believed kind is, less the share of its damage that is put
-down to changes of tone which are not believed. So a photo that is surely damaged is restored, even
+A kind is believed by its odds against `clean`, or by its probability alone where kinds do not
+exclude each other, from not at all at a lower threshold to fully at an upper one. A photo is
+trusted as its most believed kind is, less the share of its damage that is put down to changes of
+tone which are not believed. So a photo that is surely damaged is restored, even
 where it is not clear by which of two kinds, unless the tone of all of it might change for nothing.
 
 Ours: the paper acts on whatever P_D it reads.
@@ -103,17 +104,32 @@ class Abstention:
         Args:
             probabilities: (..., N) in [0, 1].
         """
-        probabilities = probabilities.float()  # half formats cannot tell thresholds near 1 apart
-        if not self.exclusive:
-            return probabilities
+        if self.exclusive:
+            return self._odds(probabilities)
+        return probabilities.float()  # half formats cannot tell thresholds near 1 apart
+
+    def _odds(self, probabilities: Tensor) -> Tensor:
+        probabilities = probabilities.float()
         clean = probabilities[..., self.types.index(CLEAN), None]
         return probabilities / (probabilities + clean).clamp_min(1e-12)
 
     def belief(self, probabilities: Tensor) -> Tensor:
         """(..., N) in [0, 1]: how far the evidence lies between the thresholds; 0 for `clean`."""
+        return self._between(self.evidence(probabilities))
+
+    def _between(self, evidence: Tensor) -> Tensor:
         bounds = [self.thresholds.get(name, (2.0, 3.0)) for name in self.types]
-        low, high = torch.tensor(bounds, device=probabilities.device).unbind(-1)
-        return ((self.evidence(probabilities) - low) / (high - low)).clamp(0, 1)
+        low, high = torch.tensor(bounds, device=evidence.device).unbind(-1)
+        return ((evidence - low) / (high - low)).clamp(0, 1)
+
+    def _acted_on(self, probabilities: Tensor) -> Tensor:
+        """`belief`, but that changes of tone always count by their odds against `clean`.
+
+        How dark a photo or how thick its haze must be to be called so is a matter of degree, and
+        kinds by themselves are seldom sure of it; whether it would do as it is tells `clean`.
+        """
+        tone = self._are(self.tone, probabilities)
+        return self._between(self._odds(probabilities).where(tone, self.evidence(probabilities)))
 
     def trust(self, probabilities: Tensor, limit: Tensor | None = None) -> Tensor:
         """(...) in [0, 1]: how far what is read from a photo is to be acted on.
@@ -122,7 +138,7 @@ class Abstention:
             probabilities: (..., N) in [0, 1].
             limit: Upper bound of the belief in each type, broadcast to it; from `agreement`.
         """
-        belief = self.belief(probabilities)
+        belief = self._acted_on(probabilities)
         if limit is not None:
             belief = belief.minimum(limit)
         damage = probabilities.float() * self._are(self._damages, belief)
@@ -141,8 +157,8 @@ class Abstention:
             photo: Those of the whole photos, (B, N).
         """
         first, last = AGREEMENT
-        share = self.belief(tiles).mean(dim=0)
-        shared = ((share - first) / (last - first)).clamp(0, 1).maximum(self.belief(photo))
+        share = self._acted_on(tiles).mean(dim=0)
+        shared = ((share - first) / (last - first)).clamp(0, 1).maximum(self._acted_on(photo))
         return shared.where(self._are(self.tone, shared), 1.0)
 
 

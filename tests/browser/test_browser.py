@@ -203,11 +203,10 @@ def add_node(editor: Editor, words: str, shown: re.Pattern[str] = CATEGORY) -> N
         editor.page.wait_for_timeout(1000)
         editor.page.keyboard.type(words, delay=20)
         with contextlib.suppress(TimeoutError):
-            found.wait_for(timeout=8000)
+            found.click(timeout=8000)
+            editor.page.wait_for_function("app.graph.nodes.length === 1", timeout=8000)
             break
         editor.page.keyboard.press("Escape")
-    found.click()
-    editor.page.wait_for_function("app.graph.nodes.length === 1")
     for step in range(6):  # newer front ends hang the node on the pointer, once they have drawn it
         if not editor.page.evaluate("Boolean(app.graph.nodes[0].flags?.ghost)"):
             break
@@ -215,7 +214,7 @@ def add_node(editor: Editor, words: str, shown: re.Pattern[str] = CATEGORY) -> N
         editor.page.mouse.move(620 + step, 330)
         editor.page.wait_for_timeout(500)
         editor.page.mouse.click(620 + step, 330)
-    editor.page.wait_for_function("!app.graph.nodes[0].flags?.ghost")
+    assert not editor.page.evaluate("Boolean(app.graph.nodes[0].flags?.ghost)")
 
 
 def test_a_node_shows_its_help(editor: Editor) -> None:

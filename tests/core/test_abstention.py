@@ -67,6 +67,16 @@ def test_independent_kinds_are_their_own_evidence() -> None:
     torch.testing.assert_close(belief, torch.tensor([0.5, 0.0, 0.5, 0.0]))
 
 
+def test_a_tone_counts_against_clean_even_where_kinds_are_by_themselves() -> None:
+    """Haze of 0.19 is half believed where clean has 0.01, and, as the other half is doubt, half of
+    that is acted on; it is named nowhere."""
+    assert trust(0.0, 0.0, 0.19, 0.01, exclusive=False) == pytest.approx(0.25)
+    assert trust(0.0, 0.0, 0.19, 0.19, exclusive=False) == 0
+    assert trust(0.0, 0.4, 0.0, 0.0, exclusive=False) == 0, "blur by its probability alone"
+    belief = abstention(exclusive=False).belief(torch.tensor([0.0, 0.0, 0.19, 0.01]))
+    assert not belief.any()
+
+
 @pytest.mark.parametrize(("hazy", "expected"), [(1, 0.0), (2, 1.0), (6, 1.0)])
 def test_tiles_must_agree_on_a_change_of_tone(hazy: int, expected: float) -> None:
     """Of six tiles: one is nothing, two are enough for both; each tile needs its own, too."""

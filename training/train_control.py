@@ -17,9 +17,9 @@ from diff_restorer.similarity import psnr
 from .common import (
     DataConfig,
     ModelConfig,
+    data_for,
     half,
     in_batches,
-    open_data,
     to_home,
 )
 from .config import run_program
@@ -107,7 +107,7 @@ def prepare(models: Models, config: Config) -> nn.Module:
 
 def make_loss(models: Models, config: Config) -> Loss:
     """(batch, generator) -> `loss` and the terms that it is made of."""
-    process = scheduler(models.prediction)
+    process = scheduler(models.prediction, models.base_model)
 
     def repeated(value: Tensor) -> Tensor:
         return value.repeat(config.draws, *[1] * (value.ndim - 1))
@@ -169,9 +169,7 @@ def build(
         models.start_control()
     trainable = prepare(models, config)
     reads = {"gt", "lq", "clip_view", models.degradation_key}
-    train, fixed = open_data(
-        config.data, models.sizes, config.loop.seed, models.types, reads, store
-    )
+    train, fixed = data_for(models, config.data, config.loop.seed, reads, store)
     validation = to_home(fixed)
 
     @torch.no_grad()

@@ -61,7 +61,8 @@ class DataConfig:
     mixing: Mixing = field(default_factory=Mixing)
     """Several degradations at once (clean photos only)."""
     part: int = 320
-    """Side of the parts of photos that are degraded, pixels; `crop` where that is more."""
+    """Side of the parts of photos that are degraded, pixels; `crop` where that is more, and for
+    SD 1.5, whose P_S and P_D are read from what is denoised, as in the nodes."""
     crop: int = 128
     """Side of the training crop in pixels, a multiple of 8 * 2^(UNet levels - 1)."""
     crops_per_part: int = 1
@@ -171,6 +172,24 @@ def half(precision: Precision) -> torch.dtype:
 def to_home(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     """A batch on the device of this process."""
     return {key: value.to(home()) for key, value in batch.items()}
+
+
+def data_for(
+    models: Models, config: DataConfig, seed: int, reads: Set[str], store: PhotoStore | None = None
+) -> tuple[RestorationBatches, dict[str, Tensor]]:
+    """`open_data` as these networks read it.
+
+    Raises:
+        ValueError: As `open_data`; or several crops would share what SD 1.5 reads for each.
+    """
+    if models.base_model == SD15:
+        if config.crops_per_part > 1:
+            raise ValueError(
+                f"--data.crops-per-part: found {config.crops_per_part}, but with SD 1.5 P_S is "
+                "read from the whole of what is denoised, so that crops can share none; give 1"
+            )
+        config = replace(config, part=config.crop)
+    return open_data(config, models.sizes, seed, models.types, reads, store)
 
 
 def open_data(

@@ -1,4 +1,9 @@
-"""The diffusion process of SD 1.5: noising, targets and a deterministic sampler."""
+"""The diffusion process of SD 1.5: noising, targets, and the sampler of the workflows.
+
+Training shows the first step what `sample` starts from, and whatever samples here (validation,
+latents for stage 2, `evaluate`, `ablate`) does so by `sample`. For SD 1.5 it is what the host makes
+of `workflows/api/restore_sd15.json`, to rounding: euler on `simple` is DDIM on trailing timesteps.
+"""
 
 from __future__ import annotations
 
@@ -10,17 +15,19 @@ from torch import Tensor
 
 from diff_restorer.checkpoint import EPSILON
 
-from .models import Models
+from .models import SD15, Models
 
 TIMESTEPS = 1000
 
 
-def scheduler(prediction: str = EPSILON) -> Any:
+def scheduler(prediction: str = EPSILON, base_model: str = SD15) -> Any:
     """DDIMScheduler with the noise schedule of SD 1.5 (scaled linear).
 
     Args:
         prediction: What the UNet predicts: `epsilon`, or `v_prediction` (Salimans and Ho 2022,
             arXiv 2202.00512), v = sqrt(a) noise - sqrt(1 - a) clean.
+        base_model: For SD 1.5 it ends without noise, as the host does. The published Nano learnt
+            from latents that keep the 2.9 % of the least timestep, and its training still does.
     """
     return DDIMScheduler(
         num_train_timesteps=TIMESTEPS,
@@ -29,10 +36,22 @@ def scheduler(prediction: str = EPSILON) -> Any:
         beta_end=0.012,
         beta_schedule="scaled_linear",
         clip_sample=False,
-        set_alpha_to_one=False,
+        set_alpha_to_one=base_model == SD15,
         steps_offset=1,
         timestep_spacing="trailing",
     )
+
+
+def _start_noise(process: Any, noise: Tensor) -> Tensor:
+    """What `add_noise` has to be given at the last timestep for where a sampler starts.
+
+    The host's are at sqrt(a) latent + noise there, not at sqrt(a) latent + sqrt(1 - a) noise.
+
+    Source: `EPS.noise_scaling` of ComfyUI at full denoise. Nano's training starts as DDIM does.
+    """
+    if not process.config.set_alpha_to_one:
+        return noise
+    return noise / (1 - process.alphas_cumprod[-1]).sqrt()
 
 
 def first_step_noise(process: Any, noise: Tensor, clean: Tensor, hint: Tensor) -> Tensor:
@@ -48,7 +67,7 @@ def first_step_noise(process: Any, noise: Tensor, clean: Tensor, hint: Tensor) -
         clean, hint: Scaled latents of GT and LQ, likewise.
     """
     share = process.alphas_cumprod[-1]
-    return noise + (share / (1 - share)).sqrt() * (hint - clean)
+    return _start_noise(process, noise) + (share / (1 - share)).sqrt() * (hint - clean)
 
 
 @torch.no_grad()
@@ -68,10 +87,11 @@ def sample(
     Returns:
         Scaled latent, (B, 4, h, w).
     """
-    ddim = scheduler(models.prediction)
+    ddim = scheduler(models.prediction, models.base_model)
     ddim.set_timesteps(steps)
     noise = torch.randn(hint.shape, generator=generator, device=generator.device).to(hint.device)
-    latent = ddim.add_noise(hint.float(), noise, torch.tensor([TIMESTEPS - 1]))
+    start = _start_noise(ddim, noise)
+    latent = ddim.add_noise(hint.float(), start, torch.tensor([TIMESTEPS - 1]))
     for timestep in ddim.timesteps:
         batch = timestep.expand(len(latent)).to(hint.device)
         predicted = models.denoise(latent, batch, hint, p_s, p_d).float()

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from diff_restorer.checkpoint import CheckpointInfo, read_checkpoint, write_checkpoint
 
 from .checkpoints import compare_file, require_space
-from .common import DataConfig, ModelConfig, home, open_data, open_models, to_home
+from .common import DataConfig, ModelConfig, data_for, home, open_models, to_home
 from .config import run_program
 from .data import Batch, Mixing, RestorationBatches
 from .models import Models
@@ -108,7 +108,7 @@ def write(
     # A mix would say little of each of its kinds.
     data = replace(config.data, crops_per_part=1, mixing=Mixing())
     reads = {models.degradation_key}
-    train, validation = open_data(data, models.sizes, 1234, models.types, reads, store)
+    train, validation = data_for(models, data, 1234, reads, store)
     train = train.sized(16)
     pooled, kinds = pooled_p_d(models, _drawn(train, -(-config.samples // 16), until))
     for index, kind in enumerate(models.types):

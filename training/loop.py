@@ -207,6 +207,8 @@ class Spent:
     """That were trained on."""
     peak_bytes: float
     """Largest use of memory by the process so far."""
+    pieces: int = 1
+    """That batches were computed in at the end; more than 1 where the GPU had no room for one."""
 
 
 class _Run:
@@ -286,6 +288,7 @@ class _Run:
             steps=course.step - start,
             samples=(course.step - start) * self.batch,
             peak_bytes=peak_memory(self.accelerator.device),
+            pieces=self.stepper.pieces,
         )
 
     def _steps(self) -> None:

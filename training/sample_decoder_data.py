@@ -25,7 +25,7 @@ from diff_restorer.checkpoint import open_safetensors
 from diff_restorer.files import written_whole
 
 from .checkpoints import require_space
-from .common import DataConfig, ModelConfig, Precision, half, home, open_data, open_models
+from .common import DataConfig, ModelConfig, Precision, data_for, half, home, open_models
 from .config import run_program
 from .data import RestorationBatches, load, seeded
 from .diffusion import sample
@@ -131,7 +131,7 @@ def open_batches(
 ) -> RestorationBatches:
     """The batches that latents are sampled for, with what stage 1 reads."""
     reads = {"lq", "clip_view", models.degradation_key}
-    train, _ = open_data(config.data, models.sizes, config.seed, models.types, reads, store)
+    train, _ = data_for(models, config.data, config.seed, reads, store)
     return train.sized(config.batch_size)
 
 

@@ -23,9 +23,9 @@ from diff_restorer.similarity import psnr
 from .common import (
     DataConfig,
     ModelConfig,
+    data_for,
     half,
     in_batches,
-    open_data,
     to_home,
 )
 from .config import run_program
@@ -282,6 +282,26 @@ class DecoderLoss:
         told = condition(pooled, statistics)
         return aware_decode(self.trunk, self.extension, raw, features, told)
 
+    @torch.no_grad()
+    def restored(self, batch: Batch, steps: int, generator: torch.Generator) -> Tensor:
+        """Degraded crops as the workflows restore them.
+
+        Args:
+            batch: `lq`, `statistics` and the views that the prompts are read from, a row per crop.
+            steps: Of sampling; 0 decodes the crops' own latents.
+            generator: Of the noise to start from, on the CPU as the host's.
+
+        Returns:
+            (B, 3, H, W) around [0, 1].
+        """
+        prompt = self.models.read(batch)
+        latent, features = self.read(to_pixels(batch["lq"]))
+        if steps:
+            tokens = prompt.semantic, prompt.degradation
+            latent = sample(self.models, latent, *tokens, steps, generator)
+        pixels = self.decode(latent, features, prompt.pooled, batch["statistics"])
+        return (pixels.float() + 1) / 2
+
     def _latent_and_features(
         self, batch: dict[str, Tensor], generator: torch.Generator
     ) -> tuple[Tensor, Features]:
@@ -409,9 +429,7 @@ def build(
     reads = {"gt", "lq", "statistics", models.degradation_key}
     if config.sample_steps:
         reads.add("clip_view")
-    train, fixed = open_data(
-        config.data, models.sizes, config.loop.seed, models.types, reads, store
-    )
+    train, fixed = data_for(models, config.data, config.loop.seed, reads, store)
     validation = to_home(fixed)
     train = train.sized(config.loop.batch_size)
     if config.latents is not None:
@@ -420,22 +438,15 @@ def build(
     batches = DecoderBatches(train, sampled, share, config.own_share)
     loss = DecoderLoss(models, config)
 
-    @torch.no_grad()
+    samples = "control." in found and not config.without_diffusion
+    steps = config.validation_steps if samples else 0
+
     def restored() -> Tensor:
         generator = torch.Generator().manual_seed(0)
-        images: list[Tensor] = []
-        for batch in in_batches(validation, config.loop.batch_size):
-            prompt = models.read(batch)
-            hint, features = loss.read(to_pixels(batch["lq"]))
-            if "control." in found and not config.without_diffusion:
-                steps = config.validation_steps
-                latent = sample(models, hint, prompt.semantic, prompt.degradation, steps, generator)
-            else:
-                latent = hint
-            pixels = loss.decode(latent, features, prompt.pooled, batch["statistics"])
-            images.append((pixels.float() + 1) / 2)
-        return torch.cat(images)
+        some = in_batches(validation, config.loop.batch_size)
+        return torch.cat([loss.restored(batch, steps, generator) for batch in some])
 
+    @torch.no_grad()
     def validate(step: int, folder: Path) -> dict[str, float]:
         image = restored()
         before = psnr(validation["lq"], validation["gt"])

@@ -122,7 +122,7 @@ def test_what_programs_rely_on(name: str) -> None:
     sampler = nodes["KSampler"]["inputs"]
     settings = [sampler[key] for key in ("sampler_name", "scheduler", "steps", "cfg", "denoise")]
     nano = ["euler", "sgm_uniform", 5, 1.0, 1.0]
-    assert settings == (["uni_pc", "normal", 20, 1.0, 1.0] if name == "restore_sd15" else nano)
+    assert settings == (["euler", "simple", 20, 1.0, 1.0] if name == "restore_sd15" else nano)
     latent, slot = sampler["latent_image"]
     if graph[latent]["class_type"] == "LatentBatchSeedBehavior":
         latent, slot = graph[latent]["inputs"]["samples"]

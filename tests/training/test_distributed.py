@@ -20,24 +20,47 @@ from .toys import train
 ROOT = Path(__file__).parents[2]
 
 
-def launch(settings: dict[str, Any]) -> subprocess.CompletedProcess[str]:
-    """`accelerate launch` with the shipped file, as the training guide has it."""
+def launch(settings: dict[str, Any], nodes: int = 1) -> subprocess.CompletedProcess[str]:
+    """`accelerate launch` with the shipped file, as the training guide has it.
+
+    Args:
+        settings: Of the run, on two processes.
+        nodes: 2 starts one process on each of two nodes, both on this machine.
+
+    Returns:
+        The first node's end.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    return subprocess.run(
-        [
-            *(sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"),
-            *("--config_file", "training/configs/accelerate/ddp.yaml"),
-            *("--num_processes", "2", "--main_process_port", str(port)),
-            *("-m", "tests.training.toys", json.dumps(settings)),
-        ],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    started = [
+        subprocess.Popen(
+            [
+                *(sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"),
+                *("--config_file", "training/configs/accelerate/ddp.yaml"),
+                *("--num_machines", str(nodes), "--machine_rank", str(rank)),
+                *("--main_process_ip", "127.0.0.1", "--main_process_port", str(port)),
+                *("--num_processes", "2", "-m", "tests.training.toys", json.dumps(settings)),
+            ],
+            cwd=ROOT,
+            env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(nodes)
+    ]
+    try:
+        ends = [process.communicate(timeout=600) for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    done = [
+        subprocess.CompletedProcess(process.args, process.returncode, *end)
+        for process, end in zip(started, ends, strict=True)
+    ]
+    assert done[-1].returncode == done[0].returncode, done[-1].stderr[-3000:]
+    return done[0]
 
 
 def table(path: Path) -> list[dict[str, float]]:
@@ -66,6 +89,17 @@ def test_two_processes_equal_accumulation(tmp_path: Path) -> None:
         assert len(shared_out) == len(alone)
         for found, expected in zip(shared_out, alone, strict=True):
             assert found == pytest.approx(expected, abs=0, rel=0)
+
+
+def test_two_nodes_equal_accumulation(tmp_path: Path) -> None:
+    """One process each, as on a cluster whose nodes share a disk."""
+    shared = {"decay": False, "batch_size": 2, "steps": 4, "validate_every": 4}
+    one = train({"out": str(tmp_path / "one"), "accumulate": 2, **shared})
+    done = launch({"out": str(tmp_path / "two"), "accumulate": 1, **shared}, nodes=2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found, expected = load_file(tmp_path / "two" / "export.safetensors"), load_file(one)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    assert table(tmp_path / "two/metrics.csv") == table(tmp_path / "one/metrics.csv")
 
 
 def test_a_run_of_two_processes_goes_on_in_one_and_back(tmp_path: Path) -> None:

@@ -107,6 +107,26 @@ def test_stage_1_reaches_all_that_trains_and_nothing_else(models: Models) -> Non
     assert not any(p.requires_grad for m in (models.unet, models.vae) for p in m.parameters())
 
 
+def test_p_s_can_learn_without_the_encoder_of_the_unet(models: Models) -> None:
+    """The loss and the control module's gradients stay; those of P_S come from half the way."""
+    kept: list[tuple[Tensor, Tensor, Tensor]] = []
+    for way in ("unet", "decoder"):
+        trainable, terms = stage_1(models, semantic_gradient=way)
+        mse = terms()["mse"]
+        mse.backward()
+        assert {n for n in names(trainable) if ".semantic." in n} <= reached(trainable)
+        p_s, control = (
+            torch.cat([p.grad.flatten() for p in part.parameters() if p.grad is not None])
+            for part in (models.prompt.semantic, models.control)
+        )
+        kept.append((mse, p_s, control))
+        trainable.zero_grad()
+    (loss, p_s, control), (same, other, as_before) = kept
+    torch.testing.assert_close(same, loss, rtol=0, atol=0)
+    torch.testing.assert_close(as_before, control)
+    assert not torch.allclose(other, p_s)
+
+
 def test_first_steps_start_from_the_degraded_photo(
     models: Models, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,7 +8,6 @@ Prints photos, wall seconds, CPU seconds of this process and the memory that it 
 from __future__ import annotations
 
 import argparse
-import functools
 import sys
 import time
 from collections.abc import Iterator
@@ -23,11 +22,12 @@ ROWS = 20
 """That are printed."""
 
 
-def list_names(_: object, count: int) -> Iterator[cluster.Batched]:
+def list_names(count: int) -> Iterator[cluster.Line]:
     """As `cluster.list_photos`, of a folder that is not there."""
     for index in range(count):
         job = Job(Path(f"{index // 1000:05}/photo {index}.jpg"), Path(f"photo {index}.png"))
-        yield cluster.batched(job.report())
+        yield job.report()
+    yield {"status": "listed", "count": count}
 
 
 class Sleeper:
@@ -36,9 +36,9 @@ class Sleeper:
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
 
-    def __call__(self, batch: cluster.Batched) -> cluster.Batched:
+    def restore(self, line: cluster.Line) -> cluster.Line:
         time.sleep(self.seconds)
-        return batch
+        return line | {"status": "done"}
 
 
 def memory() -> int:
@@ -58,9 +58,9 @@ def main() -> None:
     options = restore.parse([".", "--ray", given.ray, "--actors", actors, actors])
     cluster.connect(options.ray)
     options.per_node = given.actors  # however few cores there are
-    lister = functools.partial(list_names, count=given.photos)
     begun, cpu = time.monotonic(), time.process_time()
-    for done, _ in enumerate(cluster.stream(lister, Sleeper, (given.seconds,), options), 1):
+    made = cluster.Actors(Sleeper, (given.seconds,), options).stream(list_names, count=given.photos)
+    for done, _ in enumerate(made, 1):
         if done == 1:
             begun, cpu = time.monotonic(), time.process_time()
         if done in (1, given.photos) or done % max(1, given.photos // ROWS) == 0:

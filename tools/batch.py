@@ -6,25 +6,22 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
-from concurrent.futures import Executor
 from dataclasses import dataclass
 
 from tools import photo, photo_writer
-from tools.client import (
-    AsyncClient,
+from tools.client import AsyncClient, Progress
+from tools.errors import (
     ClientError,
-    Progress,
     PromptRejectedError,
     RunLostError,
     ServerUnreachableError,
     TooLargeError,
-    Workflow,
 )
 from tools.host import Host, HostError
 from tools.jobs import Job, digest_workflow
-from tools.photo import Photo
 from tools.photo_writer import OutputError
-from tools.restoration import Restoration, restore_pixels
+from tools.restoration import restore_pixels
+from tools.workflow import Workflow
 
 POLL_SECONDS = 0.5
 MOST_DOUBLINGS = 4
@@ -56,18 +53,13 @@ class Server:
     """Starts it again if it is dead; for servers of this program."""
 
 
-def server_of(host: Host, keeper: Executor) -> Server:
-    """A ComfyUI of this program, which is started again if it dies.
-
-    Args:
-        host: It is running.
-        keeper: Of one thread, which lives as long: ComfyUI ends with the thread that starts it.
-    """
+def server_of(host: Host) -> Server:
+    """A ComfyUI of this program, which is running, and is started again if it dies."""
 
     async def revive() -> None:
         try:
             if not host.running():
-                await asyncio.get_running_loop().run_in_executor(keeper, host.restart)
+                await asyncio.to_thread(host.restart)
         except HostError as error:
             raise ServerUnreachableError(str(error)) from error
         except asyncio.CancelledError:
@@ -119,10 +111,8 @@ class Batch:
     for the photo that they die of.
 
     Args:
-        servers: At least one.
         workflow: In API format, with the titles of `tools.restoration`.
         jobs: The pending ones are restored.
-        options: See there.
     """
 
     def __init__(
@@ -162,8 +152,8 @@ class Batch:
 
     async def _run(self) -> None:
         async with asyncio.TaskGroup() as group:
-            if self.pending:
-                self.tasks = [group.create_task(self._serve(server)) for server in self.servers]
+            servers = self.servers if self.pending else ()
+            self.tasks = [group.create_task(self._serve(server)) for server in servers]
 
     async def _serve(self, server: Server) -> None:
         """Gives a server photos until it is given up, or the last photo is settled."""
@@ -224,10 +214,6 @@ class Batch:
 
         source = await asyncio.to_thread(photo.read, job.source, self.options.max_side)
         restoration = await restore_pixels(client, self.workflow, source.pixels, report)
-        await asyncio.to_thread(self._write, job, source, restoration)
-        job.status = "done"
-
-    def _write(self, job: Job, source: Photo, restoration: Restoration) -> None:
         notes = []
         if restoration.pixels.dtype != source.color.dtype:
             notes = ["its 16 bits are filled from a result of 8 bits: the workflow gives alpha"]
@@ -235,7 +221,9 @@ class Batch:
         job.kind, job.probabilities = restoration.kind, restoration.probabilities
         job.seconds, job.bits = round(restoration.seconds, 3), result.bits
         job.notes, job.error = list(result.notes), None
-        photo_writer.write(job.output, result, job.record(source.digest, self.digest))
+        record = job.record(source.digest, self.digest)
+        await asyncio.to_thread(photo_writer.write, job.output, result, record)
+        job.status = "done"
 
     def _land(self, job: Job) -> None:
         """Ends a photo's flight for good; the last one ends all that servers wait for."""

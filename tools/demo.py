@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -20,15 +19,18 @@ import skimage
 import sklearn
 import torch
 from PIL import Image, ImageOps
+from skimage.metrics import peak_signal_noise_ratio
 
 from diff_restorer.degradations import degrade
 from tools import sheet
-from tools.client import Client, ClientError, Workflow, load_workflow
+from tools.client import Client
 from tools.ending import in_words
 from tools.environment import ROOT
+from tools.errors import ClientError
 from tools.host import Host, exit_on_termination
-from tools.photo import read_photo
+from tools.photo import read
 from tools.restoration import NANO_WORKFLOW, Restoration, restore
+from tools.workflow import Workflow, load_workflow
 
 LONG_SIDE = 512
 LARGE_WORKFLOW = ROOT / "workflows/api/restore_large.json"
@@ -63,6 +65,11 @@ SAMPLES = (
 )
 
 
+def sample_of(kind: str) -> Sample:
+    (found,) = (sample for sample in SAMPLES if sample.kind == kind)
+    return found
+
+
 @dataclass(frozen=True)
 class Score:
     """One entry of ``metrics.json``."""
@@ -91,15 +98,14 @@ def degrade_photo(photo: Image.Image, sample: Sample) -> Image.Image:
 
 def psnr(image: Image.Image, reference: Image.Image) -> float:
     """Peak signal-to-noise ratio of two 8-bit RGB pictures of one size, in dB."""
-    error = np.asarray(image, np.float64) - np.asarray(reference, np.float64)
-    return 10 * math.log10(255**2 / max(float(np.mean(error**2)), 1e-10))
+    return float(peak_signal_noise_ratio(np.asarray(reference), np.asarray(image)))
 
 
 def restore_sample(
     client: Client, workflow: Workflow, sample: Sample, out: Path
 ) -> tuple[Score, Image.Image]:
     """Degrades and restores one photo, writes its files and returns its score and sheet."""
-    clean = read_photo(sample.photo, LONG_SIDE)
+    clean = read(sample.photo, LONG_SIDE).picture
     degraded = degrade_photo(clean, sample)
     restoration = restore(client, workflow, degraded, sample.kind)
     restored = restoration.image
@@ -149,36 +155,26 @@ def restore_samples(client: Client, workflow: Workflow, out: Path) -> None:
 
 def restore_own(client: Client, host: Host | None, path: Path, max_side: int, out: Path) -> None:
     """Restores the user's photo and writes it with a before/after sheet."""
-    photo = read_photo(path, max_side)
+    photo = read(path, max_side).picture
     large = photo.width * photo.height > LARGE
-    workflow, before = load_workflow(LARGE_WORKFLOW if large else NANO_WORKFLOW), _memory(host)
+    workflow = load_workflow(LARGE_WORKFLOW if large else NANO_WORKFLOW)
+    before = host.memory() if host else None
     restoration = restore(client, workflow, photo, path.stem)
     restored, title = restoration.image, f"{path.name}: {_prediction(restoration)}"
     restored.save(out / f"{path.stem}_restored.png")
     cells = [("your photo", photo), (f"restored ({restoration.seconds:.1f} s)", restored)]
     if large:
         shown = [(name, ImageOps.contain(picture, (SHOWN, SHOWN))) for name, picture in cells]
-        pieces = [(f"{name}, a piece", ImageOps.fit(picture.crop(_middle(picture)), (PIECE, PIECE)))
-                  for name, picture in cells]  # fmt: skip
+        left, top = (photo.width - PIECE) // 2, (photo.height - PIECE) // 2
+        box = (left, top, left + PIECE, top + PIECE)
+        pieces = [(f"{name}, a piece", picture.crop(box)) for name, picture in cells]
         drawn = sheet.stack([sheet.row(title, shown), sheet.row("at full size", pieces)])
     else:
         drawn = sheet.row(title, cells)
     drawn.save(out / f"{path.stem}_sheet.png")
     print(f"{title}, {restoration.seconds:.1f} s")
-    if before is not None:
-        print(
-            f"ComfyUI held {before:.2f} GB before, at most {_memory(host, peak=True):.2f} GB then"
-        )
-
-
-def _middle(picture: Image.Image) -> tuple[int, int, int, int]:
-    """The box of a piece in the middle."""
-    left, top = max(0, picture.width - PIECE) // 2, max(0, picture.height - PIECE) // 2
-    return left, top, min(picture.width, left + PIECE), min(picture.height, top + PIECE)
-
-
-def _memory(host: Host | None, peak: bool = False) -> float | None:
-    return host.memory(peak) if host else None
+    if host and before is not None:
+        print(f"ComfyUI held {before:.2f} GB before, at most {host.memory(peak=True):.2f} GB then")
 
 
 def _prediction(restoration: Restoration) -> str:

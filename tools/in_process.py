@@ -13,12 +13,7 @@ from tools.environment import ROOT
 
 
 def import_host(root: Path, base: Path, *, cpu: bool) -> None:
-    """Make ComfyUI importable, with its models, inputs and outputs below a folder.
-
-    Args:
-        root: ComfyUI checkout.
-        base: Base directory, which gets `models`, `input`, `output` and `custom_nodes`.
-        cpu: Stay off the GPU.
+    """Make the ComfyUI in `root` importable, with its models, inputs and outputs below `base`.
 
     Raises:
         RuntimeError: Another ComfyUI was imported before, or this pack's `nodes` in its place.

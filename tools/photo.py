@@ -14,11 +14,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
+import av
 import numpy as np
 import numpy.typing as npt
 from PIL import ExifTags, Image, ImageCms, ImageFile, PngImagePlugin, TiffImagePlugin
 
-from tools.client import DAMAGED, ClientError
+from tools.errors import DAMAGED, ClientError
 
 # Editors put whole histories into PNG files; Pillow's 1 MB would refuse the photo for its text.
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 256 * 2**20
@@ -117,25 +118,10 @@ def to_bits(pixels: Pixels, bits: int) -> Pixels:
     return ((pixels.astype(np.uint32) + 128) // 257).astype(np.uint8)
 
 
-def read_photo(path: Path, max_side: int = 0) -> Image.Image:
-    """Opens a photo upright, at 8 bits, and, if it is larger, shrinks it.
-
-    Args:
-        path: The file.
-        max_side: Longest side in pixels; 0 keeps the size.
-
-    Raises:
-        PhotoError: The file is missing or no picture.
-    """
-    return read(path, max_side).picture
-
-
 def read(path: Path, max_side: int = 0) -> Photo:
-    """Reads a photo with all that its result shall keep.
+    """Reads a photo, of any format that Pillow knows, with all that its result shall keep.
 
-    Args:
-        path: The file, of any format that Pillow knows.
-        max_side: Longest side in pixels; larger photos are shrunk; 0 keeps the size.
+    Larger ones than ``max_side`` pixels are shrunk to it; 0 keeps the size.
 
     Raises:
         PhotoError: The file is missing, no picture, or of a kind that cannot be restored.
@@ -150,10 +136,8 @@ def read(path: Path, max_side: int = 0) -> Photo:
         with DECODING:
             try:
                 photo = _decode(path, data)
-            except OSError:
-                photo = _decode_what_is_there(path, data)
-                if photo is None:
-                    raise
+            except OSError as error:
+                photo = _decode_what_is_there(path, data, error)
     except PhotoError:
         raise
     except DAMAGED as error:
@@ -172,17 +156,17 @@ def file_digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def _decode_what_is_there(path: Path, data: bytes) -> Photo | None:
-    """A photo that is cut off, as every viewer shows it; ``None`` if nothing of it is left."""
+def _decode_what_is_there(path: Path, data: bytes, fault: OSError) -> Photo:
+    """A photo that is cut off, as every viewer shows it; raises its fault if nothing is left."""
     ImageFile.LOAD_TRUNCATED_IMAGES = True
     try:
         photo = _decode(path, _pad(data) if data[8:12] == b"WEBP" else data, damaged=True)
     except DAMAGED:
-        return None
+        raise fault from None
     finally:
         ImageFile.LOAD_TRUNCATED_IMAGES = False
     if (photo.color == photo.color[0, 0]).all():
-        return None
+        raise fault
     return replace(photo, digest=hashlib.sha256(data).hexdigest())
 
 
@@ -276,12 +260,6 @@ def _codec_of_deep_color(opened: Image.Image, data: bytes) -> str | None:
 
 
 def _deep_color(path: Path, data: bytes, codec: str) -> Pixels:
-    try:
-        import av
-    except ImportError as error:
-        raise PhotoError(
-            f"{path} has 16 bits per channel, which needs the package av: pip install av"
-        ) from error
     try:
         context = cast("av.VideoCodecContext", av.CodecContext.create(codec, "r"))
         frames = context.decode(av.Packet(data)) or context.decode(None)

@@ -17,7 +17,7 @@ import pytest
 
 from tests.e2e.holding import put_photos
 from tools import restore
-from tools.client import ClientError
+from tools.errors import ClientError
 from tools.host import free_port
 
 # Ray reads them when it is imported.
@@ -113,8 +113,7 @@ def test_a_folder_is_listed_by_path_and_by_uri(tmp_path: Path, scheme: str):
     Path(os.fsdecode(os.fsencode(folder) + b"/no \xff text.png")).touch()
     named = [f"{scheme}{folder}", f"{scheme}{folder}/out"]
     photos, out = (cluster.Place.of(name if scheme else Path(name)) for name in named)
-    batches = cluster.list_photos(None, photos, out, recursive=True)
-    lines = [json.loads(line) for batch in batches for line in batch["line"]]
+    lines = list(cluster.list_photos(photos, out, recursive=True))
     assert [(line["status"], line.get("source")) for line in lines] == [
         ("left out", None),
         ("failed", "."),

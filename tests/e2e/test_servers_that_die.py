@@ -20,10 +20,12 @@ from tests.e2e.graph import Runner, make_photo
 from tests.e2e.holding import Holding, pixels_of, put_photos, read_report, run
 from tools import restore
 from tools.batch import Batch, Event, Options, Server
-from tools.client import Client, Progress, RunLostError, load_workflow
+from tools.client import Client, Progress
 from tools.environment import ROOT
+from tools.errors import RunLostError
 from tools.host import Host, free_port
 from tools.jobs import Job, plan
+from tools.workflow import load_workflow
 
 pytestmark = pytest.mark.comfy
 

@@ -8,15 +8,8 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
-from tools import photo, photo_writer
+from tools import errors, photo, photo_writer
 from tools.client import AsyncClient, Progress
-from tools.errors import (
-    ClientError,
-    PromptRejectedError,
-    RunLostError,
-    ServerUnreachableError,
-    TooLargeError,
-)
 from tools.host import Host, HostError
 from tools.jobs import Job, digest_workflow
 from tools.photo_writer import OutputError
@@ -61,7 +54,7 @@ def server_of(host: Host) -> Server:
             if not host.running():
                 await asyncio.to_thread(host.restart)
         except HostError as error:
-            raise ServerUnreachableError(str(error)) from error
+            raise errors.ServerUnreachableError(str(error)) from error
         except asyncio.CancelledError:
             host.kill()  # else the thread would wait for its start
             raise
@@ -108,11 +101,7 @@ class Batch:
     died goes to the front of the queue, so any living server takes it next; one that a server did
     not even begin goes to the end, so that a bad server costs time and not photos. Whatever
     servers do, it is bounded: by `Options.wait` without a restored photo, by `Options.attempts`
-    for the photo that they die of.
-
-    Args:
-        workflow: In API format, with the titles of `tools.restoration`.
-        jobs: The pending ones are restored.
+    for the photo that they die of. The workflow has the titles of `tools.restoration`.
     """
 
     def __init__(
@@ -141,7 +130,8 @@ class Batch:
         """
         self.on_event = on_event
         try:
-            asyncio.run(self._run())
+            if self.pending:
+                asyncio.run(self._run())
         except BaseExceptionGroup as faults:
             fault = faults.exceptions[0]
             raise fault.args[0] if isinstance(fault, CallerFault) else fault from None
@@ -152,8 +142,7 @@ class Batch:
 
     async def _run(self) -> None:
         async with asyncio.TaskGroup() as group:
-            servers = self.servers if self.pending else ()
-            self.tasks = [group.create_task(self._serve(server)) for server in servers]
+            self.tasks = [group.create_task(self._serve(server)) for server in self.servers]
 
     async def _serve(self, server: Server) -> None:
         """Gives a server photos until it is given up, or the last photo is settled."""
@@ -176,7 +165,6 @@ class Batch:
         self.pending.remove(job)
         self.flying += 1
         job.server = server
-        job.attempts += 1
         return job
 
     async def _try(self, worker: Worker, job: Job) -> bool:
@@ -187,24 +175,24 @@ class Batch:
         """
         try:
             await self._restore(worker.client, job)
-        except RunLostError as error:
+        except errors.RunLostError as error:
             self._lose(worker, job, error)
             return False
-        except PromptRejectedError as error:
+        except errors.PromptRejectedError as error:
             # Not the photo's fault: this server cannot run this workflow.
             self._put_back(job)
             self._give_up(worker, f"refuses the workflow: {error}")
             return False
         except OutputError:
-            job.attempts -= 1
-            raise
-        except (ClientError, OSError, MemoryError) as error:
-            of_server = isinstance(error, ServerUnreachableError)
+            raise  # the user's
+        except (errors.ClientError, OSError, MemoryError) as error:
+            of_server = isinstance(error, errors.ServerUnreachableError)
             # Another server may take what is too large for this one.
-            if of_server or (isinstance(error, TooLargeError) and not self._is_last()):
+            if of_server or (isinstance(error, errors.TooLargeError) and not self._is_last()):
                 self._pass_on(worker, job, str(error))
                 return False
             job.fail(str(error) or type(error).__name__)
+        job.attempts += 1
         self._land(job)
         return True
 
@@ -234,14 +222,14 @@ class Batch:
                 task.cancel()
 
     def _put_back(self, job: Job, *, ran: bool = False) -> None:
-        job.attempts -= not ran
         self.flying -= 1
         (self.pending.appendleft if ran else self.pending.append)(job)
         self.returned.set()
 
-    def _lose(self, worker: Worker, job: Job, error: RunLostError) -> None:
+    def _lose(self, worker: Worker, job: Job, error: errors.RunLostError) -> None:
         """Gives a photo to the next free server, or fails it if it is what servers die of."""
         self._say(f"{error} {job.source} was in flight.")
+        job.attempts += 1
         # It did take the photo, so it has all the time to come back.
         worker.since, worker.lost = time.monotonic(), worker.lost + 1
         if worker.lost >= self.options.attempts and not self._is_last():
@@ -285,7 +273,7 @@ class Batch:
                 if worker.server.revive:
                     await worker.server.revive()
                 await probe.check()
-            except ClientError as error:
+            except errors.ClientError as error:
                 if time.monotonic() >= deadline:
                     self._give_up(worker, f"did not answer for {wait}: {error}")
                 elif not told:

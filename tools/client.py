@@ -15,16 +15,8 @@ from typing import Any
 import aiohttp
 from PIL import Image
 
+from tools import errors
 from tools.connection import Connection
-from tools.errors import (
-    ClientError,
-    ExecutionError,
-    PromptInterruptedError,
-    PromptRejectedError,
-    RunLostError,
-    ServerUnreachableError,
-    WorkflowError,
-)
 from tools.workflow import Workflow, title_of
 
 Socket = aiohttp.ClientWebSocketResponse
@@ -67,27 +59,18 @@ class AsyncClient(Connection):
     """Talks to one ComfyUI server; see `Connection` for its arguments."""
 
     async def check(self) -> None:
-        """Asks for a sign of life.
-
-        Raises:
-            ServerUnreachableError: No ComfyUI answers.
-        """
+        """Raises `ServerUnreachableError` if no ComfyUI gives a sign of life."""
         await self.get("/system_stats", lambda stats: stats["system"]["comfyui_version"])
 
     async def require_nodes(self, workflow: Workflow) -> None:
-        """Checks that the server knows every node of a workflow.
-
-        Raises:
-            WorkflowError: It does not; the message names the nodes.
-            ServerUnreachableError: No ComfyUI answers.
-        """
+        """Raises `WorkflowError`, which names them, if the server lacks nodes of a workflow."""
 
         def missing_of(known: Any) -> list[str]:
             known["LoadImage"]["input"]  # else another service that speaks JSON
             return sorted({node["class_type"] for node in workflow.values()} - set(known))
 
         if missing := await self.get("/object_info", missing_of):
-            raise WorkflowError(
+            raise errors.WorkflowError(
                 f"{self.server} has no node {', '.join(missing)}, which the workflow needs. "
                 "Install the pack that brings it in that ComfyUI and restart it"
             )
@@ -116,7 +99,6 @@ class AsyncClient(Connection):
         Who cancels this cancels the run.
 
         Args:
-            workflow: Node id -> ``{"class_type", "inputs", ...}``.
             on_progress: Called when a node begins and at each of its steps; never if a proxy
                 refuses WebSockets.
 
@@ -150,15 +132,17 @@ class AsyncClient(Connection):
             raise
         except TimeoutError as error:
             await self._let_go(run_id)
-            raise RunLostError(f"{self.server} did not end a run in {LONGEST_RUN:g} s.") from error
-        except ServerUnreachableError as error:
+            raise errors.RunLostError(
+                f"{self.server} did not end a run in {LONGEST_RUN:g} s."
+            ) from error
+        except errors.ServerUnreachableError as error:
             if queued:
-                raise RunLostError(str(error)) from error
+                raise errors.RunLostError(str(error)) from error
             raise
         if entry is None and ended:
-            raise PromptInterruptedError(f"run {run_id} was removed from the queue")
+            raise errors.PromptInterruptedError(f"run {run_id} was removed from the queue")
         if entry is None:
-            raise RunLostError(f"{self.server} was restarted during the run.")
+            raise errors.RunLostError(f"{self.server} was restarted during the run.")
         with self.expecting("/history"):
             _check_status(entry["status"], workflow)
             return Result(run_id, dict(entry["outputs"]), seconds)
@@ -192,24 +176,24 @@ class AsyncClient(Connection):
         prompt = {"prompt": workflow, "client_id": run_id, "prompt_id": run_id}
         try:
             answer = await self.ask("POST", "/prompt", check, json=prompt)
-        except ServerUnreachableError:
+        except errors.ServerUnreachableError:
             known = False
-            with suppress(ServerUnreachableError):
+            with suppress(errors.ServerUnreachableError):
                 known = await self._is_queued(run_id) or await self._history(run_id) is not None
             if not known:
                 raise
             return  # The answer is lost; the run is not.
         with self.expecting("/prompt"):
             if "error" in answer:
-                raise PromptRejectedError(_describe_rejection(answer))
+                raise errors.PromptRejectedError(_describe_rejection(answer))
             if answer.get("node_errors"):
                 # Some outputs are valid, so the server would run those and leave out the rest.
                 await self.cancel(run_id)
-                raise PromptRejectedError(_describe_rejection(answer))
+                raise errors.PromptRejectedError(_describe_rejection(answer))
 
     async def _let_go(self, run_id: str) -> None:
         """Cancels a run that nobody waits for any more; a server that is gone has none."""
-        with suppress(ClientError):
+        with suppress(errors.ClientError):
             # In a thread, which ends also if this is cancelled once more.
             await asyncio.to_thread(Client(self.url, STOP_SECONDS).cancel, run_id)
 
@@ -268,23 +252,15 @@ class AsyncClient(Connection):
 
 
 class Client:
-    """An `AsyncClient` for programs without an event loop; see there."""
+    """`AsyncClient` for programs without an event loop: its methods, which wait for their end."""
 
     def __init__(self, url: str = "http://127.0.0.1:8188", timeout: float = 60.0) -> None:
         self.asynchronous = AsyncClient(url, timeout)
         self.server = self.asynchronous.server
 
-    def get(self, path: str) -> Any:
-        return asyncio.run(self.asynchronous.get(path))
-
-    def check(self) -> None:
-        asyncio.run(self.asynchronous.check())
-
-    def require_nodes(self, workflow: Workflow) -> None:
-        asyncio.run(self.asynchronous.require_nodes(workflow))
-
-    def upload(self, data: bytes, name: str, subfolder: str = "") -> str:
-        return asyncio.run(self.asynchronous.upload(data, name, subfolder))
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        method = getattr(self.asynchronous, name)
+        return lambda *given, **named: asyncio.run(method(*given, **named))
 
     def run(
         self, workflow: Workflow, on_progress: Callable[[Progress], None] | None = None
@@ -296,12 +272,6 @@ class Client:
                 await asyncio.to_thread(on_progress, progress)
 
         return asyncio.run(self.asynchronous.run(workflow, report))
-
-    def cancel(self, prompt_id: str) -> None:
-        asyncio.run(self.asynchronous.cancel(prompt_id))
-
-    def images(self, result: Result, node: str) -> list[Image.Image]:
-        return asyncio.run(self.asynchronous.images(result, node))
 
 
 def _describe_rejection(answer: dict[str, Any]) -> str:
@@ -319,13 +289,17 @@ def _describe_rejection(answer: dict[str, Any]) -> str:
 def _check_status(status: dict[str, Any], workflow: Workflow) -> None:
     for event, data in status["messages"]:
         if event == "execution_interrupted":
-            raise PromptInterruptedError(f"the run was interrupted at node {data['node_id']}")
+            raise errors.PromptInterruptedError(
+                f"the run was interrupted at node {data['node_id']}"
+            )
         if event == "execution_error":
             title = title_of(workflow.get(data["node_id"], {}))
             name = f"{data['node_type']}{f', {title!r}' if title else ''}"
             # The host writes types of custom nodes with the folder of the pack in front.
             kind = data["exception_type"].rpartition(".")[2]
             message = data["exception_message"].strip()
-            raise ExecutionError(f"node {data['node_id']} ({name}) failed: {kind}: {message}")
+            raise errors.ExecutionError(
+                f"node {data['node_id']} ({name}) failed: {kind}: {message}"
+            )
     if not status["completed"]:
-        raise ExecutionError(f"the run ended as {status['status_str']!r} without a reason")
+        raise errors.ExecutionError(f"the run ended as {status['status_str']!r} without a reason")

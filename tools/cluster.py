@@ -70,14 +70,10 @@ class Place:
 
     @classmethod
     def of(cls, named: str | Path) -> Place:
-        """The place that a path or a URI names.
-
-        Raises:
-            ClientError: pyarrow cannot open it.
-        """
+        """The place that a path or a URI names; raises `ClientError` if pyarrow cannot open it."""
         if isinstance(named, Path):
-            uri = path = os.path.abspath(named)
-            return cls(uri, fs.SubTreeFileSystem(path, LOCAL))
+            path = os.path.abspath(named)
+            return cls(path, fs.SubTreeFileSystem(path, LOCAL))
         scheme = named.partition("://")[0]
         try:
             files, path = fs.FileSystem.from_uri(named)
@@ -144,11 +140,7 @@ def list_photos(photos: Place, out: Place, *, recursive: bool) -> Iterator[Line]
 
 
 class Restorer:
-    """An actor: a ComfyUI of its own, to which it gives one photo at a time.
-
-    Raises:
-        HostError: ComfyUI does not start.
-    """
+    """An actor: a ComfyUI of its own, to which it gives one photo at a time."""
 
     def __init__(
         self, photos: Place, out: Place, workflow: Workflow, arguments: argparse.Namespace
@@ -227,11 +219,7 @@ def shares(per_node: int | None, *, gpu: bool) -> tuple[dict[str, Any], int]:
 
 
 def run(options: argparse.Namespace, workflow: Workflow) -> int:
-    """Restores a folder as `tools.restore.parse` was told; 0 if every photo is done, else 1.
-
-    Raises:
-        ClientError: Nothing can be restored.
-    """
+    """Restores a folder as `tools.restore.run` does, with a report of lines."""
     (named,) = options.photos
     photos, out = Place.of(named), Place.of(options.out)
     if photos.files.get_file_info("").type != fs.FileType.Directory:
@@ -266,7 +254,7 @@ def run(options: argparse.Namespace, workflow: Workflow) -> int:
             tell_others(photos.uri, others)
             say(f"{summarise(counts)} Report: {report}")
     settled = sum(counts[status] for status in ("done", "skipped", "failed", "result"))
-    if "listed" not in counts or counts["listed"] > settled:
+    if counts["listed"] > settled:
         raise ClientError(
             f"only {settled} photos are restored; Ray's log, in /tmp/ray, says why. The same "
             "command goes on"
@@ -277,11 +265,7 @@ def run(options: argparse.Namespace, workflow: Workflow) -> int:
 
 
 def connect(address: str) -> None:
-    """Joins a cluster and sends it this repository.
-
-    Raises:
-        ClientError: There is none.
-    """
+    """Joins a cluster and sends it this repository; raises `ClientError` if there is none."""
     try:
         ray.init(
             address,
@@ -319,9 +303,7 @@ class Actors:
     def stream(self, lister: Callable[..., Iterator[Line]], **named: Any) -> Iterator[Line]:
         """What they make of the pending lines of a task, and its other lines, as they come.
 
-        Raises:
-            ClientError: No actor starts.
-            RayError: The task fails.
+        Raises `ClientError` if no actor starts, and `RayError` if the task fails.
         """
         lines: Any = ray.remote(**LISTING)(lister).remote(**named)
         self._start(self.least)

@@ -11,13 +11,7 @@ from typing import Any
 import aiohttp
 from yarl import URL
 
-from tools.errors import (
-    DAMAGED,
-    AddressError,
-    ClientError,
-    ServerUnreachableError,
-    TooLargeError,
-)
+from tools import errors
 
 TRANSFER_SECONDS = 1200.0
 """Of one request, however the bytes drip."""
@@ -31,11 +25,9 @@ class Connection:
     page, a tunnel without an end.
 
     Args:
-        url: Address such as ``http://127.0.0.1:8188``, or ``https://user:password@host/path``.
+        url: Address such as ``http://127.0.0.1:8188``, or ``https://user:password@host/path``;
+            what is none raises `AddressError`.
         timeout: Seconds without a byte that a single HTTP answer may take.
-
-    Raises:
-        AddressError: It is none.
     """
 
     def __init__(self, url: str = "http://127.0.0.1:8188", timeout: float = 60.0) -> None:
@@ -46,7 +38,7 @@ class Connection:
             if not address.host or address.scheme not in ("http", "https"):
                 raise ValueError(f"it has no {'http:// or https://' if address.host else 'host'}")
         except ValueError as error:
-            raise AddressError(
+            raise errors.AddressError(
                 f"{_without_password(url)} is no address of a server: {error}. "
                 "Accepted are such as http://127.0.0.1:8188"
             ) from error
@@ -70,12 +62,7 @@ class Connection:
     async def ask(
         self, method: str, path: str, read: Callable[[Any], Any], **arguments: Any
     ) -> Any:
-        """Returns what ``read`` finds in the JSON of an answer.
-
-        Raises:
-            ServerUnreachableError: There is none, or ``read`` cannot find it there.
-            TooLargeError: The request is.
-        """
+        """Returns what ``read`` finds in the JSON of an answer; else the server is unreachable."""
         data = await self.request(method, path, **arguments)
         with self.expecting(path):
             return read(json.loads(data))
@@ -95,12 +82,12 @@ class Connection:
                 async for block in reply.content.iter_any():
                     data += block
                     if len(data) > LARGEST_ANSWER:
-                        raise ServerUnreachableError(
+                        raise errors.ServerUnreachableError(
                             f"{self.server}{path} gave over {LARGEST_ANSWER >> 20} MiB"
                         )
         # ValueError: a name that no host can have.
         except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
-            raise ServerUnreachableError(
+            raise errors.ServerUnreachableError(
                 f"no ComfyUI answers at {self.server} ({type(error).__name__}). Start one with "
                 "`make serve`, or name another with --server."
             ) from error
@@ -108,10 +95,10 @@ class Connection:
             return bytes(data)
         raise self._refusal(f"{method} {path}", reply)
 
-    def _refusal(self, request: str, reply: aiohttp.ClientResponse) -> ClientError:
+    def _refusal(self, request: str, reply: aiohttp.ClientResponse) -> errors.ClientError:
         status = reply.status
         if status == 413:
-            return TooLargeError(
+            return errors.TooLargeError(
                 f"{self.server} takes no file of this size (status 413). Pass --max-side, or raise "
                 "the limit: --max-upload-size of ComfyUI, client_max_body_size of nginx"
             )
@@ -123,17 +110,17 @@ class Connection:
             text += ". If it wants a login, give it with the address: http://user:password@host"
         else:
             text += ", as a proxy does for a server that is down or elsewhere"
-        return ServerUnreachableError(text)
+        return errors.ServerUnreachableError(text)
 
     @contextmanager
     def expecting(self, path: str) -> Iterator[None]:
         """Takes an answer that cannot be read as the fault of the server, not of the photo."""
         try:
             yield
-        except ClientError:
+        except errors.ClientError:
             raise
-        except DAMAGED as error:
-            raise ServerUnreachableError(
+        except errors.DAMAGED as error:
+            raise errors.ServerUnreachableError(
                 f"what answers at {self.server} is no ComfyUI, or something between changes its "
                 f"answers: {path} gave what ComfyUI never gives ({error}). "
                 "Check the address, and log in to the proxy or tunnel if there is one"

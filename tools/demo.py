@@ -11,8 +11,9 @@ import json
 import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import skimage
@@ -70,22 +71,6 @@ def sample_of(kind: str) -> Sample:
     return found
 
 
-@dataclass(frozen=True)
-class Score:
-    """One entry of ``metrics.json``."""
-
-    photo: str
-    kind: str
-    predicted_kind: str | None
-    probability: float
-    """Of the predicted kind."""
-    psnr_lq: float
-    """Degraded against clean photo, dB."""
-    psnr_restored: float
-    """Restored against clean photo, dB."""
-    seconds: float
-
-
 def degrade_photo(photo: Image.Image, sample: Sample) -> Image.Image:
     """Applies a sample's degradation; the same seed gives the same picture."""
     pixels = torch.from_numpy(np.array(photo, dtype=np.float32) / 255)
@@ -103,38 +88,40 @@ def psnr(image: Image.Image, reference: Image.Image) -> float:
 
 def restore_sample(
     client: Client, workflow: Workflow, sample: Sample, out: Path
-) -> tuple[Score, Image.Image]:
-    """Degrades and restores one photo, writes its files and returns its score and sheet."""
+) -> tuple[dict[str, Any], Image.Image]:
+    """Degrades and restores one photo, writes its files and returns its scores and sheet.
+
+    The scores are an entry of ``metrics.json``: PSNR against the clean photo, in dB, and the
+    probability of the predicted kind.
+    """
     clean = read(sample.photo, LONG_SIDE).picture
     degraded = degrade_photo(clean, sample)
     restoration = restore(client, workflow, degraded, sample.kind)
     restored = restoration.image
     if restored.size != clean.size:
         raise ClientError(f"{sample.kind}: {clean.size} went in, {restored.size} came back")
-    score = Score(
-        photo=sample.photo.name,
-        kind=sample.kind,
-        predicted_kind=restoration.kind,
-        probability=max(restoration.probabilities.values(), default=0.0),
-        psnr_lq=psnr(degraded, clean),
-        psnr_restored=psnr(restored, clean),
-        seconds=restoration.seconds,
-    )
+    before, after, seconds = psnr(degraded, clean), psnr(restored, clean), restoration.seconds
+    scores = {
+        "photo": sample.photo.name,
+        "kind": sample.kind,
+        "predicted_kind": restoration.kind,
+        "probability": max(restoration.probabilities.values(), default=0.0),
+        "psnr_lq": before,
+        "psnr_restored": after,
+        "seconds": seconds,
+    }
     cells = [
         ("clean", clean),
-        (f"degraded, {score.psnr_lq:.1f} dB", degraded),
-        (f"restored, {score.psnr_restored:.1f} dB ({score.seconds:.1f} s)", restored),
+        (f"degraded, {before:.1f} dB", degraded),
+        (f"restored, {after:.1f} dB ({seconds:.1f} s)", restored),
     ]
     drawn = sheet.row(f"{sample.kind}: {_prediction(restoration)}", cells)
     degraded.save(out / f"{sample.kind}_degraded.png")
     restored.save(out / f"{sample.kind}_restored.png")
     drawn.save(out / f"{sample.kind}_sheet.png")
-    print(
-        f"{sample.kind:<10} {score.psnr_lq:5.2f} -> {score.psnr_restored:5.2f} dB, "
-        f"{_prediction(restoration)}, {score.seconds:.1f} s",
-        flush=True,
-    )
-    return score, drawn
+    figures = f"{before:5.2f} -> {after:5.2f} dB, {_prediction(restoration)}, {seconds:.1f} s"
+    print(f"{sample.kind:<10} {figures}", flush=True)
+    return scores, drawn
 
 
 def restore_samples(client: Client, workflow: Workflow, out: Path) -> None:
@@ -144,11 +131,11 @@ def restore_samples(client: Client, workflow: Workflow, out: Path) -> None:
     )
     sheet.stack(rows).save(out / "sheet.jpg", quality=92)
     means = {
-        name: float(np.mean([getattr(score, name) for score in scores]))
+        name: float(np.mean([each[name] for each in scores]))
         for name in ("psnr_lq", "psnr_restored", "seconds")
     }
-    means["accuracy"] = float(np.mean([score.predicted_kind == score.kind for score in scores]))
-    report = {"photos": [asdict(score) for score in scores], "mean": means}
+    means["accuracy"] = float(np.mean([each["predicted_kind"] == each["kind"] for each in scores]))
+    report = {"photos": scores, "mean": means}
     (out / "metrics.json").write_text(json.dumps(report, indent=2) + "\n")
     print(f"{'mean':<10} {means['psnr_lq']:5.2f} -> {means['psnr_restored']:5.2f} dB")
 
@@ -188,24 +175,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of ``python -m tools.demo``."""
     parser = argparse.ArgumentParser(prog="python -m tools.demo", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--image", type=Path, metavar="PHOTO", help="restore this photo instead")
-    parser.add_argument(
-        "--max-side", type=int, default=0, metavar="PIXELS", help="shrink a larger photo first"
-    )
-    parser.add_argument("--out", type=Path, default=Path("demo_out"), metavar="DIR")
-    parser.add_argument("--server", metavar="URL", help="use this server instead of starting one")
-    parser.add_argument("--port", type=int, help="port of the server (default: a free one)")
-    parser.add_argument("--gpu", action="store_true", help="let ComfyUI use a GPU")
+    add = parser.add_argument
+    add("--image", type=Path, metavar="PHOTO", help="restore this photo instead")
+    add("--max-side", type=int, default=0, metavar="PIXELS", help="shrink a larger photo first")
+    add("--out", type=Path, default=Path("demo_out"), metavar="DIR")
+    add("--server", metavar="URL", help="use this server instead of starting one")
+    add("--port", type=int, help="port of the server (default: a free one)")
+    add("--gpu", action="store_true", help="let ComfyUI use a GPU")
     options = parser.parse_args(arguments)
     exit_on_termination()
     options.out.mkdir(parents=True, exist_ok=True)
-    server: AbstractContextManager[Host | None]
-    if options.server:
-        server = nullcontext()
-    else:
+    own: AbstractContextManager[Host | None] = nullcontext()
+    if not options.server:
         print("Starting ComfyUI ...", file=sys.stderr)
-        server = Host(port=options.port, cpu=not options.gpu, log=options.out / "host.log")
-    with server as host:
+        own = Host(port=options.port, cpu=not options.gpu, log=options.out / "host.log")
+    with own as host:
         client = Client(host.url if host else options.server)
         if options.image:
             restore_own(client, host, options.image, options.max_side, options.out)

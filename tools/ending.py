@@ -39,18 +39,15 @@ def sentence(error: Exception) -> str | None:
     (ValueError), and files that cannot be read or written, whichever library tells.
     """
     kind = type(error)
+    raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve().parents
+    is_ours = any(ROOT / package in raised_in for package in PACKAGES)
     for_users = (
         isinstance(error, OSError)
         or kind.__name__ == "SafetensorError"
         or kind.__module__.partition(".")[0] in (*PACKAGES, "__main__")
-        or (isinstance(error, ValueError) and _is_raised_here(error))
+        or (isinstance(error, ValueError) and is_ours)
     )
     return (str(error) or kind.__name__) if for_users else None
-
-
-def _is_raised_here(error: Exception) -> bool:
-    last = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve()
-    return any(ROOT / package in last.parents for package in PACKAGES)
 
 
 def in_words(main: Callable[Arguments, int | None]) -> Callable[Arguments, int]:

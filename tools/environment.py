@@ -51,11 +51,7 @@ def cache_dir() -> Path:
 
 
 def comfyui_root() -> Path:
-    """Returns the ComfyUI checkout: ``COMFYUI_PATH`` if set, else the one in the cache folder.
-
-    Raises:
-        SetupError: ``COMFYUI_PATH`` names a folder that is not a ComfyUI checkout.
-    """
+    """Returns the ComfyUI checkout: ``COMFYUI_PATH`` if set, else the one in the cache folder."""
     named = os.environ.get("COMFYUI_PATH")
     if not named:
         return cache_dir() / f"comfyui-{HOST_VERSION}"
@@ -74,9 +70,6 @@ def ensure(stage: str = "run") -> Path:
 
     Args:
         stage: ``run`` (host, client, demo) or ``dev`` (tests, lint and training as well).
-
-    Raises:
-        SetupError: The interpreter is too old or an installation failed.
     """
     if sys.version_info < PYTHON_MINIMUM:
         raise SetupError(
@@ -156,11 +149,10 @@ class _Setup:
         self._pip("the pack's and the demo's packages", "install", *TORCH, *ours)
 
     def install_dev(self) -> None:
-        frozen = subprocess.run(
-            [str(self.python), "-m", "pip", "freeze"], check=True, capture_output=True, text=True
-        ).stdout
         constraints = self.environment / "constraints.txt"
         if not constraints.exists():
+            command = [str(self.python), "-m", "pip", "freeze"]
+            frozen = subprocess.run(command, check=True, capture_output=True, text=True).stdout
             lines = (line for line in frozen.splitlines() if "==" in line and " @ " not in line)
             constraints.write_text("\n".join(lines) + "\n")
         ours = (f"-r{ROOT / name}" for name in DEV_REQUIREMENTS)
@@ -239,10 +231,8 @@ class _Setup:
 
 
 def _run_key() -> str:
-    if os.environ.get("COMFYUI_PATH"):
-        host = (comfyui_root() / "requirements.txt").read_text()
-    else:
-        host = HOST_WHEEL
+    named = os.environ.get("COMFYUI_PATH")
+    host = (comfyui_root() / "requirements.txt").read_text() if named else HOST_WHEEL
     version = "{}.{}".format(*sys.version_info[:2])
     return _key(RUN_REQUIREMENTS, version, sys.platform, *TORCH, host)
 

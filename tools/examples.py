@@ -30,10 +30,8 @@ def write_examples(folder: Path, long_side: int = LONG_SIDE) -> None:
     """Write the demo's photos, degraded, one per kind, into an input folder; keeps what is there.
 
     ComfyUI's folder gets example.png, a cat in the rain, photos/<kind>.png, clean.png, which is not
-    degraded, large.png and frames/<number>.png.
-
-    Args:
-        long_side: Of the photos, pixels; large.png is smaller by as much as they are.
+    degraded, large.png and frames/<number>.png. The photos' long side is in pixels; large.png is
+    smaller by as much as they are.
     """
 
     def put(name: str, picture: Image.Image) -> None:

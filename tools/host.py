@@ -110,11 +110,7 @@ class Host:
             shutil.rmtree(self.base, ignore_errors=True)
 
     def restart(self) -> None:
-        """Starts the server again on its port and its base, whether it is alive or dead.
-
-        Raises:
-            HostError: As on entering.
-        """
+        """Starts the server again on its port and its base, whether it is alive or dead."""
         self._end()
         self._check_port()
         self._start()
@@ -154,15 +150,13 @@ class Host:
             return json.load(reply)
 
     def _check_port(self) -> None:
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind(("127.0.0.1", self.port))
-            except OSError as error:
-                raise HostError(
-                    f"port {self.port} on 127.0.0.1 cannot be used ({error.strerror}): "
-                    "stop the program that holds it or choose another port (PORT=8199)"
-                ) from error
+        try:
+            socket.create_server(("127.0.0.1", self.port)).close()
+        except OSError as error:
+            raise HostError(
+                f"port {self.port} on 127.0.0.1 cannot be used ({os.strerror(error.errno or 0)}): "
+                "stop the program that holds it or choose another port (PORT=8199)"
+            ) from error
 
     def _start(self) -> None:
         root = environment.comfyui_root()
@@ -223,8 +217,7 @@ def link_pack(place: Path) -> None:
 
 def free_port() -> int:
     """Returns a port of 127.0.0.1 that was free a moment ago."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+    with socket.create_server(("127.0.0.1", 0)) as probe:
         return int(probe.getsockname()[1])
 
 
@@ -273,8 +266,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tools.host", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     commands = parser.add_subparsers(dest="command", required=True)
-    setup = commands.add_parser("setup", help="make the environment, print its Python")
-    setup.add_argument("--stage", choices=environment.STAGES, default="run")
+    maker = commands.add_parser("setup", help="make the environment, print its Python")
+    maker.add_argument("--stage", choices=environment.STAGES, default="run")
     commands.add_parser("root", help="print the ComfyUI checkout")
     server = commands.add_parser("serve", help="run ComfyUI with the pack")
     server.add_argument("--port", type=int, default=8188)
@@ -283,14 +276,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     server.add_argument("rest", nargs="*", help="after --: further arguments of ComfyUI")
     options = parser.parse_args(arguments)
     exit_on_termination()
-    if options.command == "setup":
-        print(environment.ensure(options.stage))
-        return 0
-    if options.command == "root":
-        print(environment.comfyui_root())
-        return 0
-    base = options.dir or environment.cache_dir() / "serve"
-    return serve(base, options.port, not options.gpu, options.rest)
+    if options.command == "serve":
+        base = options.dir or environment.cache_dir() / "serve"
+        return serve(base, options.port, not options.gpu, options.rest)
+    setup = options.command == "setup"
+    print(environment.ensure(options.stage) if setup else environment.comfyui_root())
+    return 0
 
 
 if __name__ == "__main__":

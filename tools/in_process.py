@@ -38,11 +38,7 @@ def import_host(root: Path, base: Path, *, cpu: bool) -> None:
 
 
 def load_pack() -> ModuleType:
-    """The pack's root module, loaded by the host's own loader under the host's own name.
-
-    Raises:
-        RuntimeError: The host could not load it; its log says why.
-    """
+    """The pack's root module, loaded by the host's own loader under the host's own name."""
     host_nodes: Any = importlib.import_module("nodes")
     if not asyncio.run(host_nodes.load_custom_node(str(ROOT))):
         raise RuntimeError(f"ComfyUI could not load {ROOT}; see its log")

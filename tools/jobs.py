@@ -77,12 +77,6 @@ class Job:
     def report(self) -> dict[str, Any]:
         return {**vars(self), "source": str(self.source), "output": str(self.output)}
 
-    def take_over(self, record: dict[str, Any]) -> None:
-        """Marks it as skipped, with what the record of its output says."""
-        self.status = "skipped"
-        for name in TAKEN_OVER:
-            setattr(self, name, record[name])
-
     def record(self, photo: str, workflow: str) -> dict[str, Any]:
         """What its output says about itself, by which `settle` and `find_photos` know it."""
         return {
@@ -105,8 +99,7 @@ def result_record(path: Path) -> dict[str, Any] | None:
 
 def digest_workflow(workflow: Workflow, max_side: int) -> str:
     """Names a workflow and the largest side by content."""
-    text = json.dumps([workflow, max_side], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
+    return hashlib.sha256(json.dumps([workflow, max_side], sort_keys=True).encode()).hexdigest()
 
 
 def plan(named: Sequence[Path], out: Path, *, recursive: bool = False) -> list[Job]:
@@ -115,10 +108,7 @@ def plan(named: Sequence[Path], out: Path, *, recursive: bool = False) -> list[J
     The photo ``trip/day1/sea.jpg`` of the folder ``trip`` goes to ``<out>/day1/sea_restored.png``.
     Photos whose results would have one name get their own ending into it; where that does not help
     they fail, and no photo is ever the output of another. Where ``out`` is part of one of the
-    folders it is left out.
-
-    Raises:
-        ClientError: A folder cannot be read, or there is no photo at all in the folders.
+    folders it is left out. Raises `ClientError` if there is no photo at all.
     """
     jobs: dict[Path, Job] = {}
     for path in named:
@@ -144,11 +134,7 @@ def plan(named: Sequence[Path], out: Path, *, recursive: bool = False) -> list[J
 
 
 def find_photos(folder: Path, out: Path, *, recursive: bool = False) -> Iterator[Path]:
-    """Yields the photos of a folder in the order of their names; never a result of this program.
-
-    Raises:
-        ClientError: The folder cannot be read.
-    """
+    """Yields the photos of a folder in the order of their names; never a result of this program."""
 
     def complain(error: OSError) -> None:
         raise ClientError(f"the folder {error.filename} cannot be read: {error.strerror}")
@@ -164,12 +150,8 @@ def find_photos(folder: Path, out: Path, *, recursive: bool = False) -> Iterator
 
 def count_others(folder: Path, *, recursive: bool = False) -> Counter[str]:
     """Endings of pictures in a folder that `find_photos` passes over -> how many."""
-    counts: Counter[str] = Counter()
-    for _, _, files in os.walk(folder):
-        counts.update(Path(name).suffix.lower() for name in files if sort_of(name) == "other")
-        if not recursive:
-            break
-    return counts
+    found = folder.rglob("*") if recursive else folder.iterdir()
+    return Counter(path.suffix.lower() for path in found if sort_of(path.name) == "other")
 
 
 def sort_of(name: str) -> Literal["photo", "other"] | None:
@@ -219,7 +201,7 @@ def settle(job: Job, workflow: str, *, overwrite: bool) -> None:
     elif record["workflow"] != workflow:
         reason = "was made by another workflow, --preset or --max-side"
     else:
-        return job.take_over(record)
+        return vars(job).update({name: record[name] for name in TAKEN_OVER}, status="skipped")
     return job.fail(
         f"{job.output} is there and {reason}. Choose another --out, or pass --overwrite"
     )
@@ -227,11 +209,7 @@ def settle(job: Job, workflow: str, *, overwrite: bool) -> None:
 
 @contextmanager
 def reserve(out: Path) -> Iterator[None]:
-    """Makes the folder of the results and keeps other runs out of it.
-
-    Raises:
-        ClientError: It cannot be written, or another run writes there.
-    """
+    """Makes the folder of the results and keeps other runs out of it, or raises `ClientError`."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         lock = (out / LOCK_NAME).open("ab")

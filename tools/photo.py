@@ -10,6 +10,7 @@ import io
 import struct
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -121,10 +122,8 @@ def to_bits(pixels: Pixels, bits: int) -> Pixels:
 def read(path: Path, max_side: int = 0) -> Photo:
     """Reads a photo, of any format that Pillow knows, with all that its result shall keep.
 
-    Larger ones than ``max_side`` pixels are shrunk to it; 0 keeps the size.
-
-    Raises:
-        PhotoError: The file is missing, no picture, or of a kind that cannot be restored.
+    Larger ones than ``max_side`` pixels are shrunk to it; 0 keeps the size. A file that is missing,
+    no picture, or of a kind that cannot be restored raises `PhotoError`.
     """
     try:
         data = path.read_bytes()
@@ -134,10 +133,7 @@ def read(path: Path, max_side: int = 0) -> Photo:
         raise PhotoError(f"{path} cannot be read: {error.strerror}") from error
     try:
         with DECODING:
-            try:
-                photo = _decode(path, data)
-            except OSError as error:
-                photo = _decode_what_is_there(path, data, error)
+            photo = _decode_what_is_there(path, data)
     except PhotoError:
         raise
     except DAMAGED as error:
@@ -148,7 +144,7 @@ def read(path: Path, max_side: int = 0) -> Photo:
         color = _shrink(photo.color, max_side)
         alpha = None if photo.alpha is None else _shrink(photo.alpha, max_side)
         photo = replace(photo, color=color, alpha=alpha)
-    return photo
+    return replace(photo, digest=hashlib.sha256(data).hexdigest())
 
 
 def file_digest(path: Path) -> str:
@@ -156,18 +152,21 @@ def file_digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def _decode_what_is_there(path: Path, data: bytes, fault: OSError) -> Photo:
-    """A photo that is cut off, as every viewer shows it; raises its fault if nothing is left."""
-    ImageFile.LOAD_TRUNCATED_IMAGES = True
+def _decode_what_is_there(path: Path, data: bytes) -> Photo:
+    """A photo, or what there is of one that is cut off, as every viewer shows it."""
     try:
-        photo = _decode(path, _pad(data) if data[8:12] == b"WEBP" else data, damaged=True)
-    except DAMAGED:
-        raise fault from None
-    finally:
-        ImageFile.LOAD_TRUNCATED_IMAGES = False
-    if (photo.color == photo.color[0, 0]).all():
-        raise fault
-    return replace(photo, digest=hashlib.sha256(data).hexdigest())
+        return _decode(path, data)
+    except OSError as fault:
+        ImageFile.LOAD_TRUNCATED_IMAGES = True
+        try:
+            photo = _decode(path, _pad(data) if data[8:12] == b"WEBP" else data, damaged=True)
+        except DAMAGED:
+            raise fault from None
+        finally:
+            ImageFile.LOAD_TRUNCATED_IMAGES = False
+        if (photo.color == photo.color[0, 0]).all():
+            raise
+        return photo
 
 
 def _pad(data: bytes) -> bytes:
@@ -212,8 +211,7 @@ def _decode(path: Path, data: bytes, *, damaged: bool = False) -> Photo:
         icc = b""
         if not any("sRGB" in note for note in notes):
             notes.append("its colour profile is not for its colours and is left out")
-    digest = hashlib.sha256(data).hexdigest()
-    return Photo(color, alpha, grey, exif, icc, dpi, digest, tuple(notes))
+    return Photo(color, alpha, grey, exif, icc, dpi, "", tuple(notes))
 
 
 def _shallow(path: Path, opened: Image.Image, icc: bytes, notes: list[str]) -> Pixels:
@@ -238,14 +236,11 @@ def _shallow(path: Path, opened: Image.Image, icc: bytes, notes: list[str]) -> P
 
 
 def _cmyk_to_srgb(opened: Image.Image, icc: bytes) -> Image.Image:
-    if icc:
-        try:
-            profile = ImageCms.ImageCmsProfile(io.BytesIO(icc))
-            srgb = ImageCms.createProfile("sRGB")
-            converted = ImageCms.profileToProfile(opened, profile, srgb, outputMode="RGB")
-            return cast("Image.Image", converted)
-        except (ImageCms.PyCMSError, OSError):
-            pass  # a damaged profile: convert as if there were none
+    srgb = ImageCms.createProfile("sRGB")
+    with suppress(ImageCms.PyCMSError, OSError):  # no profile, or a damaged one
+        profile = ImageCms.ImageCmsProfile(io.BytesIO(icc))
+        converted = ImageCms.profileToProfile(opened, profile, srgb, outputMode="RGB")
+        return cast("Image.Image", converted)
     return opened.convert("RGB")
 
 
@@ -329,9 +324,7 @@ def _turn_upright(exif: bytes) -> tuple[bytes | None, int]:
 def _describe_tiff(opened: TiffImagePlugin.TiffImageFile) -> bytes:
     """The tags that describe the photo, as EXIF; empty if there are none."""
     known, kept = opened.getexif(), Image.Exif()
-    for tag in DESCRIPTIONS:
-        if tag in known:
-            kept[tag] = known[tag]
+    kept.update((tag, known[tag]) for tag in DESCRIPTIONS if tag in known)
     for tag in SUB_FOLDERS:
         if folder := known.get_ifd(tag):
             kept[tag] = folder

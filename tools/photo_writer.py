@@ -45,9 +45,7 @@ class OutputError(PhotoError):
 def write(path: Path, photo: Photo, record: Mapping[str, Any]) -> None:
     """Writes a photo as TIFF (``.tif``) or PNG, with a record that `read_record` finds.
 
-    Raises:
-        PhotoError: The file cannot be written.
-        OutputError: Nor can any other.
+    Raises `PhotoError` if the file cannot be written, and `OutputError` if no other can be, either.
     """
     note = json.dumps(record)
     try:

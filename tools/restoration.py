@@ -62,11 +62,7 @@ class Restoration:
 
 
 def with_preset(workflow: Workflow, name: str) -> Workflow:
-    """A copy of a workflow with the settings of one of `PRESETS` in its KSampler nodes.
-
-    Raises:
-        WorkflowError: It has none.
-    """
+    """A copy of a workflow with the settings of one of `PRESETS` in its KSampler nodes."""
     changed = copy.deepcopy(workflow)
     samplers = [node for node in changed.values() if node["class_type"] == "KSampler"]
     if not samplers:
@@ -101,9 +97,6 @@ async def restore_pixels(
         workflow: In API format, with a LoadImage node titled ``Degraded photo`` and a SaveImage
             node titled ``Restored``; it is not changed. It may use the transparency or not.
         pixels: (H, W, 3) or (H, W, 4), uint8 or uint16.
-
-    Raises:
-        ClientError: Anything that keeps the server from restoring them.
     """
     filled = copy.deepcopy(workflow)
     source = find_node(filled, "LoadImage", INPUT_TITLE)

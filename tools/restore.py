@@ -40,10 +40,7 @@ REPORT_NAME = "diff-restorer-report.json"
 async def find_servers(urls: Sequence[str], workflow: Workflow) -> list[Server]:
     """Checks servers, each once; one that cannot run the workflow is left out of several.
 
-    Raises:
-        WorkflowError: None has the nodes of the workflow.
-        ServerUnreachableError: None answers.
-        AddressError: One has no address.
+    Raises the error of the only one, or one for all, if there is none to wait for.
     """
 
     async def fault_of(client: AsyncClient) -> ClientError | None:
@@ -81,14 +78,7 @@ def write_report(path: Path, jobs: Sequence[Job], workflow: Path, seconds: float
 
 
 def run(options: argparse.Namespace) -> int:
-    """Restores what the options name; 0 if every photo is done, else 1.
-
-    Args:
-        options: From `parse`.
-
-    Raises:
-        ClientError, HostError: Nothing can be restored.
-    """
+    """Restores what the options of `parse` name; 0 if every photo is done, else 1."""
     begun = time.monotonic()
     workflow = load_workflow(options.workflow)
     find_node(workflow, "LoadImage", INPUT_TITLE)

@@ -31,8 +31,7 @@ def summarise(counts: Counter[str]) -> str:
 class Display:
     """A progress bar over all photos, and a line for each; the bar only on a terminal.
 
-    Args:
-        total: How many photos there are; ``None`` if nobody knows yet.
+    How many there are is ``None`` if nobody knows yet.
     """
 
     def __init__(self, total: int | None) -> None:

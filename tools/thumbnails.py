@@ -80,15 +80,13 @@ def measured(client: Client, workflow: Workflow, clean: Image.Image, lq: Image.I
 
 def folder_of(client: Client, workflow: Workflow, clean: Image.Image, lq: Image.Image) -> Pair:
     """Two photos of a folder, before and after."""
-    samples = [sample_of(kind) for kind in TWO]
     before = [
         ImageOps.fit(degrade_photo(read(sample.photo, LONG_SIDE).picture, sample), STRIP)
-        for sample in samples
+        for sample in map(sample_of, TWO)
     ]
-    folder = "thumbnail_photos"
+    folder, loader = "thumbnail_photos", ("LoadImageDataSetFromFolder", "Folder of frames")
     for photo in before:
         upload(client, photo, folder)
-    loader = ("LoadImageDataSetFromFolder", "Folder of frames")
     (results,) = run(client, workflow, loader, RESTORED, folder=folder)
 
     def closest(photo: Image.Image) -> Image.Image:

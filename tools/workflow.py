@@ -12,11 +12,7 @@ Workflow = dict[str, dict[str, Any]]
 
 
 def load_workflow(path: Path) -> Workflow:
-    """Reads a workflow file in API format.
-
-    Raises:
-        WorkflowError: The file is missing, no JSON, or in the front end's own format.
-    """
+    """Reads a workflow file in API format; raises `WorkflowError` if it is none."""
     try:
         workflow = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -46,11 +42,7 @@ def title_of(node: dict[str, Any]) -> str | None:
 
 
 def find_node(workflow: Workflow, class_type: str, title: str | None = None) -> str:
-    """Returns the id of the one node of a class (and title) in a workflow.
-
-    Raises:
-        WorkflowError: There is no such node, or there are several.
-    """
+    """Returns the id of the one node of a class (and title), or raises `WorkflowError`."""
     found = [
         node_id
         for node_id, node in workflow.items()

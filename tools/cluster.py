@@ -311,18 +311,19 @@ class Actors:
             while self.idle and self.pending:
                 actor, line = self.idle.pop(), self.pending.popleft()
                 self.running[actor.restore.remote(line)] = actor, line
-            if not self.idle and all(line for _, line in self.running.values()):
+            starting = any(line is None for _, line in self.running.values())
+            if (lines or self.pending) and not (self.idle or starting):
                 self._start(min(len(self.running), self.most - len(self.running)))
             (ready,), _ = ray.wait([*self.running, *([lines] if self.idle and lines else [])])
             if ready in self.running:
-                line = self._collect(ready)
+                made = self._collect(ready)
             else:
-                line = ray.get(next(lines))
-                lines = None if line["status"] == "listed" else lines
-            if line and line["status"] == "pending":
-                self.pending.appendleft(line)
-            elif line:
-                yield line
+                made: Any = ray.get(next(lines))
+                lines = None if made["status"] == "listed" else lines
+            if made and made["status"] == "pending":
+                self.pending.appendleft(made)
+            elif made:
+                yield made
 
     def _start(self, count: int) -> None:
         for _ in range(count):
@@ -333,7 +334,7 @@ class Actors:
         """The line that an actor made, or has left behind; ``None`` if it only started, or not."""
         actor, line = self.running.pop(ready)
         try:
-            made = ray.get(ready)
+            made: Any = ray.get(ready)
         except RayActorError as error:
             ray.kill(actor)  # it may only be out of reach
             self._start(1)
@@ -346,7 +347,7 @@ class Actors:
             died = {"status": "failed", "error": f"its actor died {attempts} times: {error}"}
             return line | {"attempts": attempts} | (died if attempts >= self.attempts else {})
         except RayTaskError as error:  # a fault of ours
-            made = line and line | {"status": "failed", "error": str(error)}
+            made = {**(line or {}), "status": "failed", "error": str(error)}
         self.failed_starts = 0
         self.idle.append(actor)
         return made if line else None

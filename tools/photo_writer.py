@@ -129,11 +129,12 @@ def _encode_png(pixels: Pixels) -> bytes:
     bits = pixels.itemsize * 8
     encoder = cast("av.VideoCodecContext", av.CodecContext.create("png", "w"))
     encoder.width, encoder.height, encoder.time_base = width, height, Fraction(1)
-    encoder.pix_fmt, encoder.options = LAYOUTS[bits][channels - 1], {"pred": "paeth"}
-    frame = av.VideoFrame(width, height, encoder.pix_fmt)
+    encoder.pix_fmt = layout = LAYOUTS[bits][channels - 1]
+    encoder.options = {"pred": "paeth"}
+    frame = av.VideoFrame(width, height, layout)
     rows = pixels.astype(f">u{bits // 8}").view(np.uint8).reshape(height, -1)
     gap = frame.planes[0].line_size - rows.shape[1]
-    frame.planes[0].update(np.pad(rows, ((0, 0), (0, gap))))
+    frame.planes[0].update(np.pad(rows, ((0, 0), (0, gap))).tobytes())
     return b"".join(map(bytes, [*encoder.encode(frame), *encoder.encode(None)]))
 
 

@@ -92,7 +92,7 @@ def run(options: argparse.Namespace) -> int:
             raise ClientError(f'--ray needs Ray ({error}): pip install "ray[data]"') from error
         return cluster.run(options, workflow)
     jobs = plan(options.photos, options.out, recursive=options.recursive)
-    for folder in filter(os.path.isdir, options.photos):
+    for folder in (path for path in options.photos if os.path.isdir(path)):
         tell_others(folder, count_others(folder, recursive=options.recursive))
     with reserve(options.out):
         return _restore_all(options, workflow, jobs, begun)

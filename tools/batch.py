@@ -165,6 +165,7 @@ class Batch:
         self.pending.remove(job)
         self.flying += 1
         job.server = server
+        job.attempts += 1
         return job
 
     async def _try(self, worker: Worker, job: Job) -> bool:
@@ -184,7 +185,8 @@ class Batch:
             self._give_up(worker, f"refuses the workflow: {error}")
             return False
         except OutputError:
-            raise  # the user's
+            job.attempts -= 1
+            raise
         except (errors.ClientError, OSError, MemoryError) as error:
             of_server = isinstance(error, errors.ServerUnreachableError)
             # Another server may take what is too large for this one.
@@ -192,7 +194,6 @@ class Batch:
                 self._pass_on(worker, job, str(error))
                 return False
             job.fail(str(error) or type(error).__name__)
-        job.attempts += 1
         self._land(job)
         return True
 
@@ -222,6 +223,7 @@ class Batch:
                 task.cancel()
 
     def _put_back(self, job: Job, *, ran: bool = False) -> None:
+        job.attempts -= not ran
         self.flying -= 1
         (self.pending.appendleft if ran else self.pending.append)(job)
         self.returned.set()
@@ -229,7 +231,6 @@ class Batch:
     def _lose(self, worker: Worker, job: Job, error: errors.RunLostError) -> None:
         """Gives a photo to the next free server, or fails it if it is what servers die of."""
         self._say(f"{error} {job.source} was in flight.")
-        job.attempts += 1
         # It did take the photo, so it has all the time to come back.
         worker.since, worker.lost = time.monotonic(), worker.lost + 1
         if worker.lost >= self.options.attempts and not self._is_last():

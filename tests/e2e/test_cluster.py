@@ -27,7 +27,6 @@ os.environ |= {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # so that it listens on 127.0.0.1 only
     "RAY_agent_register_timeout_ms": "300000",  # on a busy machine
     "RAY_worker_register_timeout_seconds": "300",
-    "RAY_raylet_start_wait_time_s": "300",
     "RAY_worker_niceness": "0",  # else other programs leave a busy machine's workers no time
 }
 pytest.importorskip("ray", reason='needs Ray: pip install "ray[data]"')

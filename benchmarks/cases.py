@@ -360,7 +360,7 @@ LEVERS: dict[str, dict[str, Any]] = {
 def levers(setting: Setting) -> Figures:
     """What each lever does to time and PSNR: Nano on the eight degraded photos of the demo."""
     from tools.demo import SAMPLES, degrade_photo
-    from tools.photo import read_photo
+    from tools.photo import read
 
     psnr = open_host(setting.folder, "own").nodes.measures.psnr
     graph = nano()
@@ -368,7 +368,7 @@ def levers(setting: Setting) -> Figures:
         name: {"seconds": 0.0, "psnr": []} for name in ("degraded photo", *LEVERS)
     }
     for each in SAMPLES:
-        clean = read_photo(each.photo, LEVER_SIDE)
+        clean = read(each.photo, LEVER_SIDE).picture
         lq, gt = (
             torch.from_numpy(np.asarray(photo, np.float32) / 255)[None]
             for photo in (degrade_photo(clean, each), clean)

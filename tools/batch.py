@@ -6,25 +6,15 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
-from concurrent.futures import Executor
 from dataclasses import dataclass
 
-from tools import photo, photo_writer
-from tools.client import (
-    AsyncClient,
-    ClientError,
-    Progress,
-    PromptRejectedError,
-    RunLostError,
-    ServerUnreachableError,
-    TooLargeError,
-    Workflow,
-)
+from tools import errors, photo, photo_writer
+from tools.client import AsyncClient, Progress
 from tools.host import Host, HostError
 from tools.jobs import Job, digest_workflow
-from tools.photo import Photo
 from tools.photo_writer import OutputError
-from tools.restoration import Restoration, restore_pixels
+from tools.restoration import restore_pixels
+from tools.workflow import Workflow
 
 POLL_SECONDS = 0.5
 MOST_DOUBLINGS = 4
@@ -56,20 +46,15 @@ class Server:
     """Starts it again if it is dead; for servers of this program."""
 
 
-def server_of(host: Host, keeper: Executor) -> Server:
-    """A ComfyUI of this program, which is started again if it dies.
-
-    Args:
-        host: It is running.
-        keeper: Of one thread, which lives as long: ComfyUI ends with the thread that starts it.
-    """
+def server_of(host: Host) -> Server:
+    """A ComfyUI of this program, which is running, and is started again if it dies."""
 
     async def revive() -> None:
         try:
             if not host.running():
-                await asyncio.get_running_loop().run_in_executor(keeper, host.restart)
+                await asyncio.to_thread(host.restart)
         except HostError as error:
-            raise ServerUnreachableError(str(error)) from error
+            raise errors.ServerUnreachableError(str(error)) from error
         except asyncio.CancelledError:
             host.kill()  # else the thread would wait for its start
             raise
@@ -116,13 +101,7 @@ class Batch:
     died goes to the front of the queue, so any living server takes it next; one that a server did
     not even begin goes to the end, so that a bad server costs time and not photos. Whatever
     servers do, it is bounded: by `Options.wait` without a restored photo, by `Options.attempts`
-    for the photo that they die of.
-
-    Args:
-        servers: At least one.
-        workflow: In API format, with the titles of `tools.restoration`.
-        jobs: The pending ones are restored.
-        options: See there.
+    for the photo that they die of. The workflow has the titles of `tools.restoration`.
     """
 
     def __init__(
@@ -151,7 +130,8 @@ class Batch:
         """
         self.on_event = on_event
         try:
-            asyncio.run(self._run())
+            if self.pending:
+                asyncio.run(self._run())
         except BaseExceptionGroup as faults:
             fault = faults.exceptions[0]
             raise fault.args[0] if isinstance(fault, CallerFault) else fault from None
@@ -162,8 +142,7 @@ class Batch:
 
     async def _run(self) -> None:
         async with asyncio.TaskGroup() as group:
-            if self.pending:
-                self.tasks = [group.create_task(self._serve(server)) for server in self.servers]
+            self.tasks = [group.create_task(self._serve(server)) for server in self.servers]
 
     async def _serve(self, server: Server) -> None:
         """Gives a server photos until it is given up, or the last photo is settled."""
@@ -197,10 +176,10 @@ class Batch:
         """
         try:
             await self._restore(worker.client, job)
-        except RunLostError as error:
+        except errors.RunLostError as error:
             self._lose(worker, job, error)
             return False
-        except PromptRejectedError as error:
+        except errors.PromptRejectedError as error:
             # Not the photo's fault: this server cannot run this workflow.
             self._put_back(job)
             self._give_up(worker, f"refuses the workflow: {error}")
@@ -208,10 +187,10 @@ class Batch:
         except OutputError:
             job.attempts -= 1
             raise
-        except (ClientError, OSError, MemoryError) as error:
-            of_server = isinstance(error, ServerUnreachableError)
+        except (errors.ClientError, OSError, MemoryError) as error:
+            of_server = isinstance(error, errors.ServerUnreachableError)
             # Another server may take what is too large for this one.
-            if of_server or (isinstance(error, TooLargeError) and not self._is_last()):
+            if of_server or (isinstance(error, errors.TooLargeError) and not self._is_last()):
                 self._pass_on(worker, job, str(error))
                 return False
             job.fail(str(error) or type(error).__name__)
@@ -224,10 +203,6 @@ class Batch:
 
         source = await asyncio.to_thread(photo.read, job.source, self.options.max_side)
         restoration = await restore_pixels(client, self.workflow, source.pixels, report)
-        await asyncio.to_thread(self._write, job, source, restoration)
-        job.status = "done"
-
-    def _write(self, job: Job, source: Photo, restoration: Restoration) -> None:
         notes = []
         if restoration.pixels.dtype != source.color.dtype:
             notes = ["its 16 bits are filled from a result of 8 bits: the workflow gives alpha"]
@@ -235,7 +210,9 @@ class Batch:
         job.kind, job.probabilities = restoration.kind, restoration.probabilities
         job.seconds, job.bits = round(restoration.seconds, 3), result.bits
         job.notes, job.error = list(result.notes), None
-        photo_writer.write(job.output, result, job.record(source.digest, self.digest))
+        record = job.record(source.digest, self.digest)
+        await asyncio.to_thread(photo_writer.write, job.output, result, record)
+        job.status = "done"
 
     def _land(self, job: Job) -> None:
         """Ends a photo's flight for good; the last one ends all that servers wait for."""
@@ -251,7 +228,7 @@ class Batch:
         (self.pending.appendleft if ran else self.pending.append)(job)
         self.returned.set()
 
-    def _lose(self, worker: Worker, job: Job, error: RunLostError) -> None:
+    def _lose(self, worker: Worker, job: Job, error: errors.RunLostError) -> None:
         """Gives a photo to the next free server, or fails it if it is what servers die of."""
         self._say(f"{error} {job.source} was in flight.")
         # It did take the photo, so it has all the time to come back.
@@ -297,7 +274,7 @@ class Batch:
                 if worker.server.revive:
                     await worker.server.revive()
                 await probe.check()
-            except ClientError as error:
+            except errors.ClientError as error:
                 if time.monotonic() >= deadline:
                     self._give_up(worker, f"did not answer for {wait}: {error}")
                 elif not told:

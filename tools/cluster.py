@@ -1,54 +1,63 @@
 """Restores a folder of photos on all nodes of a Ray cluster: ``tools.restore --ray``.
 
 A task lists the folder, actors that each keep a ComfyUI restore what it lists, and the lines of
-the report come back. Ray Data starts actors, gives each a photo at a time, and starts anew those
-that die, with what they had in flight.
+the report come back.
 """
 
 from __future__ import annotations
 
 import argparse
 import atexit
-import functools
 import json
 import logging
 import os
 import uuid
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import ray
-import ray.data
 from pyarrow import fs
-from ray.exceptions import RayError
+from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from tools.batch import Batch, Event, Options, server_of
-from tools.client import ClientError, Workflow
+from tools.ending import say
 from tools.environment import ROOT
+from tools.errors import ClientError
 from tools.host import Host
-from tools.jobs import Job, digest_workflow, part_twins, result_name, result_record, settle, sort_of
+from tools.jobs import (
+    Job,
+    digest_workflow,
+    part_twins,
+    reserve,
+    result_name,
+    result_record,
+    settle,
+    sort_of,
+)
 from tools.photo_writer import NO_SPACE, PART_PREFIX, OutputError
 from tools.restoration import UPLOADS
-from tools.terminal import Display, say, summarise, tell_others
+from tools.terminal import Display, summarise, tell_others
+from tools.workflow import Workflow
 
 REPORT_NAME = "diff-restorer-report.jsonl"
-IN_FLIGHT = 2
-"""Photos that an actor holds: when one is done, the next is there."""
 FAILED_STARTS = 10
 """Of ComfyUI, one after another on whatever node, that end the run."""
-WAITING = 2**21
-"""Bytes of lines that are listed and not yet given out: some thousands."""
+WAITING = 1000
+"""Lines that are listed and not yet given out."""
+LISTING = {
+    "num_cpus": 0,
+    "num_returns": "streaming",
+    "_generator_backpressure_num_objects": WAITING,
+}
 NOT_SENT = ["/docs", "/tests"]
 """What no node needs of this repository."""
 LOCAL = fs.LocalFileSystem()
 Line = dict[str, Any]
-Batched = dict[str, list[str]]
 
 
 @dataclass(frozen=True)
@@ -61,14 +70,10 @@ class Place:
 
     @classmethod
     def of(cls, named: str | Path) -> Place:
-        """The place that a path or a URI names.
-
-        Raises:
-            ClientError: pyarrow cannot open it.
-        """
+        """The place that a path or a URI names; raises `ClientError` if pyarrow cannot open it."""
         if isinstance(named, Path):
-            uri = path = os.path.abspath(named)
-            return cls(uri, fs.SubTreeFileSystem(path, LOCAL))
+            path = os.path.abspath(named)
+            return cls(path, fs.SubTreeFileSystem(path, LOCAL))
         scheme = named.partition("://")[0]
         try:
             files, path = fs.FileSystem.from_uri(named)
@@ -95,7 +100,7 @@ class Place:
             raise
 
 
-def list_photos(_: object, photos: Place, out: Place, *, recursive: bool) -> Iterator[Batched]:
+def list_photos(photos: Place, out: Place, *, recursive: bool) -> Iterator[Line]:
     """Yields the photos of a folder as pending lines, then how many; holds one folder at a time.
 
     Pictures of other endings come as ``left out``, what cannot be read as ``failed``.
@@ -120,7 +125,7 @@ def list_photos(_: object, photos: Place, out: Place, *, recursive: bool) -> Ite
             if info.type == fs.FileType.File and sort == "photo":
                 jobs.append(Job(below, folder / result_name(below)))
             elif info.type == fs.FileType.File and sort == "other":
-                yield batched({"status": "left out", "ending": below.suffix.lower()})
+                yield {"status": "left out", "ending": below.suffix.lower()}
             elif info.type == fs.FileType.Directory and recursive and below.name[0] != ".":
                 linked = local and os.path.islink(Path(photos.files.base_path, below))
                 if not linked and photos.name(below) != out.uri:
@@ -130,21 +135,12 @@ def list_photos(_: object, photos: Place, out: Place, *, recursive: bool) -> Ite
             reason = f"{photos.name(folder)} {fault}"
             jobs.append(Job(folder, folder, "failed", error=reason))
         listed += len(jobs)
-        yield from (batched(job.report()) for job in sorted(jobs, key=lambda job: job.source))
-    yield batched({"status": "listed", "count": listed})
-
-
-def batched(line: Line) -> Batched:
-    """A line as Ray Data moves it: as text, for their fields differ."""
-    return {"line": [json.dumps(line)]}
+        yield from (job.report() for job in sorted(jobs, key=lambda job: job.source))
+    yield {"status": "listed", "count": listed}
 
 
 class Restorer:
-    """An actor: a ComfyUI of its own, to which it gives one photo at a time.
-
-    Raises:
-        HostError: ComfyUI does not start.
-    """
+    """An actor: a ComfyUI of its own, to which it gives one photo at a time."""
 
     def __init__(
         self, photos: Place, out: Place, workflow: Workflow, arguments: argparse.Namespace
@@ -154,15 +150,10 @@ class Restorer:
         self.digest = digest_workflow(workflow, arguments.max_side)
         self.overwrite = arguments.overwrite
         self.host = Host(cpu=not arguments.gpu)
-        keeper = ThreadPoolExecutor(1)
-        keeper.submit(self.host.__enter__).result()
+        self.host.__enter__()
         atexit.register(self.host.stop)
-        self.server = server_of(self.host, keeper)
+        self.server = server_of(self.host)
         self.name = f"{ray.get_runtime_context().get_node_id()[:8]} {self.host.url}"
-
-    def __call__(self, batch: Batched) -> Batched:
-        (line,) = map(json.loads, batch["line"])
-        return batched(self.restore(line) if line["status"] == "pending" else line)
 
     def restore(self, line: Line) -> Line:
         """Restores the photo of a pending line, unless it is done or no photo."""
@@ -217,9 +208,7 @@ class Restorer:
 def shares(per_node: int | None, *, gpu: bool) -> tuple[dict[str, Any], int]:
     """What an actor takes of a node, and how many the cluster holds now.
 
-    Args:
-        per_node: Actors on the smallest node; ``None`` for one per GPU, or one per node of CPUs.
-        gpu: Whether they share GPUs or CPUs.
+    On the smallest node are ``per_node``; ``None`` stands for one per GPU, or one per node of CPUs.
     """
     kind = "GPU" if gpu else "CPU"
     nodes = [node["Resources"].get(kind, 0) for node in ray.nodes() if node["Alive"]]
@@ -229,21 +218,8 @@ def shares(per_node: int | None, *, gpu: bool) -> tuple[dict[str, Any], int]:
     return {f"num_{kind.lower()}s": share}, max(1, sum(int(size / share) for size in nodes))
 
 
-def run(
-    options: argparse.Namespace,
-    workflow: Workflow,
-    reserve: Callable[[Path], AbstractContextManager[None]],
-) -> int:
-    """Restores a folder; 0 if every photo is done, else 1.
-
-    Args:
-        options: From `tools.restore.parse`, with ``ray``.
-        workflow: In API format.
-        reserve: Keeps other runs out of a local folder.
-
-    Raises:
-        ClientError: Nothing can be restored.
-    """
+def run(options: argparse.Namespace, workflow: Workflow) -> int:
+    """Restores a folder as `tools.restore.run` does, with a report of lines."""
     (named,) = options.photos
     photos, out = Place.of(named), Place.of(options.out)
     if photos.files.get_file_info("").type != fs.FileType.Directory:
@@ -255,10 +231,9 @@ def run(
         connect(options.ray)
         display = Display(None)
         try:
-            lister = functools.partial(
-                list_photos, photos=photos, out=out, recursive=options.recursive
-            )
-            for line in stream(lister, Restorer, (photos, out, workflow, options), options):
+            actors = Actors(Restorer, (photos, out, workflow, options), options)
+            listing = {"photos": photos, "out": out, "recursive": options.recursive}
+            for line in actors.stream(list_photos, **listing):
                 status = line["status"]
                 counts[status] += line.get("count", 1)
                 if status == "full":
@@ -272,14 +247,14 @@ def run(
                     written.flush()
                     display.show(Event(job=Job(**line)))
         except RayError as error:
-            raise ClientError(str(getattr(error, "cause", error))) from error
+            raise ClientError(f"the cluster fails: {error}") from error
         finally:
             display.bar.close()
             ray.shutdown()
             tell_others(photos.uri, others)
             say(f"{summarise(counts)} Report: {report}")
     settled = sum(counts[status] for status in ("done", "skipped", "failed", "result"))
-    if "listed" not in counts or counts["listed"] > settled:
+    if counts["listed"] > settled:
         raise ClientError(
             f"only {settled} photos are restored; Ray's log, in /tmp/ray, says why. The same "
             "command goes on"
@@ -290,12 +265,7 @@ def run(
 
 
 def connect(address: str) -> None:
-    """Joins a cluster and sends it this repository.
-
-    Raises:
-        ClientError: There is none.
-    """
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    """Joins a cluster and sends it this repository; raises `ClientError` if there is none."""
     try:
         ray.init(
             address,
@@ -310,40 +280,74 @@ def connect(address: str) -> None:
         ) from error
 
 
-def stream(
-    lister: Callable[[object], Iterator[Batched]],
-    restorer: type,
-    arguments: Sequence[Any],
-    options: argparse.Namespace,
-) -> Iterator[Line]:
-    """What actors make of the lines of a task, as they are made.
+class Actors:
+    """Restorers that get a line at a time; one that dies is replaced, and its line goes to another.
 
-    Args:
-        lister: The task.
-        restorer: The actors' class.
-        arguments: Its.
-        options: From `tools.restore.parse`.
+    Ray Data does the same, but keeps statistics of every photo, so that it grows with them; and
+    there the photos of an actor that died wait until Ray finds room for it.
     """
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.target_max_block_size = 1  # byte: each photo is given out by itself
-    limits = ray.data.ExecutionResources.for_limits(object_store_memory=WAITING)
-    context.execution_options.resource_limits = limits
-    context.max_errored_blocks = -1  # `run` counts what is missing
-    context.max_consecutive_actor_init_deaths = FAILED_STARTS
-    share, room = shares(options.per_node, gpu=options.gpu)
-    least, most = options.actors or (room, room)
-    restored = (
-        ray.data.from_items([0])
-        .map_batches(lister, num_cpus=0)
-        .map_batches(
-            restorer,
-            batch_size=1,
-            fn_constructor_args=arguments,
-            compute=ray.data.ActorPoolStrategy(
-                min_size=least, max_size=most, max_tasks_in_flight_per_actor=IN_FLIGHT
-            ),
-            **share,
-        )
-    )
-    return (json.loads(row["line"]) for row in restored.iter_rows())
+
+    def __init__(
+        self, restorer: type, arguments: Sequence[Any], options: argparse.Namespace
+    ) -> None:
+        share, room = shares(options.per_node, gpu=options.gpu)
+        self.restorer, self.arguments = ray.remote(**share)(restorer), arguments
+        self.least, self.most = options.actors or (room, room)
+        self.attempts: int = options.attempts
+        self.running: dict[Any, tuple[Any, Line | None]] = {}
+        """What is awaited of which actor, and of which line; of none while it starts."""
+        self.idle: list[Any] = []
+        self.pending: deque[Line] = deque()
+        self.failed_starts = 0
+
+    def stream(self, lister: Callable[..., Iterator[Line]], **named: Any) -> Iterator[Line]:
+        """What they make of the pending lines of a task, and its other lines, as they come.
+
+        Raises `ClientError` if no actor starts, and `RayError` if the task fails.
+        """
+        lines: Any = ray.remote(**LISTING)(lister).remote(**named)
+        self._start(self.least)
+        while lines or self.pending or any(line for _, line in self.running.values()):
+            while self.idle and self.pending:
+                actor, line = self.idle.pop(), self.pending.popleft()
+                self.running[actor.restore.remote(line)] = actor, line
+            starting = any(line is None for _, line in self.running.values())
+            if (lines or self.pending) and not (self.idle or starting):
+                self._start(min(len(self.running), self.most - len(self.running)))
+            (ready,), _ = ray.wait([*self.running, *([lines] if self.idle and lines else [])])
+            if ready in self.running:
+                made = self._collect(ready)
+            else:
+                made: Any = ray.get(next(lines))
+                lines = None if made["status"] == "listed" else lines
+            if made and made["status"] == "pending":
+                self.pending.appendleft(made)
+            elif made:
+                yield made
+
+    def _start(self, count: int) -> None:
+        for _ in range(count):
+            actor = self.restorer.remote(*self.arguments)
+            self.running[actor.__ray_ready__.remote()] = actor, None
+
+    def _collect(self, ready: Any) -> Line | None:
+        """The line that an actor made, or has left behind; ``None`` if it only started, or not."""
+        actor, line = self.running.pop(ready)
+        try:
+            made: Any = ray.get(ready)
+        except RayActorError as error:
+            ray.kill(actor)  # it may only be out of reach
+            self._start(1)
+            if line is None:
+                self.failed_starts += 1
+                if self.failed_starts >= FAILED_STARTS:
+                    raise ClientError(f"{FAILED_STARTS} actors did not start: {error}") from error
+                return None
+            attempts = line["attempts"] + 1
+            died = {"status": "failed", "error": f"its actor died {attempts} times: {error}"}
+            return line | {"attempts": attempts} | (died if attempts >= self.attempts else {})
+        except RayTaskError as error:  # a fault of ours
+            made = {**(line or {}), "status": "failed", "error": str(error)}
+        self.failed_starts = 0
+        self.idle.append(actor)
+        return made if line else None

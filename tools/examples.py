@@ -7,8 +7,8 @@ from pathlib import Path
 
 from PIL import Image, ImageOps
 
-from tools.demo import LONG_SIDE, SAMPLES, Sample, degrade_photo
-from tools.photo import read_photo
+from tools.demo import LONG_SIDE, SAMPLES, degrade_photo, sample_of
+from tools.photo import read
 
 FIRST, FIRST_KIND = "example.png", "rain"
 """What every workflow opens; ComfyUI has a picture of this name in its own input folder."""
@@ -29,37 +29,29 @@ _PAN = 48
 def write_examples(folder: Path, long_side: int = LONG_SIDE) -> None:
     """Write the demo's photos, degraded, one per kind, into an input folder; keeps what is there.
 
-    Args:
-        folder: ComfyUI's input folder. Gets example.png, a cat in the rain, photos/<kind>.png,
-            clean.png, which is not degraded, large.png and frames/<number>.png.
-        long_side: Of the photos, pixels; large.png is smaller by as much as they are.
+    ComfyUI's folder gets example.png, a cat in the rain, photos/<kind>.png, clean.png, which is not
+    degraded, large.png and frames/<number>.png. The photos' long side is in pixels; large.png is
+    smaller by as much as they are.
     """
-    (folder / FOLDER).mkdir(parents=True, exist_ok=True)
-    for sample in SAMPLES:
-        clean = read_photo(sample.photo, long_side)
-        if sample.kind == CLEAN_KIND and not (folder / CLEAN).exists():
-            clean.save(folder / CLEAN)
-        places = [folder / FOLDER / f"{sample.kind}.png"]
-        places += [folder / FIRST] if sample.kind == FIRST_KIND else []
-        missing = [place for place in places if not place.exists()]
-        if missing:
-            photo = degrade_photo(clean, sample)
-            for place in missing:
-                photo.save(place)
-    if not (folder / LARGE).exists():
-        scale = min(1.0, long_side / LONG_SIDE)
-        large_page(*(round(side * scale) for side in LARGE_SIDES)).save(folder / LARGE)
-    (folder / FRAMES).mkdir(exist_ok=True)
-    for index, frame in enumerate(frames(long_side)):
-        place = folder / FRAMES / f"{index:02}.png"
+
+    def put(name: str, picture: Image.Image) -> None:
+        place = folder / name
+        place.parent.mkdir(parents=True, exist_ok=True)
         if not place.exists():
-            frame.save(place)
+            picture.save(place)
 
-
-def sample_of(kind: str) -> Sample:
-    """The demo's sample of a kind."""
-    (found,) = (sample for sample in SAMPLES if sample.kind == kind)
-    return found
+    for sample in SAMPLES:
+        clean = read(sample.photo, long_side).picture
+        degraded = degrade_photo(clean, sample)
+        put(f"{FOLDER}/{sample.kind}.png", degraded)
+        if sample.kind == FIRST_KIND:
+            put(FIRST, degraded)
+        if sample.kind == CLEAN_KIND:
+            put(CLEAN, clean)
+    scale = min(1.0, long_side / LONG_SIDE)
+    put(LARGE, large_page(*(round(side * scale) for side in LARGE_SIDES)))
+    for index, frame in enumerate(frames(long_side)):
+        put(f"{FRAMES}/{index:02}.png", frame)
 
 
 def large_page(width: int, height: int) -> Image.Image:
@@ -69,7 +61,7 @@ def large_page(width: int, height: int) -> Image.Image:
     shown = ("noise", "haze", "rain", "low_light", "raindrop", "jpeg")
     for index, kind in enumerate(shown):
         row, column = divmod(index, columns)
-        photo = ImageOps.fit(read_photo(sample_of(kind).photo, 0), size)
+        photo = ImageOps.fit(read(sample_of(kind).photo).picture, size)
         page.paste(photo, (column * size[0], row * size[1]))
     for left, kind in zip((0, width - size[0]), LARGE_KINDS, strict=True):
         box = (left, 0, left + size[0], height)
@@ -81,7 +73,7 @@ def large_page(width: int, height: int) -> Image.Image:
 def frames(long_side: int) -> list[Image.Image]:
     """A pan from left to right; sides even, as most videos need them."""
     sample = sample_of(FRAME_KIND)
-    photo = read_photo(sample.photo, long_side)
+    photo = read(sample.photo, long_side).picture
     step = photo.width // _PAN
     width, height = (photo.width - step * FRAME_COUNT) // 8 * 8, photo.height // 16 * 8
     top = photo.height // 16

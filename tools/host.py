@@ -17,11 +17,11 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
 from tools import environment
@@ -33,6 +33,7 @@ PACK_NODE = "DiffRestorerLoader"
 NANO_VARIABLE = "DIFF_RESTORER_NANO"
 START_TIMEOUT = 300.0
 STOP_TIMEOUT = 10.0
+LOG_TAIL = 60
 FOLDERS = ("custom_nodes", "models", "input", "output", "user")
 EXAMPLES = ("example.png", "large.png", "frames")
 """Of what `write_examples` writes, the oldest and the newest."""
@@ -80,6 +81,8 @@ class Host:
         # The server runs in another folder.
         self.nano = Path(named).resolve() if named else None
         self.process: subprocess.Popen[bytes] | None = None
+        self.keeper = ThreadPoolExecutor(1)
+        """Starts the server, which on Linux ends with the thread that does."""
 
     @property
     def url(self) -> str:
@@ -87,20 +90,17 @@ class Host:
 
     def __enter__(self) -> Host:
         try:
-            self._make_base()
+            for name in FOLDERS:
+                (self.base / name).mkdir(parents=True, exist_ok=True)
+            link_pack(self.base / "custom_nodes" / PACK_NAME)
             self.log.unlink(missing_ok=True)
-            self._begin()
+            self.restart()
         except BaseException:
             self.stop()
             raise
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.stop()
 
     def stop(self) -> None:
@@ -110,15 +110,11 @@ class Host:
             shutil.rmtree(self.base, ignore_errors=True)
 
     def restart(self) -> None:
-        """Starts the server again on its port and its base, whether it is alive or dead.
-
-        On Linux it ends with the thread that calls this.
-
-        Raises:
-            HostError: As on entering.
-        """
+        """Starts the server again on its port and its base, whether it is alive or dead."""
         self._end()
-        self._begin()
+        self._check_port()
+        self._start()
+        self._wait_until_ready()
 
     def kill(self) -> None:
         """Ends the server at once, as a crash would; everything else stays."""
@@ -126,21 +122,13 @@ class Host:
             self.process.kill()
             self.process.wait()
 
-    def _begin(self) -> None:
-        self._check_port()
-        self._start()
-        self._wait_until_ready()
-        self._check_pack()
-
     def _end(self) -> None:
-        process = self.process
-        if process is not None and process.poll() is None:
-            process.terminate()
+        if self.process is not None and self.process.poll() is None:
+            self.process.terminate()
             try:
-                process.wait(STOP_TIMEOUT)
+                self.process.wait(STOP_TIMEOUT)
             except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+                self.kill()
         self.process = None
 
     def running(self) -> bool:
@@ -154,11 +142,6 @@ class Host:
         kilobytes = status.read_text().split("VmHWM:" if peak else "VmRSS:")[1].split()[0]
         return int(kilobytes) * 1024 / 1e9
 
-    def log_tail(self, lines: int = 30) -> str:
-        if not self.log.exists():
-            return "(no log)"
-        return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
-
     def get(self, path: str) -> Any:
         """Returns the JSON that the server sends for a path such as ``/object_info``."""
         # No proxy: the server is on this machine whatever http_proxy says.
@@ -167,20 +150,13 @@ class Host:
             return json.load(reply)
 
     def _check_port(self) -> None:
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind(("127.0.0.1", self.port))
-            except OSError as error:
-                raise HostError(
-                    f"port {self.port} on 127.0.0.1 cannot be used ({error.strerror}): "
-                    "stop the program that holds it or choose another port (PORT=8199)"
-                ) from error
-
-    def _make_base(self) -> None:
-        for name in FOLDERS:
-            (self.base / name).mkdir(parents=True, exist_ok=True)
-        link_pack(self.base / "custom_nodes" / PACK_NAME)
+        try:
+            socket.create_server(("127.0.0.1", self.port)).close()
+        except OSError as error:
+            raise HostError(
+                f"port {self.port} on 127.0.0.1 cannot be used ({os.strerror(error.errno or 0)}): "
+                "stop the program that holds it or choose another port (PORT=8199)"
+            ) from error
 
     def _start(self) -> None:
         root = environment.comfyui_root()
@@ -191,43 +167,40 @@ class Host:
         command += ["--listen", "127.0.0.1", "--port", str(self.port)]
         command += ["--base-directory", str(self.base), "--disable-auto-launch"]
         command += ["--disable-api-nodes", "--database-url", "sqlite:///:memory:", *self.arguments]
+        nano = {} if self.nano is None else {NANO_VARIABLE: str(self.nano)}
         with self.log.open("ab") as log:
-            self.process = subprocess.Popen(
+            self.process = self.keeper.submit(
+                subprocess.Popen[bytes],
                 command,
                 cwd=root,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, "PYTHONUNBUFFERED": "1", **self._nano_variable()},
+                env={**os.environ, "PYTHONUNBUFFERED": "1", **nano},
                 # Ctrl-C reaches this program only, which then stops the server in order.
                 start_new_session=True,
                 preexec_fn=_die_with_parent(),
-            )
-
-    def _nano_variable(self) -> dict[str, str]:
-        return {} if self.nano is None else {NANO_VARIABLE: str(self.nano)}
+            ).result()
 
     def _wait_until_ready(self) -> None:
         deadline = time.monotonic() + START_TIMEOUT
         while time.monotonic() < deadline:
             if not self.running():
-                raise HostError(f"ComfyUI ended while starting. End of its log:\n{self.log_tail()}")
+                raise self._fault("ended while starting")
             try:
-                self.get("/system_stats")
-                return
-            except (urllib.error.URLError, OSError):
+                nodes = self.get(f"/object_info/{PACK_NODE}")
+                break
+            except OSError:
                 time.sleep(0.1)
-        raise HostError(
-            f"ComfyUI did not answer within {START_TIMEOUT:.0f} s. End of its log:\n"
-            + self.log_tail()
-        )
+        else:
+            raise self._fault(f"did not answer within {START_TIMEOUT:.0f} s")
+        if PACK_NODE not in nodes:
+            raise self._fault(f"started without the pack {PACK_NAME} ({PACK_NODE} is missing)")
 
-    def _check_pack(self) -> None:
-        if PACK_NODE not in self.get(f"/object_info/{PACK_NODE}"):
-            raise HostError(
-                f"ComfyUI started without the pack {PACK_NAME} (node {PACK_NODE} is missing). "
-                f"End of its log:\n{self.log_tail(60)}"
-            )
+    def _fault(self, what: str) -> HostError:
+        lines = self.log.read_text(errors="replace").splitlines() if self.log.exists() else ()
+        tail = "\n".join(lines[-LOG_TAIL:])
+        return HostError(f"ComfyUI {what}. End of its log:\n{tail}")
 
 
 def link_pack(place: Path) -> None:
@@ -244,8 +217,7 @@ def link_pack(place: Path) -> None:
 
 def free_port() -> int:
     """Returns a port of 127.0.0.1 that was free a moment ago."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+    with socket.create_server(("127.0.0.1", 0)) as probe:
         return int(probe.getsockname()[1])
 
 
@@ -294,8 +266,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tools.host", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     commands = parser.add_subparsers(dest="command", required=True)
-    setup = commands.add_parser("setup", help="make the environment, print its Python")
-    setup.add_argument("--stage", choices=environment.STAGES, default="run")
+    maker = commands.add_parser("setup", help="make the environment, print its Python")
+    maker.add_argument("--stage", choices=environment.STAGES, default="run")
     commands.add_parser("root", help="print the ComfyUI checkout")
     server = commands.add_parser("serve", help="run ComfyUI with the pack")
     server.add_argument("--port", type=int, default=8188)
@@ -304,14 +276,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     server.add_argument("rest", nargs="*", help="after --: further arguments of ComfyUI")
     options = parser.parse_args(arguments)
     exit_on_termination()
-    if options.command == "setup":
-        sys.stdout.write(f"{environment.ensure(options.stage)}\n")
-        return 0
-    if options.command == "root":
-        sys.stdout.write(f"{environment.comfyui_root()}\n")
-        return 0
-    base = options.dir or environment.cache_dir() / "serve"
-    return serve(base, options.port, not options.gpu, options.rest)
+    if options.command == "serve":
+        base = options.dir or environment.cache_dir() / "serve"
+        return serve(base, options.port, not options.gpu, options.rest)
+    setup = options.command == "setup"
+    print(environment.ensure(options.stage) if setup else environment.comfyui_root())
+    return 0
 
 
 if __name__ == "__main__":

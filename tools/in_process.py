@@ -13,12 +13,7 @@ from tools.environment import ROOT
 
 
 def import_host(root: Path, base: Path, *, cpu: bool) -> None:
-    """Make ComfyUI importable, with its models, inputs and outputs below a folder.
-
-    Args:
-        root: ComfyUI checkout.
-        base: Base directory, which gets `models`, `input`, `output` and `custom_nodes`.
-        cpu: Stay off the GPU.
+    """Make the ComfyUI in `root` importable, with its models, inputs and outputs below `base`.
 
     Raises:
         RuntimeError: Another ComfyUI was imported before, or this pack's `nodes` in its place.
@@ -43,11 +38,7 @@ def import_host(root: Path, base: Path, *, cpu: bool) -> None:
 
 
 def load_pack() -> ModuleType:
-    """The pack's root module, loaded by the host's own loader under the host's own name.
-
-    Raises:
-        RuntimeError: The host could not load it; its log says why.
-    """
+    """The pack's root module, loaded by the host's own loader under the host's own name."""
     host_nodes: Any = importlib.import_module("nodes")
     if not asyncio.run(host_nodes.load_custom_node(str(ROOT))):
         raise RuntimeError(f"ComfyUI could not load {ROOT}; see its log")

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
+import time
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from tools.client import ClientError, Workflow
+from tools.errors import ClientError
 from tools.photo import file_digest
-from tools.photo_writer import decodes, read_record
+from tools.photo_writer import PART_PREFIX, decodes, read_record
+from tools.workflow import Workflow
 
 SUFFIXES = (
     *(".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".tif", ".tiff", ".webp", ".bmp", ".avif"),
@@ -26,22 +30,21 @@ OTHER_PICTURES = (
     *(".psd", ".xcf", ".exr", ".hdr", ".svg", ".pdf"),
 )
 """What people keep beside their photos and Pillow does not read, or not as a photo."""
+LOCK_NAME = ".diff-restorer.lock"
+STALE_SECONDS = 3600.0
+"""Then a part is of a run that was killed, and not of one whose --out lies within this one."""
 LONGEST_NAME = 255
 """Bytes that file systems allow for one name."""
 RECORD_VERSION = 1
-RECORD_FIELDS = {
-    "version": (int,),
-    "source": (str,),
-    "photo": (str,),
-    "workflow": (str,),
-    "kind": (str, type(None)),
-    "probabilities": (dict,),
-    "seconds": (int, float),
-    "bits": (int,),
-    "notes": (list,),
+TAKEN_OVER: dict[str, Any] = {
+    "kind": str | None,
+    "probabilities": dict,
+    "seconds": int | float,
+    "bits": int,
+    "notes": list,
 }
-TAKEN_OVER = ("kind", "probabilities", "seconds", "bits", "notes")
-"""By the job that finds the record."""
+"""What the job that finds a record takes from it."""
+RECORD_FIELDS = {"source": str, "photo": str, "workflow": str, **TAKEN_OVER}
 
 Status = Literal["pending", "done", "skipped", "failed"]
 
@@ -74,12 +77,6 @@ class Job:
     def report(self) -> dict[str, Any]:
         return {**vars(self), "source": str(self.source), "output": str(self.output)}
 
-    def take_over(self, record: dict[str, Any]) -> None:
-        """Marks it as skipped, with what the record of its output says."""
-        self.status = "skipped"
-        for name in TAKEN_OVER:
-            setattr(self, name, record[name])
-
     def record(self, photo: str, workflow: str) -> dict[str, Any]:
         """What its output says about itself, by which `settle` and `find_photos` know it."""
         return {
@@ -102,8 +99,7 @@ def result_record(path: Path) -> dict[str, Any] | None:
 
 def digest_workflow(workflow: Workflow, max_side: int) -> str:
     """Names a workflow and the largest side by content."""
-    text = json.dumps([workflow, max_side], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
+    return hashlib.sha256(json.dumps([workflow, max_side], sort_keys=True).encode()).hexdigest()
 
 
 def plan(named: Sequence[Path], out: Path, *, recursive: bool = False) -> list[Job]:
@@ -111,18 +107,8 @@ def plan(named: Sequence[Path], out: Path, *, recursive: bool = False) -> list[J
 
     The photo ``trip/day1/sea.jpg`` of the folder ``trip`` goes to ``<out>/day1/sea_restored.png``.
     Photos whose results would have one name get their own ending into it; where that does not help
-    they fail, and no photo is ever the output of another.
-
-    Args:
-        named: Photos and folders.
-        out: Folder of the results; as a part of one of the folders it is left out.
-        recursive: Look into the folders' folders.
-
-    Returns:
-        Jobs, pending or failed.
-
-    Raises:
-        ClientError: A folder cannot be read, or there is no photo at all in the folders.
+    they fail, and no photo is ever the output of another. Where ``out`` is part of one of the
+    folders it is left out. Raises `ClientError` if there is no photo at all.
     """
     jobs: dict[Path, Job] = {}
     for path in named:
@@ -148,11 +134,7 @@ def plan(named: Sequence[Path], out: Path, *, recursive: bool = False) -> list[J
 
 
 def find_photos(folder: Path, out: Path, *, recursive: bool = False) -> Iterator[Path]:
-    """Yields the photos of a folder in the order of their names; never a result of this program.
-
-    Raises:
-        ClientError: The folder cannot be read.
-    """
+    """Yields the photos of a folder in the order of their names; never a result of this program."""
 
     def complain(error: OSError) -> None:
         raise ClientError(f"the folder {error.filename} cannot be read: {error.strerror}")
@@ -166,22 +148,18 @@ def find_photos(folder: Path, out: Path, *, recursive: bool = False) -> Iterator
                 yield path
 
 
+def count_others(folder: Path, *, recursive: bool = False) -> Counter[str]:
+    """Endings of pictures in a folder that `find_photos` passes over -> how many."""
+    found = folder.rglob("*") if recursive else folder.iterdir()
+    return Counter(path.suffix.lower() for path in found if sort_of(path.name) == "other")
+
+
 def sort_of(name: str) -> Literal["photo", "other"] | None:
     """Whether a name is that of a photo, of a picture of other kinds, or of neither."""
     if name.startswith("."):
         return None
     ending = Path(name).suffix.lower()
     return "photo" if ending in SUFFIXES else "other" if ending in OTHER_PICTURES else None
-
-
-def count_others(folder: Path, *, recursive: bool = False) -> Counter[str]:
-    """Endings of pictures in a folder that `find_photos` passes over -> how many."""
-    counts: Counter[str] = Counter()
-    for _, _, files in os.walk(folder):
-        counts.update(Path(name).suffix.lower() for name in files if sort_of(name) == "other")
-        if not recursive:
-            break
-    return counts
 
 
 def _real(path: Path) -> Path:
@@ -203,12 +181,9 @@ def result_name(photo: Path, *, whole: bool = False) -> str:
 
 
 def settle(job: Job, workflow: str, *, overwrite: bool) -> None:
-    """Skips a photo whose output is there; fails it if something else is.
+    """Skips a pending photo whose output is there; fails it if something else is.
 
-    Args:
-        job: A pending job.
-        workflow: From `digest_workflow`.
-        overwrite: Restore every photo again and replace what is there.
+    The workflow is named by `digest_workflow`.
     """
     if overwrite or not os.path.exists(job.output):
         return
@@ -226,10 +201,35 @@ def settle(job: Job, workflow: str, *, overwrite: bool) -> None:
     elif record["workflow"] != workflow:
         reason = "was made by another workflow, --preset or --max-side"
     else:
-        return job.take_over(record)
+        return vars(job).update({name: record[name] for name in TAKEN_OVER}, status="skipped")
     return job.fail(
         f"{job.output} is there and {reason}. Choose another --out, or pass --overwrite"
     )
+
+
+@contextmanager
+def reserve(out: Path) -> Iterator[None]:
+    """Makes the folder of the results and keeps other runs out of it, or raises `ClientError`."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock = (out / LOCK_NAME).open("ab")
+    except OSError as error:
+        raise ClientError(
+            f"--out {out} cannot be written: {error.strerror}. Choose another folder"
+        ) from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for part in out.rglob(f"{PART_PREFIX}*"):
+                if time.time() - part.lstat().st_mtime > STALE_SECONDS:
+                    part.unlink(missing_ok=True)
+        except BlockingIOError as error:
+            raise ClientError(
+                f"another run writes to --out {out}. Wait for its end or choose another folder"
+            ) from error
+        except OSError:
+            pass  # a file system without locks; temporary names are unique all the same
+        yield
 
 
 def make_room(job: Job) -> None:

@@ -10,15 +10,17 @@ import io
 import struct
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
+import av
 import numpy as np
 import numpy.typing as npt
 from PIL import ExifTags, Image, ImageCms, ImageFile, PngImagePlugin, TiffImagePlugin
 
-from tools.client import DAMAGED, ClientError
+from tools.errors import DAMAGED, ClientError
 
 # Editors put whole histories into PNG files; Pillow's 1 MB would refuse the photo for its text.
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 256 * 2**20
@@ -117,28 +119,11 @@ def to_bits(pixels: Pixels, bits: int) -> Pixels:
     return ((pixels.astype(np.uint32) + 128) // 257).astype(np.uint8)
 
 
-def read_photo(path: Path, max_side: int = 0) -> Image.Image:
-    """Opens a photo upright, at 8 bits, and, if it is larger, shrinks it.
-
-    Args:
-        path: The file.
-        max_side: Longest side in pixels; 0 keeps the size.
-
-    Raises:
-        PhotoError: The file is missing or no picture.
-    """
-    return read(path, max_side).picture
-
-
 def read(path: Path, max_side: int = 0) -> Photo:
-    """Reads a photo with all that its result shall keep.
+    """Reads a photo, of any format that Pillow knows, with all that its result shall keep.
 
-    Args:
-        path: The file, of any format that Pillow knows.
-        max_side: Longest side in pixels; larger photos are shrunk; 0 keeps the size.
-
-    Raises:
-        PhotoError: The file is missing, no picture, or of a kind that cannot be restored.
+    Larger ones than ``max_side`` pixels are shrunk to it; 0 keeps the size. A file that is missing,
+    no picture, or of a kind that cannot be restored raises `PhotoError`.
     """
     try:
         data = path.read_bytes()
@@ -148,12 +133,7 @@ def read(path: Path, max_side: int = 0) -> Photo:
         raise PhotoError(f"{path} cannot be read: {error.strerror}") from error
     try:
         with DECODING:
-            try:
-                photo = _decode(path, data)
-            except OSError:
-                photo = _decode_what_is_there(path, data)
-                if photo is None:
-                    raise
+            photo = _decode_what_is_there(path, data)
     except PhotoError:
         raise
     except DAMAGED as error:
@@ -164,7 +144,7 @@ def read(path: Path, max_side: int = 0) -> Photo:
         color = _shrink(photo.color, max_side)
         alpha = None if photo.alpha is None else _shrink(photo.alpha, max_side)
         photo = replace(photo, color=color, alpha=alpha)
-    return photo
+    return replace(photo, digest=hashlib.sha256(data).hexdigest())
 
 
 def file_digest(path: Path) -> str:
@@ -172,18 +152,21 @@ def file_digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def _decode_what_is_there(path: Path, data: bytes) -> Photo | None:
-    """A photo that is cut off, as every viewer shows it; ``None`` if nothing of it is left."""
-    ImageFile.LOAD_TRUNCATED_IMAGES = True
+def _decode_what_is_there(path: Path, data: bytes) -> Photo:
+    """A photo, or what there is of one that is cut off, as every viewer shows it."""
     try:
-        photo = _decode(path, _pad(data) if data[8:12] == b"WEBP" else data, damaged=True)
-    except DAMAGED:
-        return None
-    finally:
-        ImageFile.LOAD_TRUNCATED_IMAGES = False
-    if (photo.color == photo.color[0, 0]).all():
-        return None
-    return replace(photo, digest=hashlib.sha256(data).hexdigest())
+        return _decode(path, data)
+    except OSError as fault:
+        ImageFile.LOAD_TRUNCATED_IMAGES = True
+        try:
+            photo = _decode(path, _pad(data) if data[8:12] == b"WEBP" else data, damaged=True)
+        except DAMAGED:
+            raise fault from None
+        finally:
+            ImageFile.LOAD_TRUNCATED_IMAGES = False
+        if (photo.color == photo.color[0, 0]).all():
+            raise
+        return photo
 
 
 def _pad(data: bytes) -> bytes:
@@ -228,8 +211,7 @@ def _decode(path: Path, data: bytes, *, damaged: bool = False) -> Photo:
         icc = b""
         if not any("sRGB" in note for note in notes):
             notes.append("its colour profile is not for its colours and is left out")
-    digest = hashlib.sha256(data).hexdigest()
-    return Photo(color, alpha, grey, exif, icc, dpi, digest, tuple(notes))
+    return Photo(color, alpha, grey, exif, icc, dpi, "", tuple(notes))
 
 
 def _shallow(path: Path, opened: Image.Image, icc: bytes, notes: list[str]) -> Pixels:
@@ -254,14 +236,11 @@ def _shallow(path: Path, opened: Image.Image, icc: bytes, notes: list[str]) -> P
 
 
 def _cmyk_to_srgb(opened: Image.Image, icc: bytes) -> Image.Image:
-    if icc:
-        try:
-            profile = ImageCms.ImageCmsProfile(io.BytesIO(icc))
-            srgb = ImageCms.createProfile("sRGB")
-            converted = ImageCms.profileToProfile(opened, profile, srgb, outputMode="RGB")
-            return cast("Image.Image", converted)
-        except (ImageCms.PyCMSError, OSError):
-            pass  # a damaged profile: convert as if there were none
+    srgb = ImageCms.createProfile("sRGB")
+    with suppress(ImageCms.PyCMSError, OSError):  # no profile, or a damaged one
+        profile = ImageCms.ImageCmsProfile(io.BytesIO(icc))
+        converted = ImageCms.profileToProfile(opened, profile, srgb, outputMode="RGB")
+        return cast("Image.Image", converted)
     return opened.convert("RGB")
 
 
@@ -276,12 +255,6 @@ def _codec_of_deep_color(opened: Image.Image, data: bytes) -> str | None:
 
 
 def _deep_color(path: Path, data: bytes, codec: str) -> Pixels:
-    try:
-        import av
-    except ImportError as error:
-        raise PhotoError(
-            f"{path} has 16 bits per channel, which needs the package av: pip install av"
-        ) from error
     try:
         context = cast("av.VideoCodecContext", av.CodecContext.create(codec, "r"))
         frames = context.decode(av.Packet(data)) or context.decode(None)
@@ -351,9 +324,7 @@ def _turn_upright(exif: bytes) -> tuple[bytes | None, int]:
 def _describe_tiff(opened: TiffImagePlugin.TiffImageFile) -> bytes:
     """The tags that describe the photo, as EXIF; empty if there are none."""
     known, kept = opened.getexif(), Image.Exif()
-    for tag in DESCRIPTIONS:
-        if tag in known:
-            kept[tag] = known[tag]
+    kept.update((tag, known[tag]) for tag in DESCRIPTIONS if tag in known)
     for tag in SUB_FOLDERS:
         if folder := known.get_ifd(tag):
             kept[tag] = folder

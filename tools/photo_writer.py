@@ -1,6 +1,7 @@
 """Writes photos as PNG or TIFF of 8 or 16 bits, with a record of what they were made from.
 
-Pillow writes no 16-bit colour, so the files are put together here.
+Pillow writes no 16-bit colour: PyAV compresses the pixels of PNG files, and what is said about them
+is put together here.
 """
 
 from __future__ import annotations
@@ -8,37 +9,33 @@ from __future__ import annotations
 import errno
 import json
 import os
-import struct
-import tempfile
+import uuid
 import zlib
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
+import av
 import numpy as np
 from PIL import Image, TiffImagePlugin
+from PIL.PngImagePlugin import putchunk
 
-from tools.client import DAMAGED
-from tools.photo import (
-    DESCRIPTIONS,
-    EXIF_PREFIX,
-    SUB_FOLDERS,
-    Photo,
-    PhotoError,
-    Pixels,
-)
+from tools.errors import DAMAGED
+from tools.photo import DESCRIPTIONS, EXIF_PREFIX, SUB_FOLDERS, Photo, PhotoError, Pixels
 
 RECORD_KEY = "diff-restorer"
 RECORD_TAG = 65000
 """The private TIFF tag of the record."""
 PART_PREFIX = ".diff-restorer-part-"
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
-UMASK = os.umask(0o077)
-os.umask(UMASK)
-BAND = 64
-"""Rows that are filtered and compressed at once."""
+LAYOUTS = {
+    8: ("gray", "ya8", "rgb24", "rgba"),
+    16: ("gray16be", "ya16be", "rgb48be", "rgba64be"),
+}
+"""PyAV's names for one to four channels."""
 
 
 class OutputError(PhotoError):
@@ -46,16 +43,9 @@ class OutputError(PhotoError):
 
 
 def write(path: Path, photo: Photo, record: Mapping[str, Any]) -> None:
-    """Writes a photo as TIFF (``.tif``) or PNG; the file is complete or not there.
+    """Writes a photo as TIFF (``.tif``) or PNG, with a record that `read_record` finds.
 
-    Args:
-        path: The file; one of that name is replaced.
-        photo: What to write.
-        record: JSON for `read_record`, kept inside the file.
-
-    Raises:
-        PhotoError: The file cannot be written.
-        OutputError: Nor can any other.
+    Raises `PhotoError` if the file cannot be written, and `OutputError` if no other can be, either.
     """
     note = json.dumps(record)
     try:
@@ -68,24 +58,17 @@ def write(path: Path, photo: Photo, record: Mapping[str, Any]) -> None:
 
 @contextmanager
 def whole(path: Path) -> Iterator[BinaryIO]:
-    """A file that appears complete or not at all, whoever else writes one of that name.
-
-    Raises:
-        OSError: It cannot be written.
-    """
+    """A file that appears complete or not at all, whoever else writes one of that name."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    number, name = tempfile.mkstemp(prefix=PART_PREFIX, dir=path.parent)
+    part = path.with_name(f"{PART_PREFIX}{uuid.uuid4().hex}")
     try:
-        with open(number, "wb") as stream:
-            yield cast("BinaryIO", stream)
+        with part.open("xb") as stream:
+            yield stream
             stream.flush()
-            os.fsync(number)
-        os.chmod(name, 0o666 & ~UMASK)
-        os.replace(name, path)
-    except BaseException:
-        with suppress(OSError):
-            os.unlink(name)
-        raise
+            os.fsync(stream.fileno())
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def read_record(path: Path) -> dict[str, Any] | None:
@@ -126,46 +109,33 @@ def _channels(photo: Photo) -> Pixels:
 
 
 def _write_png(stream: BinaryIO, photo: Photo, record: str) -> None:
-    def chunk(name: bytes, data: bytes) -> None:
-        stream.write(struct.pack(">I", len(data)) + name + data)
-        stream.write(struct.pack(">I", zlib.crc32(name + data)))
-
-    pixels = _channels(photo)
-    height, width, channels = pixels.shape
-    color_type = {1: 0, 2: 4, 3: 2, 4: 6}[channels]
-    stream.write(b"\x89PNG\r\n\x1a\n")
-    chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, photo.bits, color_type, 0, 0, 0))
+    encoded = _encode_png(_channels(photo))
+    begin = encoded.index(b"IDAT") - 4
+    stream.write(encoded[:33])  # signature and IHDR
     if photo.icc:
-        chunk(b"iCCP", b"ICC profile\x00\x00" + zlib.compress(photo.icc))
+        putchunk(stream, b"iCCP", b"ICC profile\x00\x00", zlib.compress(photo.icc))
     if photo.dpi:
-        per_metre = [round(value / 0.0254) for value in photo.dpi]
-        chunk(b"pHYs", struct.pack(">IIB", *per_metre, 1))
+        per_metre = np.array([value / 0.0254 for value in photo.dpi]).round().astype(">u4")
+        putchunk(stream, b"pHYs", per_metre.tobytes(), b"\x01")
     if photo.exif:
-        chunk(b"eXIf", photo.exif)
-    chunk(b"tEXt", f"{RECORD_KEY}\x00{record}".encode("latin-1"))
-    rows = pixels.astype(f">u{photo.bits // 8}").view(np.uint8).reshape(height, -1)
-    packer = zlib.compressobj(6)
-    for top in range(0, height, BAND):
-        band = _filter(rows, top, min(top + BAND, height), channels * photo.bits // 8)
-        chunk(b"IDAT", packer.compress(band.tobytes()))
-    chunk(b"IDAT", packer.flush())
-    chunk(b"IEND", b"")
+        putchunk(stream, b"eXIf", photo.exif)
+    putchunk(stream, b"tEXt", f"{RECORD_KEY}\x00{record}".encode("latin-1"))
+    stream.write(encoded[begin:])
 
 
-def _filter(rows: Pixels, top: int, bottom: int, step: int) -> Pixels:
-    """Rows of bytes as differences to PNG's Paeth predictor (PNG specification, 9.4)."""
-    band = np.zeros((bottom - top + 1, rows.shape[1] + step), np.int16)
-    band[1:, step:] = rows[top:bottom]
-    if top:
-        band[0, step:] = rows[top - 1]
-    left, up, corner = band[1:, :-step], band[:-1, step:], band[:-1, :-step]
-    from_left, from_up = np.abs(up - corner), np.abs(left - corner)
-    from_corner = np.abs(left + up - 2 * corner)
-    best = np.where(from_up <= from_corner, up, corner)
-    best = np.where((from_left <= from_up) & (from_left <= from_corner), left, best)
-    filtered = np.full((bottom - top, rows.shape[1] + 1), 4, np.uint8)
-    filtered[:, 1:] = (band[1:, step:] - best).astype(np.uint8)
-    return filtered
+def _encode_png(pixels: Pixels) -> bytes:
+    """(H, W, C) as a PNG file without anything but pixels."""
+    height, width, channels = pixels.shape
+    bits = pixels.itemsize * 8
+    encoder = cast("av.VideoCodecContext", av.CodecContext.create("png", "w"))
+    encoder.width, encoder.height, encoder.time_base = width, height, Fraction(1)
+    encoder.pix_fmt = layout = LAYOUTS[bits][channels - 1]
+    encoder.options = {"pred": "paeth"}
+    frame = av.VideoFrame(width, height, layout)
+    rows = pixels.astype(f">u{bits // 8}").view(np.uint8).reshape(height, -1)
+    gap = frame.planes[0].line_size - rows.shape[1]
+    frame.planes[0].update(np.pad(rows, ((0, 0), (0, gap))).tobytes())
+    return b"".join(map(bytes, [*encoder.encode(frame), *encoder.encode(None)]))
 
 
 def _write_tiff(stream: BinaryIO, photo: Photo, record: str) -> None:

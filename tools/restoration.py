@@ -18,19 +18,11 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from tools.client import (
-    AsyncClient,
-    Client,
-    ClientError,
-    OnProgress,
-    Progress,
-    Result,
-    Workflow,
-    WorkflowError,
-    find_node,
-)
+from tools.client import AsyncClient, Client, OnProgress, Progress, Result
 from tools.environment import ROOT
+from tools.errors import ClientError, WorkflowError
 from tools.photo import Pixels, to_bits
+from tools.workflow import Workflow, find_node, title_of
 
 NANO_WORKFLOW = ROOT / "workflows/api/restore_nano.json"
 INPUT_TITLE = "Degraded photo"
@@ -70,15 +62,7 @@ class Restoration:
 
 
 def with_preset(workflow: Workflow, name: str) -> Workflow:
-    """A workflow with the settings of a preset in its KSampler nodes.
-
-    Args:
-        workflow: In API format; it is not changed.
-        name: One of `PRESETS`.
-
-    Raises:
-        WorkflowError: It has no KSampler.
-    """
+    """A copy of a workflow with the settings of one of `PRESETS` in its KSampler nodes."""
     changed = copy.deepcopy(workflow)
     samplers = [node for node in changed.values() if node["class_type"] == "KSampler"]
     if not samplers:
@@ -89,24 +73,13 @@ def with_preset(workflow: Workflow, name: str) -> Workflow:
 
 
 def restore(client: Client, workflow: Workflow, photo: Image.Image, name: str) -> Restoration:
-    """Restores one photo, with a progress bar.
-
-    Args:
-        client: The server to use.
-        workflow: In API format, with a LoadImage node titled ``Degraded photo`` and a SaveImage
-            node titled ``Restored``; it is not changed.
-        photo: RGB picture.
-        name: Label of the progress bar.
-
-    Raises:
-        ClientError: Anything that keeps the server from restoring it.
-    """
+    """Restores one photo at 8 bits, with a progress bar of that name; see `restore_pixels`."""
     # disable=None: no bar where the output is no terminal.
     with tqdm(desc=name, leave=False, unit="step", dynamic_ncols=True, disable=None) as bar:
 
         async def show(progress: Progress) -> None:
             node = workflow.get(progress.node, {})
-            bar.set_postfix_str(node.get("_meta", {}).get("title") or node.get("class_type", ""))
+            bar.set_postfix_str(title_of(node) or node.get("class_type", ""))
             if progress.steps > 1:
                 bar.total, bar.n = progress.steps, progress.step
             bar.refresh()
@@ -121,13 +94,9 @@ async def restore_pixels(
     """Sends pixels through a workflow.
 
     Args:
-        client: The server to use.
-        workflow: As for `restore`; it may use the transparency or not.
+        workflow: In API format, with a LoadImage node titled ``Degraded photo`` and a SaveImage
+            node titled ``Restored``; it is not changed. It may use the transparency or not.
         pixels: (H, W, 3) or (H, W, 4), uint8 or uint16.
-        on_progress: As for `AsyncClient.run`.
-
-    Raises:
-        ClientError: Anything that keeps the server from restoring it.
     """
     filled = copy.deepcopy(workflow)
     source = find_node(filled, "LoadImage", INPUT_TITLE)
@@ -161,12 +130,14 @@ def deepen_input(workflow: Workflow, source: str, lower: str) -> None:
     v / 65535 = (1 - 1/257) * upper / 255 + 1/257 * lower / 255, which ImageBlend computes in float.
 
     Args:
-        workflow: Changed in place.
         source: Id of the node that loads the upper bytes.
         lower: The uploaded picture of the lower bytes.
     """
     loaded, blended = f"{source}-lower", f"{source}-16-bit"
-    _move_link(workflow, [source, 0], [blended, 0])
+    for node in workflow.values():
+        for name, value in node["inputs"].items():
+            if value == [source, 0]:
+                node["inputs"][name] = [blended, 0]
     workflow[loaded] = {"class_type": "LoadImage", "inputs": {"image": lower}}
     workflow[blended] = _blend([source, 0], [loaded, 0], "normal", 1 / 257)
 
@@ -174,14 +145,8 @@ def deepen_input(workflow: Workflow, source: str, lower: str) -> None:
 def deepen_output(workflow: Workflow, target: str, upper: str, width: int, height: int) -> None:
     """Lets a SaveImage node save what it cut off the last time, enlarged by 256.
 
-    ImageBlend subtracts (``difference``) and doubles (``overlay`` with white), in float.
-
-    Args:
-        workflow: Changed in place.
-        target: Id of the node.
-        upper: The uploaded picture that it saved.
-        width: Of that picture, in pixels.
-        height: Of that picture, in pixels.
+    ImageBlend subtracts (``difference``) and doubles (``overlay`` with white), in float. The
+    uploaded picture that it saved is ``upper``, ``width`` by ``height`` pixels.
     """
     loaded, white = f"{target}-upper", f"{target}-white"
     workflow[loaded] = {"class_type": "LoadImage", "inputs": {"image": upper}}
@@ -199,13 +164,6 @@ def deepen_output(workflow: Workflow, target: str, upper: str, width: int, heigh
 def _blend(first: list[Any], second: list[Any], mode: str, factor: float) -> dict[str, Any]:
     inputs = {"image1": first, "image2": second, "blend_mode": mode, "blend_factor": factor}
     return {"class_type": "ImageBlend", "inputs": inputs}
-
-
-def _move_link(workflow: Workflow, old: list[Any], new: list[Any]) -> None:
-    for node in workflow.values():
-        for name, value in node["inputs"].items():
-            if value == old:
-                node["inputs"][name] = new
 
 
 def encode(pixels: Pixels) -> tuple[bytes, str]:

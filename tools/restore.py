@@ -19,95 +19,28 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from tools.batch import Batch, Options, Server, server_of
-from tools.client import (
-    AsyncClient,
-    ClientError,
-    ServerUnreachableError,
-    Workflow,
-    WorkflowError,
-    find_node,
-    load_workflow,
-)
-from tools.host import Host, HostError, exit_on_termination
-from tools.jobs import Job, count_others, digest_workflow, make_room, plan, settle
-from tools.photo_writer import PART_PREFIX, whole
-from tools.restoration import (
-    INPUT_TITLE,
-    NANO_WORKFLOW,
-    OUTPUT_TITLE,
-    PRESETS,
-    with_preset,
-)
-from tools.terminal import Display, say, summarise, tell_others
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
+from tools.client import AsyncClient
+from tools.ending import in_words, say
+from tools.errors import ClientError, ServerUnreachableError, WorkflowError
+from tools.host import Host, exit_on_termination
+from tools.jobs import Job, count_others, digest_workflow, make_room, plan, reserve, settle
+from tools.photo_writer import whole
+from tools.restoration import INPUT_TITLE, NANO_WORKFLOW, OUTPUT_TITLE, PRESETS, with_preset
+from tools.terminal import Display, summarise, tell_others
+from tools.workflow import Workflow, find_node, load_workflow
 
 REPORT_NAME = "diff-restorer-report.json"
-LOCK_NAME = ".diff-restorer.lock"
-STALE_SECONDS = 3600.0
-"""Then a part is of a run that was killed, and not of one whose --out lies within this one."""
-
-
-@contextmanager
-def reserve(out: Path) -> Iterator[None]:
-    """Makes the folder of the results and keeps other runs out of it.
-
-    Raises:
-        ClientError: It cannot be written, or another run writes there.
-    """
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        lock = (out / LOCK_NAME).open("ab")
-    except OSError as error:
-        raise ClientError(
-            f"--out {out} cannot be written: {error.strerror}. Choose another folder"
-        ) from error
-    with lock:
-        if fcntl is not None:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                for part in out.rglob(f"{PART_PREFIX}*"):
-                    if time.time() - part.lstat().st_mtime > STALE_SECONDS:
-                        part.unlink(missing_ok=True)
-            except BlockingIOError as error:
-                raise ClientError(
-                    f"another run writes to --out {out}. Wait for its end or choose another folder"
-                ) from error
-            except OSError:
-                pass  # a file system without locks; temporary names are unique all the same
-        yield
-
-
-@contextmanager
-def own_server(out: Path, *, cpu: bool) -> Iterator[Server]:
-    """Starts a ComfyUI for this run; it is started again if it dies.
-
-    Raises:
-        HostError: It does not start.
-    """
-    say("Starting ComfyUI ...")
-    out.mkdir(parents=True, exist_ok=True)
-    with Host(cpu=cpu, log=out / "host.log") as host, ThreadPoolExecutor(1) as keeper:
-        yield server_of(host, keeper)
 
 
 async def find_servers(urls: Sequence[str], workflow: Workflow) -> list[Server]:
     """Checks servers, each once; one that cannot run the workflow is left out of several.
 
-    Raises:
-        WorkflowError: None has the nodes of the workflow.
-        ServerUnreachableError: None answers.
-        AddressError: One has no address.
+    Raises the error of the only one, or one for all, if there is none to wait for.
     """
 
     async def fault_of(client: AsyncClient) -> ClientError | None:
@@ -145,14 +78,7 @@ def write_report(path: Path, jobs: Sequence[Job], workflow: Path, seconds: float
 
 
 def run(options: argparse.Namespace) -> int:
-    """Restores what the options name; 0 if every photo is done, else 1.
-
-    Args:
-        options: From `parse`.
-
-    Raises:
-        ClientError, HostError: Nothing can be restored.
-    """
+    """Restores what the options of `parse` name; 0 if every photo is done, else 1."""
     begun = time.monotonic()
     workflow = load_workflow(options.workflow)
     find_node(workflow, "LoadImage", INPUT_TITLE)
@@ -164,7 +90,7 @@ def run(options: argparse.Namespace) -> int:
             from tools import cluster
         except ImportError as error:
             raise ClientError(f'--ray needs Ray ({error}): pip install "ray[data]"') from error
-        return cluster.run(options, workflow, reserve)
+        return cluster.run(options, workflow)
     jobs = plan(options.photos, options.out, recursive=options.recursive)
     for folder in (path for path in options.photos if os.path.isdir(path)):
         tell_others(folder, count_others(folder, recursive=options.recursive))
@@ -195,8 +121,9 @@ def _restore_all(
         elif options.server:
             restore_on(asyncio.run(find_servers(options.server, workflow)))
         else:
-            with own_server(options.out, cpu=not options.gpu) as server:
-                restore_on([server])
+            say("Starting ComfyUI ...")
+            with Host(cpu=not options.gpu, log=options.out / "host.log") as host:
+                restore_on([server_of(host)])
     finally:
         display.bar.close()
         counts = Counter(job.status for job in jobs)
@@ -210,17 +137,6 @@ def _restore_all(
     return 1 if counts["failed"] else 0
 
 
-def _number(least: float, kind: type) -> Any:
-    def parse(text: str) -> Any:
-        value = kind(text)
-        if not value >= least:
-            raise argparse.ArgumentTypeError(f"{text} is too small: {least:g} is the least")
-        return value
-
-    parse.__name__ = kind.__name__  # argparse's word for what it expects
-    return parse
-
-
 def _place(text: str) -> Path | str:
     return text if "://" in text else Path(text)
 
@@ -230,59 +146,40 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tools.restore", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add = parser.add_argument
+
+    def number(name: str, least: float, help: str, **settings: Any) -> None:
+        kind = type(least)
+
+        def read(text: str) -> Any:
+            value = kind(text)
+            if not value >= least:
+                raise argparse.ArgumentTypeError(f"{text} is too small: {least:g} is the least")
+            return value
+
+        read.__name__ = kind.__name__  # argparse's word for what it expects
+        add(name, type=read, help=help, **settings)
+
     add("photos", nargs="+", type=_place, metavar="photo", help="photos and folders of photos")
     add("--recursive", action="store_true", help="look into the folders' folders, too")
     add("--out", type=_place, default=Path("restored"), metavar="DIR", help="default: restored")
     add("--overwrite", action="store_true", help="restore all again, replace what is in --out")
     add("--report", type=Path, metavar="FILE", help=f"default: {REPORT_NAME} in --out")
-    add(
-        "--server",
-        action="append",
-        metavar="URL",
-        help="a running ComfyUI, for several give it several times; without it one is started",
-    )
+    text = "a running ComfyUI, for several give it several times; without it one is started"
+    add("--server", action="append", metavar="URL", help=text)
     add("--gpu", action="store_true", help="let the ComfyUI that is started use a GPU")
-    add(
-        "--ray",
-        metavar="ADDRESS",
-        help="restore one folder, a path or a URI, on all nodes of this Ray cluster; or auto",
-    )
-    add(
-        "--per-node",
-        type=_number(1, int),
-        metavar="N",
-        help="ComfyUIs on the smallest node (default: one, or with --gpu one per GPU)",
-    )
-    add(
-        "--actors",
-        type=_number(1, int),
-        nargs=2,
-        metavar=("MIN", "MAX"),
-        help="ComfyUIs in all, for clusters that grow (default: as many as there is room for)",
-    )
+    text = "restore one folder, a path or a URI, on all nodes of this Ray cluster; or auto"
+    add("--ray", metavar="ADDRESS", help=text)
+    text = "ComfyUIs on the smallest node (default: one, or with --gpu one per GPU)"
+    number("--per-node", 1, text, metavar="N")
+    text = "ComfyUIs in all, for clusters that grow (default: as many as there is room for)"
+    number("--actors", 1, text, nargs=2, metavar=("MIN", "MAX"))
     add("--workflow", type=Path, default=NANO_WORKFLOW, metavar="FILE", help="in API format")
     add("--preset", choices=sorted(PRESETS), help="sampler settings for Nano, not the workflow's")
-    add(
-        "--max-side",
-        type=_number(0, int),
-        default=0,
-        metavar="PIXELS",
-        help="shrink larger photos first",
-    )
-    add(
-        "--wait",
-        type=_number(0, float),
-        default=Options.wait,
-        metavar="SECONDS",
-        help="how long a server that stopped answering may take to come back (default %(default)g)",
-    )
-    add(
-        "--attempts",
-        type=_number(1, int),
-        default=Options.attempts,
-        metavar="N",
-        help="fail a photo during which its server died N times (default %(default)s)",
-    )
+    number("--max-side", 0, "shrink larger photos first", default=0, metavar="PIXELS")
+    text = "how long a server that stopped answering may take to come back (default %(default)g)"
+    number("--wait", 0.0, text, default=Options.wait, metavar="SECONDS")
+    text = "fail a photo during which its server died N times (default %(default)s)"
+    number("--attempts", 1, text, default=Options.attempts, metavar="N")
     options = parser.parse_args(arguments)
     uris = [place for place in (*options.photos, options.out) if isinstance(place, str)]
     if options.ray is None and (uris or options.per_node or options.actors):
@@ -292,18 +189,16 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     return options
 
 
+@in_words
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of ``python -m tools.restore``."""
     options = parse(arguments)
     exit_on_termination()
     try:
         return run(options)
-    except (ClientError, HostError, OSError) as error:
-        say(f"error: {error}")
-        return 1
     except KeyboardInterrupt:
-        say("interrupted; the same command goes on from here")
-        return 130
+        say("The same command goes on from here.")
+        raise
 
 
 if __name__ == "__main__":

@@ -15,12 +15,7 @@ Cell = tuple[str, Image.Image]
 
 
 def row(title: str, cells: Sequence[Cell]) -> Image.Image:
-    """Draws pictures of one size next to each other, a title above all and a label above each.
-
-    Args:
-        title: One line above the row.
-        cells: Label and picture of each column.
-    """
+    """Draws pictures of one size next to each other, a title above all and a label above each."""
     width, height = cells[0][1].size
     large, small = ImageFont.load_default(22), ImageFont.load_default(17)
     top = MARGIN + 30 + 26

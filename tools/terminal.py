@@ -10,25 +10,10 @@ from typing import Any
 from tqdm import tqdm
 
 from tools.batch import Event
+from tools.ending import printable, say
 from tools.jobs import SUFFIXES, Job
 
 BAR = "{desc}{percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
-
-
-def printable(text: str, stream: Any) -> str:
-    """What a terminal can show: names and servers may send control characters, or no text."""
-    safe = "".join(
-        letter
-        if letter.isprintable() or letter == "\n"
-        else letter.encode("unicode_escape", "surrogatepass").decode()
-        for letter in text
-    )
-    encoding = getattr(stream, "encoding", None) or "utf-8"
-    return safe.encode(encoding, "backslashreplace").decode(encoding)
-
-
-def say(text: object) -> None:
-    sys.stderr.write(printable(f"{text}\n", sys.stderr))
 
 
 def tell_others(folder: object, counts: Mapping[str, int]) -> None:
@@ -46,8 +31,7 @@ def summarise(counts: Counter[str]) -> str:
 class Display:
     """A progress bar over all photos, and a line for each; the bar only on a terminal.
 
-    Args:
-        total: How many photos there are; ``None`` if nobody knows yet.
+    How many there are is ``None`` if nobody knows yet.
     """
 
     def __init__(self, total: int | None) -> None:

@@ -7,93 +7,103 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from functools import partial
+from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageChops, ImageDraw, ImageOps, ImageStat
 
-from tools.client import Client, Workflow, find_node, load_workflow
-from tools.demo import LONG_SIDE, SAMPLES, Sample, degrade_photo
+from tools import sheet
+from tools.client import Client
+from tools.demo import LONG_SIDE, degrade_photo, sample_of
 from tools.ending import in_words
 from tools.environment import ROOT
 from tools.host import Host
-from tools.photo import read_photo
-from tools.restoration import encode, restore
+from tools.photo import read
+from tools.restoration import INPUT_TITLE, OUTPUT_TITLE, encode, restore
+from tools.workflow import Workflow, find_node, load_workflow
 
 SIDE = 480
+SQUARE, STRIP, SMALL = (SIDE, SIDE), (SIDE, SIDE // 2), (SIDE // 4, SIDE // 4)
 LINE = 3
 FOLDER = ROOT / "workflows"
-
+RESTORED = ("SaveImage", OUTPUT_TITLE)
+TWO = ("haze", "rain")
+"""Kinds of the samples in the thumbnail of a folder."""
 
 Pair = tuple[Image.Image, Image.Image]
 """What is shown left and right."""
 
 
-def square(photo: Image.Image, side: int = SIDE) -> Image.Image:
-    """The middle of a photo, `side` pixels wide and high."""
-    return ImageOps.fit(photo, (side, side))
+def upload(client: Client, picture: Image.Image, subfolder: str = "") -> str:
+    return client.upload(*encode(np.asarray(picture)), subfolder)
 
 
-def restored(client: Client, workflow: Workflow, photo: Image.Image) -> Image.Image:
-    """The picture of the node titled Restored."""
-    return restore(client, workflow, photo, "thumbnail").image
+def run(
+    client: Client,
+    workflow: Workflow,
+    source: tuple[str, str],
+    *shown: Sequence[str],
+    **inputs: Any,
+) -> list[list[Image.Image]]:
+    """The pictures of nodes, named by class and title, once the source has these inputs."""
+    workflow[find_node(workflow, *source)]["inputs"] |= inputs
+    result = client.run(workflow)
+    return [client.images(result, find_node(workflow, *node)) for node in shown]
 
 
 def before_after(client: Client, workflow: Workflow, clean: Image.Image, lq: Image.Image) -> Pair:
     """The degraded and the restored photo."""
-    return lq, restored(client, workflow, lq)
+    return lq, restore(client, workflow, lq, "thumbnail").image
 
 
 def enlarged(client: Client, workflow: Workflow, clean: Image.Image, lq: Image.Image) -> Pair:
     """A small clean photo with its pixels, and the same at twice the size."""
-    small = square(clean, SIDE // 4)
-    large = restored(client, workflow, small)
-    return small.resize((SIDE, SIDE), Image.Resampling.NEAREST), large
+    small = ImageOps.fit(clean, SMALL)
+    large = restore(client, workflow, small, "thumbnail").image
+    return small.resize(SQUARE, Image.Resampling.NEAREST), large
 
 
 def decoders(client: Client, workflow: Workflow, clean: Image.Image, lq: Image.Image) -> Pair:
     """The stock decode and the aware one."""
-    photo = find_node(workflow, "LoadImage", "Degraded photo")
-    workflow[photo]["inputs"]["image"] = client.upload(*encode(np.asarray(lq)))
-    result = client.run(workflow)
-    saved = (find_node(workflow, "SaveImage", title) for title in (BOTH, "Restored"))
-    stock, aware = (client.images(result, node)[0] for node in saved)
+    photo, both = ("LoadImage", INPUT_TITLE), ("SaveImage", "Stock decode, aware decode")
+    (stock,), (aware,) = run(client, workflow, photo, both, RESTORED, image=upload(client, lq))
     return stock.crop((0, 0, *lq.size)), aware
 
 
 def measured(client: Client, workflow: Workflow, clean: Image.Image, lq: Image.Image) -> Pair:
     """What the workflow makes of a clean photo: degraded, and restored."""
-    photo = find_node(workflow, "LoadImage", "Clean photo")
-    workflow[photo]["inputs"]["image"] = client.upload(*encode(np.asarray(clean)))
-    result = client.run(workflow)
-    (measure,) = (key for key, node in workflow.items() if node["class_type"] == MEASURE)
-    (row,) = client.images(result, measure)  # degraded, restored, clean
-    third = row.width // 3
+    photo, measure = ("LoadImage", "Clean photo"), ("DiffRestorerMeasure",)
+    ((row,),) = run(client, workflow, photo, measure, image=upload(client, clean))
+    third = row.width // 3  # degraded, restored, clean
     return row.crop((0, 0, third, row.height)), row.crop((third, 0, 2 * third, row.height))
 
 
 def folder_of(client: Client, workflow: Workflow, clean: Image.Image, lq: Image.Image) -> Pair:
     """Two photos of a folder, before and after."""
-    samples = [sample for sample in SAMPLES if sample.kind in TWO]
-    before = [strip(degrade_photo(read(each), each)) for each in samples]
+    before = [
+        ImageOps.fit(degrade_photo(read(sample.photo, LONG_SIDE).picture, sample), STRIP)
+        for sample in map(sample_of, TWO)
+    ]
+    folder, loader = "thumbnail_photos", ("LoadImageDataSetFromFolder", "Folder of frames")
     for photo in before:
-        client.upload(*encode(np.asarray(photo)), "thumbnail_photos")
-    loader = find_node(workflow, "LoadImageDataSetFromFolder", "Folder of frames")
-    workflow[loader]["inputs"]["folder"] = "thumbnail_photos"
-    result = client.run(workflow)
-    results = client.images(result, find_node(workflow, "SaveImage", "Restored"))
-    # They come in the order in which the server's folder lists them.
-    after = [min(results, key=partial(difference, photo)) for photo in before]
-    return stack(before), stack(after)
+        upload(client, photo, folder)
+    (results,) = run(client, workflow, loader, RESTORED, folder=folder)
+
+    def closest(photo: Image.Image) -> Image.Image:
+        """They come in the order in which the server's folder lists them."""
+        return min(
+            results, key=lambda each: sum(ImageStat.Stat(ImageChops.difference(each, photo)).mean)
+        )
+
+    return sheet.stack(before), sheet.stack([closest(photo) for photo in before])
 
 
 def one_of_folder(client: Client, workflow: Workflow, clean: Image.Image, lq: Image.Image) -> Pair:
     """A photo of a folder, before and after."""
-    client.upload(*encode(np.asarray(lq)), "thumbnail_photo")
-    loader = find_node(workflow, "DiffRestorerFolderPhoto", "Folder of photos")
-    workflow[loader]["inputs"] |= {"folder": "thumbnail_photo", "index": 0}
-    result = client.run(workflow)
-    return lq, client.images(result, find_node(workflow, "SaveImage", "Restored"))[0]
+    folder, loader = "thumbnail_photo", ("DiffRestorerFolderPhoto", "Folder of photos")
+    upload(client, lq, folder)
+    ((restored,),) = run(client, workflow, loader, RESTORED, folder=folder, index=0)
+    return lq, restored
 
 
 def without_weights(
@@ -108,29 +118,6 @@ def without_weights(
     return lq, right
 
 
-def strip(photo: Image.Image) -> Image.Image:
-    """The middle of a photo, twice as wide as high."""
-    return ImageOps.fit(photo, (SIDE, SIDE // 2))
-
-
-def stack(photos: Sequence[Image.Image]) -> Image.Image:
-    """Strips, one below the other."""
-    return Image.fromarray(np.vstack([np.asarray(each) for each in photos]))
-
-
-def difference(one: Image.Image, other: Image.Image) -> float:
-    """Mean absolute difference of two photos of one size."""
-    return float(np.abs(np.asarray(one, np.float32) - np.asarray(other, np.float32)).mean())
-
-
-def read(sample: Sample) -> Image.Image:
-    """The clean photo of a sample."""
-    return read_photo(sample.photo, LONG_SIDE)
-
-
-BOTH = "Stock decode, aware decode"
-MEASURE = "DiffRestorerMeasure"
-TWO = ("haze", "rain")
 Maker = Callable[[Client, Workflow, Image.Image, Image.Image], Pair]
 THUMBNAILS: dict[str, tuple[str, Maker]] = {
     "compare_decoders": ("rain", decoders),
@@ -153,12 +140,11 @@ photo, degraded photo)."""
 def draw(client: Client, name: str) -> Image.Image:
     """One thumbnail."""
     kind, maker = THUMBNAILS[name]
-    (sample,) = (each for each in SAMPLES if each.kind == kind)
-    clean = square(read(sample))
+    sample = sample_of(kind)
+    clean = ImageOps.fit(read(sample.photo, LONG_SIDE).picture, SQUARE)
     workflow = load_workflow(FOLDER / f"api/{name}.json")
-    left, right = (
-        square(each) for each in maker(client, workflow, clean, degrade_photo(clean, sample))
-    )
+    pair = maker(client, workflow, clean, degrade_photo(clean, sample))
+    left, right = (ImageOps.fit(each, SQUARE) for each in pair)
     middle = SIDE // 2
     left.paste(right.crop((middle, 0, SIDE, SIDE)), (middle, 0))
     left.paste("white", (middle - LINE // 2, 0, middle + LINE - LINE // 2, SIDE))

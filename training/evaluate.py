@@ -30,11 +30,12 @@ from typing import Any
 import tyro
 
 from diff_restorer.checkpoint import read_checkpoint
-from tools.client import Client, load_workflow
+from tools.client import Client
 from tools.ending import in_words
 from tools.environment import ROOT
 from tools.host import Host, exit_on_termination
 from tools.restoration import NANO_WORKFLOW
+from tools.workflow import load_workflow
 
 from .common import git_revision
 from .evaluation import independent, plots, report, suites, tables

@@ -14,10 +14,10 @@ from playwright.sync_api import TimeoutError
 
 from tests.browser.contrast import contrast_of
 from tests.browser.editor import LAPTOP, NODES_2, Editor
-from tools.client import load_workflow
 from tools.environment import ROOT
 from tools.examples import FIRST
 from tools.host import PACK_NAME
+from tools.workflow import load_workflow
 
 pytestmark = [pytest.mark.comfy, pytest.mark.browser]
 

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image, ImageOps
 
 from tools import examples
-from tools.photo import read_photo
+from tools.photo import read
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +27,7 @@ def test_the_large_page_needs_tiles_that_differ(folder: Path) -> None:
         page = np.asarray(opened, np.float32)
     assert page.shape == (height // 2, width // 2, 3)
     third = page.shape[1] // 3
-    photo = read_photo(examples.sample_of("raindrop").photo)
+    photo = read(examples.sample_of("raindrop").photo).picture
     middle = ImageOps.fit(photo, (third, page.shape[0] // 2))
     assert np.array_equal(page[page.shape[0] // 2 :, third : 2 * third], np.asarray(middle))
     left, right = (

@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from tools.client import Client, Progress, Result, Workflow, find_node, load_workflow
+from tools.client import Client, Progress, Result
 from tools.host import Host
 from tools.restoration import NANO_WORKFLOW, OUTPUT_TITLE
+from tools.workflow import Workflow, find_node, load_workflow
 
 HOST_NODES = Path(__file__).parent / "host_nodes"
 """The tests' own nodes."""

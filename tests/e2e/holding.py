@@ -11,8 +11,8 @@ from PIL import Image
 
 from tests.e2e.graph import Runner, make_photo
 from tools import restore
-from tools.client import Workflow
 from tools.restoration import INPUT_TITLE, OUTPUT_TITLE
+from tools.workflow import Workflow
 
 
 class Holding:

@@ -16,8 +16,8 @@ from diff_restorer.checkpoint import write_checkpoint
 from tests import toy_weights
 from tests.e2e.graph import Graph, Runner
 from tests.toy_weights import VaeSizes, VisionSizes
-from tools.client import ClientError, ExecutionError, PromptRejectedError
 from tools.environment import ROOT
+from tools.errors import ClientError, ExecutionError, PromptRejectedError
 
 pytestmark = pytest.mark.comfy
 

@@ -19,8 +19,10 @@ from tests.e2e.graph import Runner, make_photo
 from tests.e2e.holding import Holding, put_photos, read_report, run
 from tools import restore
 from tools.batch import Batch, Event, Options, Server
-from tools.client import AddressError, Client, ServerUnreachableError, load_workflow
+from tools.client import Client
+from tools.errors import AddressError, ServerUnreachableError
 from tools.jobs import plan
+from tools.workflow import load_workflow
 
 Answer = tuple[int, dict[str, str], bytes]
 Rule = Callable[["Handler"], Answer | None]
@@ -245,7 +247,7 @@ def test_a_host_that_cannot_be_is_named(host: str):
 
 
 def test_an_answer_without_an_end(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("tools.client.TRANSFER_SECONDS", 0.5)
+    monkeypatch.setattr("tools.connection.TRANSFER_SECONDS", 0.5)
 
     def drip(request: Handler) -> Answer:
         request.send_response(200)

@@ -17,8 +17,9 @@ import pytest
 
 from tests.e2e.holding import put_photos
 from tools import restore
-from tools.client import ClientError
+from tools.errors import ClientError
 from tools.host import free_port
+from tools.jobs import Job
 
 # Ray reads them when it is imported.
 os.environ |= {
@@ -26,6 +27,7 @@ os.environ |= {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # so that it listens on 127.0.0.1 only
     "RAY_agent_register_timeout_ms": "300000",  # on a busy machine
     "RAY_worker_register_timeout_seconds": "300",
+    "RAY_worker_niceness": "0",  # else other programs leave a busy machine's workers no time
 }
 pytest.importorskip("ray", reason='needs Ray: pip install "ray[data]"')
 
@@ -113,8 +115,7 @@ def test_a_folder_is_listed_by_path_and_by_uri(tmp_path: Path, scheme: str):
     Path(os.fsdecode(os.fsencode(folder) + b"/no \xff text.png")).touch()
     named = [f"{scheme}{folder}", f"{scheme}{folder}/out"]
     photos, out = (cluster.Place.of(name if scheme else Path(name)) for name in named)
-    batches = cluster.list_photos(None, photos, out, recursive=True)
-    lines = [json.loads(line) for batch in batches for line in batch["line"]]
+    lines = list(cluster.list_photos(photos, out, recursive=True))
     assert [(line["status"], line.get("source")) for line in lines] == [
         ("left out", None),
         ("failed", "."),
@@ -167,6 +168,49 @@ def test_a_node_and_a_comfyui_die_half_way(cluster: Any, tmp_path: Path):
     assert Counter(line["status"] for line in read_lines(out)) == {"skipped": COUNT}
     assert written == {path: path.stat().st_mtime_ns for path in results}
     sys.stdout.write(f"{COUNT} photos restored, none twice; a second run had nothing to do\n")
+
+
+@pytest.mark.slow
+def test_a_photo_that_actors_die_of_fails_alone(cluster: Any):
+    import ray
+
+    from tools.cluster import Actors, connect
+
+    def list_names() -> Iterator[dict[str, Any]]:
+        for name in ("a.png", "deadly.png", "faulty.png", "b.png"):
+            yield Job(Path(name), Path(name)).report()
+        yield {"status": "listed", "count": 4}
+
+    class Dying:
+        def restore(self, line: dict[str, Any]) -> dict[str, Any]:
+            if line["source"] == "deadly.png":
+                os._exit(1)
+            if line["source"] == "faulty.png":
+                raise ZeroDivisionError("a fault of ours")
+            return line | {"status": "done"}
+
+    class Unborn:
+        def __init__(self) -> None:
+            raise OSError("no ComfyUI here")
+
+    options = restore.parse([".", "--ray", cluster.address, "--attempts", "2"])
+    connect(options.ray)
+    try:
+        lines = list(Actors(Dying, (), options).stream(list_names))
+        with pytest.raises(ClientError, match=r"actors did not start(.|\n)*no ComfyUI here"):
+            list(Actors(Unborn, (), options).stream(list_names))
+    finally:
+        ray.shutdown()
+    found = {line["source"]: line for line in lines if "source" in line}
+    assert len(lines) == 5
+    assert {name: line["status"] for name, line in found.items()} == {
+        "a.png": "done",
+        "deadly.png": "failed",
+        "faulty.png": "failed",
+        "b.png": "done",
+    }
+    assert "its actor died 2 times" in found["deadly.png"]["error"]
+    assert "a fault of ours" in found["faulty.png"]["error"]
 
 
 @pytest.mark.slow

@@ -11,9 +11,9 @@ import pytest
 
 from diff_restorer.checkpoint import CheckpointError
 from diff_restorer.weights import parse_json
-from tools.client import ClientError
 from tools.ending import in_words
 from tools.environment import ROOT
+from tools.errors import ClientError
 
 
 def fail_in_a_library() -> None:

@@ -12,8 +12,8 @@ import pytest
 from tests.e2e.graph import make_photo
 from tests.e2e.holding import read_report
 from tools import photo, photo_writer, restore
-from tools.client import ClientError
 from tools.environment import ROOT
+from tools.errors import ClientError
 from tools.host import free_port
 from tools.jobs import Job, digest_workflow, find_photos, plan, settle
 

@@ -11,8 +11,9 @@ from PIL import Image
 
 from diff_restorer.degradations import KINDS
 from tests.e2e.graph import Graph, Runner, make_photo
-from tools.client import ClientError, Progress, PromptInterruptedError
+from tools.client import Progress
 from tools.environment import ROOT
+from tools.errors import ClientError, PromptInterruptedError
 from tools.host import PACK_NAME, Host
 
 pytestmark = pytest.mark.comfy

@@ -244,8 +244,8 @@ def test_large_photos_are_shrunk(tmp_path: Path, bits: int):
     assert small.color.shape == (25, 50, 3)
     assert small.alpha is not None
     assert small.alpha.shape == (25, 50)
-    assert photo.read_photo(path, 50).size == (50, 25)
-    assert photo.read_photo(path, 200).size == (200, 100)
+    assert photo.read(path, 50).picture.size == (50, 25)
+    assert photo.read(path, 200).picture.size == (200, 100)
 
 
 def test_cmyk_becomes_rgb(tmp_path: Path):

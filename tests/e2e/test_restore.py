@@ -14,10 +14,10 @@ from tests.e2e.graph import Runner, make_photo
 from tests.e2e.holding import Holding, pixels_of, put_photos, read_report, run
 from tools import photo, photo_writer, restore
 from tools.batch import Batch, Event, Options, Server
-from tools.client import load_workflow
 from tools.host import free_port
 from tools.jobs import plan
 from tools.restoration import PRESETS, with_preset
+from tools.workflow import load_workflow
 
 pytestmark = pytest.mark.comfy
 

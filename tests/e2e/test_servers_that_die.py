@@ -19,11 +19,13 @@ import pytest
 from tests.e2e.graph import Runner, make_photo
 from tests.e2e.holding import Holding, pixels_of, put_photos, read_report, run
 from tools import restore
-from tools.batch import Batch, Event, Options, Server
-from tools.client import Client, Progress, RunLostError, load_workflow
+from tools.batch import Batch, Event, Options, Server, server_of
+from tools.client import Client, Progress
 from tools.environment import ROOT
+from tools.errors import RunLostError
 from tools.host import Host, free_port
 from tools.jobs import Job, plan
+from tools.workflow import load_workflow
 
 pytestmark = pytest.mark.comfy
 
@@ -136,8 +138,8 @@ def test_own_server_is_started_again(comfyui_root: Path, tmp_path: Path):
             (server,) = (child for child in psutil.Process().children() if port in child.cmdline())
             server.kill()
 
-    with restore.own_server(tmp_path / "out", cpu=True) as server:
-        Batch([server], workflow, jobs, Options()).run(watch)
+    with Host() as host:
+        Batch([server_of(host)], workflow, jobs, Options()).run(watch)
     assert [(job.status, job.attempts) for job in jobs] == [("done", 2), ("done", 1)]
     assert killed == [jobs[0]]
 

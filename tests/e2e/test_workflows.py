@@ -12,10 +12,11 @@ from PIL import Image
 
 from tests.e2e.graph import Graph, Runner, expand_blueprint, make_photo
 from tools import demo
-from tools.client import ExecutionError, find_node
 from tools.environment import ROOT
+from tools.errors import ExecutionError
 from tools.host import PACK_NAME
 from tools.restoration import restore
+from tools.workflow import find_node
 
 pytestmark = pytest.mark.comfy
 

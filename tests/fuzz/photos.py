@@ -18,7 +18,7 @@ from tests.e2e.graph import make_photo
 from tests.fuzz.cases import NUMBERS, WORDS, Case, FaultError, Step, raised_by_the_pack, some
 from tests.fuzz.toys import check_picture
 from tools import photo, photo_writer
-from tools.client import ClientError
+from tools.errors import ClientError
 from tools.jobs import Job, settle
 
 DEEP, RESULTS = ("png 16", "tif 16"), ("result png", "result tif")

@@ -13,15 +13,10 @@ from tests.e2e.graph import Graph, Runner, make_photo
 from tests.e2e.holding import Holding
 from tests.e2e.test_bad_servers import Answer, Handler, serving
 from tests.fuzz.cases import NUMBERS, WORDS, Case, FaultError, Step, some
-from tools.client import (
-    Client,
-    ClientError,
-    ExecutionError,
-    PromptRejectedError,
-    ServerUnreachableError,
-    find_node,
-)
+from tools.client import Client
+from tools.errors import ClientError, ExecutionError, PromptRejectedError, ServerUnreachableError
 from tools.restoration import OUTPUT_TITLE
+from tools.workflow import find_node
 
 OURS = "DiffRestorer"
 ERRORS = {

@@ -23,8 +23,9 @@ import numpy as np
 from tqdm import tqdm
 
 from tests.e2e.graph import Graph, Runner, make_photo
-from tools.client import ExecutionError, Progress, PromptInterruptedError, PromptRejectedError
+from tools.client import Progress
 from tools.ending import in_words
+from tools.errors import ExecutionError, PromptInterruptedError, PromptRejectedError
 from tools.host import Host, exit_on_termination
 
 SIZES = ((64, 64), (96, 72), (72, 96), (130, 70), (160, 128))

@@ -17,9 +17,11 @@ from skimage import data
 from torchvision.models import alexnet
 
 from diff_restorer.degradations import KINDS
-from tools.client import Client, ServerUnreachableError, WorkflowError, find_node, load_workflow
+from tools.client import Client
+from tools.errors import ServerUnreachableError, WorkflowError
 from tools.host import Host, free_port
 from tools.restoration import NANO_WORKFLOW
+from tools.workflow import find_node, load_workflow
 from training import evaluate
 from training.common import DataConfig
 from training.evaluate import Config, PhotoSets

@@ -13,9 +13,11 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from tools.client import Client, ClientError, ServerUnreachableError, Workflow, WorkflowError
+from tools.client import Client
 from tools.environment import ROOT
+from tools.errors import ClientError, ServerUnreachableError, WorkflowError
 from tools.restoration import INPUT_TITLE, OUTPUT_TITLE, restore
+from tools.workflow import Workflow
 
 from .pictures import digest, file_digest, pixel_digest, read_note, save_picture
 from .testsets import Case, suite_of

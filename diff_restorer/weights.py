@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 FORMAT_HEADER = 10**8
 """Bytes of JSON that the format allows."""
@@ -53,19 +53,56 @@ class CheckpointKeysError(CheckpointError):
 
     @classmethod
     def of(
-        cls, path: Path | str, part: str, missing: Iterable[str], unexpected: Iterable[str]
+        cls,
+        path: Path | str,
+        part: str,
+        missing: Iterable[str],
+        unexpected: Iterable[str],
+        remedy: str = "Export the file again.",
     ) -> CheckpointKeysError:
         """The error for one part of one file, with the first keys of each sort."""
-        found = [
+        lists = [
             f"{label}: {', '.join(map(shortened, names[:5]))}{' ...' if len(names) > 5 else ''}"
             for label, names in (("missing", sorted(missing)), ("unexpected", sorted(unexpected)))
             if names
         ]
-        return cls(f"{path}: the {part} does not fit ({'; '.join(found)}). Export the file again.")
+        return cls(f"{path}: the {part} does not fit ({'; '.join(lists)}). {remedy}")
 
 
 class CheckpointValuesError(CheckpointError):
     """Weights that are no numbers."""
+
+
+def check_fit(
+    module: nn.Module,
+    state: Mapping[str, Tensor],
+    path: Path,
+    part: str,
+    remedy: str = "Export the file again.",
+) -> None:
+    """Compare the keys and sizes of a part of a file with those of its network.
+
+    The one definition of a strict load; values need not be there yet (device meta).
+
+    Args:
+        module: Shall take the tensors.
+        state: By the module's keys.
+        path: Their file.
+        part: Its name, for the error.
+        remedy: What to do about it, for the error.
+
+    Raises:
+        CheckpointKeysError: Keys or sizes differ.
+    """
+    own = module.state_dict()
+    misfits = [
+        f"{key} {tuple(tensor.shape)} instead of {tuple(own[key].shape)}"
+        for key, tensor in state.items()
+        if key in own and tensor.shape != own[key].shape
+    ]
+    missing, unexpected = own.keys() - state.keys(), state.keys() - own.keys()
+    if missing or unexpected or misfits:
+        raise CheckpointKeysError.of(path, part, missing, [*unexpected, *misfits], remedy)
 
 
 @dataclass(frozen=True)

@@ -33,10 +33,11 @@ from diff_restorer.checkpoint import (
 )
 from diff_restorer.decoder import decoder_levels
 from diff_restorer.detail import SLOW
-from diff_restorer.ldm_keys import from_ldm, tiny_vae_keys, to_ldm, unet_keys, vae_keys
 from diff_restorer.similarity import psnr
 from diff_restorer.views import NATIVE, WHOLE
+from diff_restorer.weights import check_fit
 
+from .ldm_keys import from_ldm, tiny_vae_keys, to_ldm, unet_keys, vae_keys
 from .networks import (
     Sizes,
     build_control,
@@ -463,21 +464,10 @@ def _as_float(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _load_strictly(module: nn.Module, state: dict[str, Tensor], prefix: str, path: Path) -> None:
-    own = module.state_dict()
-    state = {key: value for key, value in state.items() if key in own or "position_ids" not in key}
-    missing = [key for key in own if key not in state and not key.endswith("position_ids")]
-    unexpected = [key for key in state if key not in own]
-    misfits = [
-        f"{key} {tuple(value.shape)} instead of {tuple(own[key].shape)}"
-        for key, value in state.items()
-        if key in own and value.shape != own[key].shape
-    ]
-    if missing or unexpected or misfits:
-        raise ValueError(
-            f"{path}: part {prefix!r} does not fit the configured sizes (--model); "
-            f"missing {missing[:3]}, unexpected {unexpected[:3]}, of other size {misfits[:3]}"
-        )
-    module.load_state_dict(state, strict=False)
+    state = {key: value for key, value in state.items() if not key.endswith("position_ids")}
+    remedy = "Give --model the sizes that the file was trained with."
+    check_fit(module, state, path, f"part {prefix!r}", remedy)
+    module.load_state_dict(state)
 
 
 def to_pixels(image: Tensor) -> Tensor:

@@ -15,8 +15,9 @@ from huggingface_hub import try_to_load_from_cache
 from torch import Tensor, nn
 
 from diff_restorer.checkpoint import open_safetensors
-from diff_restorer.ldm_keys import from_ldm, to_ldm, unet_keys, vae_keys
+from diff_restorer.weights import check_fit
 
+from .ldm_keys import from_ldm, to_ldm, unet_keys, vae_keys
 from .networks import (
     SD15,
     Sizes,
@@ -33,6 +34,7 @@ State = dict[str, Tensor]
 _OTHER_UNETS = {1024: "Stable Diffusion 2", 2048: "SDXL"}
 _OTHER_TOWERS = {768: "ViT-B", 1280: "ViT-H", 1408: "ViT-g", 1664: "ViT-bigG"}
 _ACCEPTED = "a Stable Diffusion 1.5 checkpoint (.safetensors) or a diffusers folder (unet/, vae/)"
+_ACCEPTED_VAE = "an SD 1.5 AutoencoderKL"
 _ACCEPTED_CLIP = (
     "OpenAI's ViT-L/14: a Hugging Face folder, its model.safetensors, or an open_clip .safetensors"
 )
@@ -107,21 +109,25 @@ def open_base(config: Sd15Config, sizes: Sizes) -> Base:
     if config.vae is not None:
         vae = _open_vae(config.vae)
     vision = _open_vision(config.clip)
-    found = _told(unet_sizes, unet, config.checkpoint, _ACCEPTED)
-    found |= _told(vae_sizes, vae, config.vae or config.checkpoint, "an SD 1.5 AutoencoderKL")
-    found |= _told(vision_sizes, vision, Path(config.clip), _ACCEPTED_CLIP)
-    sizes = replace(sizes, **found)
+    vae_file, clip_file = config.vae or config.checkpoint, Path(config.clip)
+    sizes = replace(
+        sizes,
+        **_read_sizes(unet_sizes, unet, config.checkpoint, _ACCEPTED),
+        **_read_sizes(vae_sizes, vae, vae_file, _ACCEPTED_VAE),
+        **_read_sizes(vision_sizes, vision, clip_file, _ACCEPTED_CLIP),
+    )
     with init_empty_weights():
-        built = build_unet(sizes), build_vae(sizes), build_vision(sizes)
-    _fill(built[0], _renamed(unet, built[0], unet_keys), config.checkpoint, "UNet")
-    _fill(built[1], _renamed(vae, built[1], vae_keys), config.vae or config.checkpoint, "VAE")
+        networks = build_unet(sizes), build_vae(sizes), build_vision(sizes)
     if "visual_projection.weight" not in vision:  # a bare tower; P_CLIP is taken before it
         vision["visual_projection.weight"] = torch.eye(sizes.vision_width)
     else:
         width = vision["visual_projection.weight"].shape[0]
-        built[2].visual_projection = nn.Linear(sizes.vision_width, width, bias=False)
-    _fill(built[2], vision, Path(config.clip), "vision tower")
-    return Base(sizes, *(module.eval().requires_grad_(False) for module in built))
+        networks[2].visual_projection = nn.Linear(sizes.vision_width, width, bias=False)
+    unet, vae = _renamed(unet, networks[0], unet_keys), _renamed(vae, networks[1], vae_keys)
+    _fill(networks[0], unet, config.checkpoint, "UNet", _ACCEPTED)
+    _fill(networks[1], vae, vae_file, "VAE", _ACCEPTED_VAE)
+    _fill(networks[2], vision, clip_file, "vision tower", _ACCEPTED_CLIP)
+    return Base(sizes, *(network.eval().requires_grad_(False) for network in networks))
 
 
 def _open_checkpoint(path: Path, with_vae: bool) -> tuple[State, State]:
@@ -299,7 +305,7 @@ def _read(path: Path, *prefixes: str, expected: str) -> list[State]:
         ]
 
 
-def _told(read: Any, state: State, path: Path, expected: str) -> dict[str, Any]:
+def _read_sizes(read: Any, state: State, path: Path, expected: str) -> dict[str, Any]:
     try:
         return read(state)
     except KeyError as error:
@@ -312,19 +318,11 @@ def _renamed(state: State, module: nn.Module, names: Any) -> State:
     return from_ldm(state, {name: ldm for name, ldm in keys.items() if ldm in state})
 
 
-def _fill(module: nn.Module, state: State, path: Path, part: str) -> None:
-    """Assign fp32 weights to a module that has none yet."""
+def _fill(module: nn.Module, state: State, path: Path, part: str, accepted: str) -> None:
+    """Assign fp32 weights to a module that has none yet; what else the file holds is left out."""
     own = module.state_dict()
-    missing = sorted(set(own) - set(state))
-    misfits = [
-        f"{key} {tuple(state[key].shape)} instead of {tuple(own[key].shape)}"
-        for key in own
-        if key in state and state[key].shape != own[key].shape
-    ]
-    if missing or misfits:
-        raise PretrainedError(
-            f"{path}: the {part} does not fit; missing {missing[:3]}, of other size {misfits[:3]}"
-        )
+    state = {key: value for key, value in state.items() if key in own}
+    check_fit(module, state, path, part, f"Accepted is {accepted}.")
     # Copies: a mapped file that is written over would end the run, or change its networks.
-    copies = {key: state[key].to(torch.float32, copy=True) for key in own}
+    copies = {key: value.to(torch.float32, copy=True) for key, value in state.items()}
     module.load_state_dict(copies, assign=True)

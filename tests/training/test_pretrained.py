@@ -182,7 +182,7 @@ WRONG = {
     "no VAE": (changed(without("first_stage_model.")), r"no tensor first_stage_model\."),
     "a hole": (
         changed(without("model.diffusion_model.out.2.weight")),
-        r"the UNet does not fit; missing \['conv_out\.weight'\]",
+        r"the UNet does not fit \(missing: conv_out\.weight\)",
     ),
     "no middle": (
         changed(without("model.diffusion_model.middle_block.")),

@@ -40,7 +40,7 @@ from .data import RestorationBatches
 from .diffusion import TIMESTEPS, scheduler
 from .loop import LoopConfig
 from .models import SD15_LATENT_SCALE, Models
-from .networks import SD15, Sizes, build_unet, build_vae, build_vision
+from .networks import SD15_SIZES, Sizes, build_unet, build_vae, build_vision
 from .pretrained import Base
 from .train_control import Config as ControlConfig
 from .train_control import make_loss, prepare
@@ -48,7 +48,7 @@ from .train_control import make_loss, prepare
 log = logging.getLogger(__name__)
 
 TOY = replace(
-    SD15,
+    SD15_SIZES,
     vae_channels=(32, 64, 128, 128),
     unet_channels=(64, 128, 256, 256),
     context_width=192,
@@ -57,7 +57,7 @@ TOY = replace(
     prompt_hidden=256,
 )
 """SD 1.5's blocks at a fifth of its width, with a tower in proportion."""
-SIZES = {"toy": TOY, "sd15": SD15}
+SIZES = {"toy": TOY, "sd15": SD15_SIZES}
 SPEED_BAR, DEGRADATION_BAR = 1.0, 0.1
 
 

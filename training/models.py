@@ -28,7 +28,6 @@ from diff_restorer.checkpoint import (
     V_PREDICTION,
     Checkpoint,
     CheckpointInfo,
-    read_checkpoint,
     write_checkpoint,
 )
 from diff_restorer.decoder import decoder_levels
@@ -47,22 +46,8 @@ from .networks import (
     build_vae,
     build_vision,
     memory_format,
-    sizes_of,
 )
 from .pretrained import Base
-
-__all__ = [
-    "Models",
-    "Sizes",
-    "build_control",
-    "build_unet",
-    "build_vae",
-    "build_vision",
-    "clip_tokens",
-    "psnr",
-    "sizes_of",
-    "to_pixels",
-]
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -406,33 +391,32 @@ class Models(nn.Module):
         """Write the parts in `prefixes` as one Diff-Restorer file."""
         write_checkpoint(path, self.file_tensors(prefixes, dtype), info)
 
-    def load(self, path: Path, decoder: bool = True) -> set[str]:
-        """Read every part that `path` holds, but for its decoder if so told; returns the prefixes
+    def load(self, checkpoint: Checkpoint, decoder: bool = True) -> set[str]:
+        """Read every part that a file holds, but for its decoder if so told; returns the prefixes
         read."""
-        checkpoint = read_checkpoint(path, required=())
         check_base(checkpoint, self.base_model)
         self.leave_out(*checkpoint.info.config.get("ablations", ()))
         if "loop" not in checkpoint.info.config:  # once the last program's alone, without its name
             self.history |= checkpoint.info.config
-        found: set[str] = set()
+        loaded: set[str] = set()
         unwanted = () if decoder else self.decoder_parts
         for prefix, module in self.parts().items():
-            if prefix not in unwanted and (state := checkpoint.state(prefix)):
-                _load_strictly(module, _as_float(state), prefix, path)
-                found.add(prefix)
+            if prefix not in unwanted and (state := checkpoint.state(prefix, torch.float32)):
+                _load_strictly(module, state, prefix, checkpoint.path)
+                loaded.add(prefix)
         for prefix, module, keys in self._renamed_parts():
-            if prefix not in unwanted and (state := checkpoint.state(prefix)):
-                _load_strictly(module, from_ldm(_as_float(state), keys), prefix, path)
-                found.add(prefix)
-        if "base.vae." in found:
+            if prefix not in unwanted and (state := checkpoint.state(prefix, torch.float32)):
+                _load_strictly(module, from_ldm(state, keys), prefix, checkpoint.path)
+                loaded.add(prefix)
+        if "base.vae." in loaded:
             self.latent_scale = checkpoint.info.latent_scale
-        if "base.unet." in found:
+        if "base.unet." in loaded:
             self.prediction = checkpoint.info.prediction
-        if "prompt_processor." in found:
+        if "prompt_processor." in loaded:
             self.degradation_view = checkpoint.info.clip.get("degradation_view", WHOLE)
             self.classification = checkpoint.info.classification
             self.abstention = checkpoint.info.abstention
-        return found
+        return loaded
 
 
 def _color_fields() -> Tensor:
@@ -450,17 +434,13 @@ def _color_fields() -> Tensor:
 
 def check_base(checkpoint: Checkpoint, base_model: str) -> None:
     """Raise a ValueError where a file belongs to another base than `base_model`."""
-    found = checkpoint.info.base_model
-    if found != base_model:
-        remedy = "needs" if found == SD15 else "goes without"
+    own = checkpoint.info.base_model
+    if own != base_model:
+        remedy = "needs" if own == SD15 else "goes without"
         raise ValueError(
-            f"{checkpoint.path}: belongs to a {found!r} base, not to a {base_model!r} one; it "
+            f"{checkpoint.path}: belongs to a {own!r} base, not to a {base_model!r} one; it "
             f"{remedy} --model.sd15.checkpoint and --model.sd15.clip"
         )
-
-
-def _as_float(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {key: value.float() for key, value in state.items()}
 
 
 def _load_strictly(module: nn.Module, state: dict[str, Tensor], prefix: str, path: Path) -> None:

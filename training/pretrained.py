@@ -19,7 +19,7 @@ from diff_restorer.weights import check_fit
 
 from .ldm_keys import from_ldm, to_ldm, unet_keys, vae_keys
 from .networks import (
-    SD15,
+    SD15_SIZES,
     Sizes,
     build_unet,
     build_vae,
@@ -55,21 +55,21 @@ class Sd15Config:
     clip: str | None = None
     """OpenAI's ViT-L/14: a Hugging Face folder, its model.safetensors, an open_clip .safetensors,
     or a name in open_clip's local cache such as ViT-L-14-quickgelu/openai."""
-    prompt_hidden: int = SD15.prompt_hidden
+    prompt_hidden: int = SD15_SIZES.prompt_hidden
     """Width of the Prompt Processor's hidden layers."""
-    fusion_levels: tuple[int, ...] = SD15.fusion_levels
+    fusion_levels: tuple[int, ...] = SD15_SIZES.fusion_levels
     """VAE levels (0 is full size, 1 is 1/2, ...) whose encoder features the decoder sees."""
-    fusion_growth: int = SD15.fusion_growth
+    fusion_growth: int = SD15_SIZES.fusion_growth
     """Channels that each conv of a residual dense block adds."""
-    fusion_depth: int = SD15.fusion_depth
+    fusion_depth: int = SD15_SIZES.fusion_depth
     """Convs of a residual dense block."""
-    fusion_pixel_width: int = SD15.fusion_pixel_width
+    fusion_pixel_width: int = SD15_SIZES.fusion_pixel_width
     """Width of the block that fuses the photo's own pixels; 0 is none. Ours."""
 
     def sizes(self) -> Sizes:
         """SD 1.5's sizes with these choices."""
         return replace(
-            SD15,
+            SD15_SIZES,
             prompt_hidden=self.prompt_hidden,
             fusion_levels=self.fusion_levels,
             fusion_growth=self.fusion_growth,

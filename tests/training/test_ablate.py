@@ -21,7 +21,8 @@ from training.diffusion import sample
 from training.evaluation.reading import open_file, read_photo, views
 from training.evaluation.testsets import make_lq
 from training.evaluation.variants import VARIANTS, Photo
-from training.models import Models, Sizes, to_pixels
+from training.models import Models, to_pixels
+from training.networks import Sizes
 
 TOY = Sizes(
     unet_channels=(32, 64), unet_attention=(False, True),

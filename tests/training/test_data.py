@@ -30,7 +30,7 @@ from training.data import (
     clip_view,
     load,
 )
-from training.models import Sizes
+from training.networks import Sizes
 from training.parts import cut_clean
 from training.photos import CleanPhotos, PhotoStore, photo_size, read_photo
 from training.train_decoder import OWN, SAMPLED, DecoderBatches, read_sampled

@@ -7,7 +7,7 @@ import torch
 
 from tests.toy_models import autoencoder_kl
 from training.ldm_keys import from_ldm, tiny_vae_keys, to_ldm, unet_keys, vae_keys
-from training.models import Sizes, build_control, build_unet, build_vae
+from training.networks import Sizes, build_control, build_unet, build_vae
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from diff_restorer.degradations import KINDS
 from training.common import DataConfig, open_data
 from training.data import UNKNOWN_SEVERITY, BatchNumbers, Mixing, RestorationBatches, load
 from training.layouts import LAYOUTS, find_pairs, kind_of
-from training.models import Sizes
+from training.networks import Sizes
 from training.pairs import PairedPhotos
 from training.photos import CleanPhotos, PhotoStore
 

@@ -28,8 +28,9 @@ from training.common import DataConfig, ModelConfig, home, open_models
 from training.data import clip_view
 from training.diffusion import sample
 from training.loop import LoopConfig
-from training.models import Models, Sizes, psnr_gain, to_pixels
+from training.models import Models, psnr_gain, to_pixels
 from training.nano import autoencoder, vision
+from training.networks import Sizes
 
 TOY = Sizes(
     unet_channels=(32, 64),
@@ -263,10 +264,11 @@ def test_a_decoder_without_diffusion_is_an_ablation(
 
 
 def test_the_release_loads_into_other_models(files: dict[str, Path]) -> None:
-    models = Models(TOY, read_checkpoint(files["release"]).info.types)
-    assert models.load(files["release"]) >= {"base.unet.", "control.", "decoder.detail."}
+    release = read_checkpoint(files["release"])
+    models = Models(TOY, release.info.types)
+    assert models.load(release) >= {"base.unet.", "control.", "decoder.detail."}
     with pytest.raises(ValueError, match=r"does not fit .* Give --model the sizes"):
-        Models(Sizes(), models.types).load(files["release"])
+        Models(Sizes(), models.types).load(release)
 
 
 def test_a_finished_nano_can_be_given_another_decoder(files: dict[str, Path]) -> None:

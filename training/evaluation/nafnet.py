@@ -23,7 +23,8 @@ from ..common import DataConfig, git_revision, home, open_data, to_home
 from ..config import run_program
 from ..loop import LoopConfig, Stage, maybe_compile, run
 from ..losses import psnr_loss
-from ..models import Sizes, psnr_gain
+from ..models import psnr_gain
+from ..networks import Sizes
 from ..sheets import save_sheet
 
 

@@ -11,9 +11,9 @@ from torch import Tensor
 from .chart import shown_kinds
 from .checks import checked
 from .host_control import DegradationControlNet
+from .host_encode import PhotoFeatures, encode_photo
 from .host_models import DiffRestorer
 from .host_tiled import SEMANTIC_KEY
-from .host_vae import PhotoFeatures, encode_photo
 from .images import common_batch, split_alpha, to_batch
 from .sockets import (
     CATEGORY,

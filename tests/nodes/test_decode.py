@@ -90,14 +90,14 @@ def test_large_photos_are_encoded_in_exact_tiles(
 
     image = photo(200, 300, batch=2)
     expected, passes = prepare(image).latent, calls(toy.vae.first_stage_model.encoder, "forward")
-    host_vae = pack.nodes.host_vae
-    monkeypatch.setattr(host_vae, "AUTO_TILE", 128)
+    host_encode = pack.nodes.host_encode
+    monkeypatch.setattr(host_encode, "AUTO_TILE", 128)
     if cause == "out of memory":
 
         def fail(*_: Any) -> None:
             raise comfy.model_management.OOM_EXCEPTION("toy")
 
-        monkeypatch.setattr(host_vae, "_encode_whole", fail)
+        monkeypatch.setattr(host_encode, "_encode_whole", fail)
     else:
         monkeypatch.setattr(comfy.model_management, "get_free_memory", lambda *_, **__: 2**22)
     with caplog.at_level(logging.INFO):
@@ -108,7 +108,7 @@ def test_large_photos_are_encoded_in_exact_tiles(
     spread = expected["samples"].std()
     assert (found["samples"] - expected["samples"]).abs().max() < 0.05 * spread
     assert found["samples"].dtype == expected["samples"].dtype
-    key = host_vae.PhotoFeatures.KEY
+    key = host_encode.PhotoFeatures.KEY
     for level, features in expected[key].by_level.items():
         error = (found[key].by_level[level].float() - features).abs()
         assert error.max() < 0.05 * features.std()
@@ -116,7 +116,7 @@ def test_large_photos_are_encoded_in_exact_tiles(
 
 def test_features_that_are_too_large_stay_behind(pack, decode, prepare, photo, monkeypatch) -> None:
     expected = decode(photo())
-    monkeypatch.setattr(pack.nodes.host_vae, "MOST_FEATURES", 1000)
+    monkeypatch.setattr(pack.nodes.host_encode, "MOST_FEATURES", 1000)
     latent = prepare(photo()).latent
     assert set(latent) == {"samples"}
     assert torch.equal(decode(photo(), samples=latent), expected)
@@ -124,10 +124,12 @@ def test_features_that_are_too_large_stay_behind(pack, decode, prepare, photo, m
 
 def test_features_of_many_photos_are_bounded(toy, pack, prepare, photo, monkeypatch) -> None:
     """As of a folder, whose latents the host keeps all at once."""
-    key = pack.nodes.host_vae.PhotoFeatures.KEY
+    key = pack.nodes.host_encode.PhotoFeatures.KEY
     first = prepare(photo()).latent
     carried = sum(each.get_ram_usage() for each in toy.restorer.carried)
-    monkeypatch.setattr(pack.nodes.host_vae, "MOST_FEATURES", carried + first[key].get_ram_usage())
+    monkeypatch.setattr(
+        pack.nodes.host_encode, "MOST_FEATURES", carried + first[key].get_ram_usage()
+    )
     second = prepare(photo(seed=1)).latent
     assert key in second
     assert key not in prepare(photo(seed=2)).latent
@@ -259,9 +261,9 @@ def test_norms_that_exact_tiles_cannot_reach_make_them_fast(
     fast = decode(image, tile_size=64, overlap=16, tiling="fast")
     assert torch.equal(decode(image, tile_size=64, overlap=16), fast)
     assert "Using fast tiles" in caplog.text
-    monkeypatch.setattr(pack.nodes.host_vae, "AUTO_TILE", 64)
-    monkeypatch.setattr(pack.nodes.host_vae, "at_once", lambda *_: 0)
-    assert pack.nodes.host_vae.PhotoFeatures.KEY not in prepare(image).latent
+    monkeypatch.setattr(pack.nodes.host_encode, "AUTO_TILE", 64)
+    monkeypatch.setattr(pack.nodes.host_encode, "at_once", lambda *_: 0)
+    assert pack.nodes.host_encode.PhotoFeatures.KEY not in prepare(image).latent
     assert "Using the host's tiles" in caplog.text
 
 

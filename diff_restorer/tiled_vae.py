@@ -12,7 +12,8 @@ from torch.nn import functional as F
 from .detail import DetailPath
 from .fusion import FusionBlocks
 from .local import Condition, LocalPooled
-from .tiles import UNIT, Cut, Function, Map, Output, Plan, Stage
+from .maps import UNIT, Cut, Map
+from .tiles import Function, Output, Plan, Stage
 from .vae_trunk import Attention, Level, Step, VaeTrunk
 
 _QUERIES = 1024

@@ -9,7 +9,7 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..diff_restorer import LocalPooled
-from ..diff_restorer.tiles import UNIT
+from ..diff_restorer.maps import UNIT
 from .checks import checked
 from .conditioning import check_degradation
 from .host_decode import EXACT, FAST, AwareDecoder

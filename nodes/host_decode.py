@@ -21,8 +21,9 @@ from ..diff_restorer import (
     photo_statistics,
 )
 from ..diff_restorer.decoder import PIXELS, Features
+from ..diff_restorer.maps import UNIT, Cut, Map
 from ..diff_restorer.tiled_vae import plan_decode, plan_features
-from ..diff_restorer.tiles import UNIT, Cut, HiddenNormError, Map
+from ..diff_restorer.tiles import HiddenNormError
 from .host import at_once, check_interrupt, is_oom
 from .host_build import with_tuned_decoder
 from .host_encode import PhotoFeatures

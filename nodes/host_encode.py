@@ -13,8 +13,9 @@ from torch import Tensor
 
 from ..diff_restorer import UnsupportedVaeError, VaeTrunk, encode_with_features
 from ..diff_restorer.decoder import Features
+from ..diff_restorer.maps import UNIT
 from ..diff_restorer.tiled_vae import plan_encode
-from ..diff_restorer.tiles import UNIT, HiddenNormError
+from ..diff_restorer.tiles import HiddenNormError
 from .host import at_once, check_interrupt, is_oom
 from .host_models import DiffRestorer
 from .host_vae import AUTO_TILE, Report, check_vae, cut, in_smaller_tiles, load

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..diff_restorer import LocalPooled
-from ..diff_restorer.tiles import UNIT, Window
+from ..diff_restorer.maps import UNIT, Window
 from .host import check_interrupt, free_memory
 from .host_control import DegradationControlNet, EncodedPhoto
 

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from ..diff_restorer import VaeTrunk
-from ..diff_restorer.tiles import UNIT, Cut, Plan
+from ..diff_restorer.maps import UNIT, Cut
+from ..diff_restorer.tiles import Plan
 from .host import check_interrupt, is_oom, map_folder
 from .host_models import DiffRestorer
 

@@ -10,7 +10,7 @@ import torch
 from comfy_api.latest import io, ui
 from torch import Tensor
 
-from ..diff_restorer.tiles import UNIT
+from ..diff_restorer.maps import UNIT
 from .chart import degradation_map
 from .checks import checked
 from .conditioning import check_degradation

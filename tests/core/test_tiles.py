@@ -25,8 +25,9 @@ from diff_restorer import (
     encoder_features,
     photo_statistics,
 )
+from diff_restorer.maps import Cut, Map, Window
 from diff_restorer.tiled_vae import plan_decode, plan_encode, plan_features
-from diff_restorer.tiles import Cut, HiddenNormError, Map, Plan, Stage, Window
+from diff_restorer.tiles import HiddenNormError, Plan, Stage
 from training.networks import Sizes, build_vae
 
 KINDS = {"kl": Sizes(vae_channels=(32, 32, 64, 64), vae_layers=2), "tiny": Sizes(vae_channels=())}

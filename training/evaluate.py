@@ -47,10 +47,10 @@ from .evaluation.pictures import weights_digest, write_atomically
 from .evaluation.real_pairs import real
 from .evaluation.report import PhotoScore, Summary
 from .evaluation.restoring import (
-    Batch,
-    Job,
+    Task,
+    Workload,
     restored_path,
-    run_batch,
+    run_workload,
     vae_path,
     vae_round_trip,
 )
@@ -150,24 +150,24 @@ def open_cases(config: Config) -> Cases:
     return found
 
 
-def server_work(config: Config, cases: Sequence[Case]) -> list[Batch]:
+def server_work(config: Config, cases: Sequence[Case]) -> list[Workload]:
     """What the server has to do: restore every LQ, and send the clean photos of `own` and `pairs`
     through the stock VAE."""
     workflow, model = load_workflow(config.workflow), weights_digest(config.file)
     anchored = [case for case in cases if suite_of(case.set) in ("own", "pairs")]
     shared = {vae_path(config.out, case): case for case in anchored}
-    round_trips = tuple(Job(case.id, case.gt, path) for path, case in shared.items())
-    jobs = tuple(Job(case.id, case.lq, restored_path(config.out, case)) for case in cases)
+    round_trips = tuple(Task(case.id, case.gt, path) for path, case in shared.items())
+    tasks = tuple(Task(case.id, case.lq, restored_path(config.out, case)) for case in cases)
     return [
-        Batch("restore", workflow, jobs, model),
-        Batch("VAE round trip", vae_round_trip(workflow), round_trips, model, 8),
+        Workload("restore", workflow, tasks, model),
+        Workload("VAE round trip", vae_round_trip(workflow), round_trips, model, 8),
     ]
 
 
 def restore_all(config: Config, cases: Sequence[Case]) -> dict[str, str]:
     """Restores through the server what is not restored yet; returns failed photo -> reason."""
-    batches = server_work(config, cases)
-    pending = [batch.pending() for batch in batches]
+    workloads = server_work(config, cases)
+    pending = [workload.pending() for workload in workloads]
     failed: dict[str, str] = {}
     if not any(pending):
         return failed
@@ -177,8 +177,8 @@ def restore_all(config: Config, cases: Sequence[Case]) -> dict[str, str]:
         server = Host(cpu=not config.gpu, log=config.out / "host.log", nano=config.file)
     with server as host:
         client = Client(host.url if host else config.server or "")
-        for batch, todo in zip(batches, pending, strict=True):
-            failed |= run_batch(client, batch, todo)
+        for workload, todo in zip(workloads, pending, strict=True):
+            failed |= run_workload(client, workload, todo)
     return failed
 
 

@@ -18,7 +18,7 @@ from training import ablate
 from training.ablate import AblationData, Config, difference, mean_difference, verdict
 from training.common import checkpoint_info
 from training.diffusion import sample
-from training.evaluation.reading import open_file, read_photo, views
+from training.evaluation.reading import open_file, read_prompt, views
 from training.evaluation.testsets import make_lq
 from training.evaluation.variants import VARIANTS, Photo
 from training.models import Models, to_pixels
@@ -100,7 +100,7 @@ def test_the_photo_is_read_as_the_nodes_do(photo: Photo):
     assert seen["native_view"].shape == (2 * 6, 3, 32, 32)
     windows = [image[0, :, y : y + 32, x : x + 32] for y in (0, 18) for x in (0, 19, 38)]
     assert torch.allclose(seen["native_view"][:6], torch.stack(windows), atol=0.5 / 255)
-    prompt, tokens = read_photo(photo.models, image)
+    prompt, tokens = read_prompt(photo.models, image)
     again = photo.models.prompt(tokens)
     assert torch.allclose(prompt.pooled[0], again.pooled[:6].mean(dim=0), atol=1e-6)
     whole = photo.models.tokens(seen)[0]

@@ -18,7 +18,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from ..common import home
-from .competing import read_photo
+from .competing import read_pixels
 from .nafnet import load_network
 from .pictures import digest, file_digest, pixel_digest, read_image, read_note, save_picture
 from .pictures import to_picture as tensor_picture
@@ -72,6 +72,6 @@ def run_bm3d(out: Path, cases: Sequence[Case]) -> str | None:
             continue
         profile = package.BM3DProfile()
         profile.num_threads = 1  # more give results that differ a little each time
-        found = package.bm3d_rgb(read_photo(case.lq), NOISE_SIGMA / 255, profile)
+        found = package.bm3d_rgb(read_pixels(case.lq), NOISE_SIGMA / 255, profile)
         save_picture(path, Image.fromarray(to_8_bit(np.asarray(found))), {"key": key})
     return None

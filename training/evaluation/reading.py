@@ -52,7 +52,7 @@ def views(models: Models, image: Tensor) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def read_photo(models: Models, image: Tensor) -> tuple[PromptOutput, Tensor]:
+def read_prompt(models: Models, image: Tensor) -> tuple[PromptOutput, Tensor]:
     """P_S, P_D and logits of photos (B, 3, H, W) in [0, 1], and the P_CLIP that P_D is made of.
 
     There is a P_CLIP for each view of a photo.

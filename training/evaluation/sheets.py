@@ -11,7 +11,7 @@ from diff_restorer.degradations import KINDS
 from tools.sheet import Cell
 
 from . import baselines
-from .competing import best_baseline, read_photo
+from .competing import best_baseline, read_pixels
 from .plots import as_picture, draw_sheet
 from .report import PhotoScore, Summary, decibel
 from .restoring import restored_path
@@ -53,7 +53,7 @@ def _row(out: Path, case: Case, photo: PhotoScore, best: str | None) -> Row:
         (f"restored, {decibel(after)} dB", restored),
     ]
     if best:
-        found = as_picture(baselines.restore(best, read_photo(case.lq)))
+        found = as_picture(baselines.apply(best, read_pixels(case.lq)))
         cells.append((f"best baseline, {photo.baselines[best]:.2f} dB", found))
     seen = f", seen as {photo.predicted}" if photo.predicted else ""
     return f"{case.set}{seen}{f'; best baseline: {best}' if best else ''}", cells

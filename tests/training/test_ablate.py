@@ -10,10 +10,10 @@ import pytest
 import scipy.stats
 import torch
 from PIL import Image
-from skimage import data
 
 from diff_restorer.checkpoint import V_PREDICTION
 from diff_restorer.degradations import KINDS
+from tests import photos as test_photos
 from training import ablate
 from training.ablate import AblationData, Config, difference, mean_difference, verdict
 from training.common import checkpoint_info
@@ -55,10 +55,7 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("clean")
-    for name in ("astronaut", "coffee"):
-        Image.fromarray(getattr(data, name)()).resize((43, 36)).save(folder / f"{name}.png")
-    return folder
+    return test_photos.write(tmp_path_factory.mktemp("clean"), ("astronaut", "coffee"), (43, 36))
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +76,7 @@ def report(config: Config) -> dict:
 
 @pytest.fixture(scope="module")
 def photo(file: Path) -> Photo:
-    gt = torch.from_numpy(data.chelsea()[:36, :43]).permute(2, 0, 1)[None].float() / 255
+    gt = test_photos.photo("chelsea")[..., :36, :43]
     lq, _ = make_lq("noise", gt, "chelsea", 0)
     with torch.no_grad():
         return Photo(open_file(file), lq, gt, (0, "chelsea"))

@@ -13,10 +13,10 @@ import pytest
 import torch
 from PIL import Image, ImageEnhance
 from safetensors.torch import save_file
-from skimage import data
 from torchvision.models import alexnet
 
 from diff_restorer.degradations import KINDS
+from tests import photos as test_photos
 from tools.client import Client, ServerUnreachableError, WorkflowError, find_node, load_workflow
 from tools.host import Host, free_port
 from tools.restoration import NANO_WORKFLOW
@@ -43,8 +43,7 @@ from training.loop import LoopConfig
 
 
 def small_photo(name: str, width: int, height: int) -> Image.Image:
-    picture = Image.fromarray(getattr(data, name)())
-    return picture.resize((width, height), Image.Resampling.LANCZOS)
+    return test_photos.picture(name).resize((width, height), Image.Resampling.LANCZOS)
 
 
 @pytest.fixture(scope="module")

@@ -12,12 +12,12 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
-from skimage import data
 from skimage.metrics import peak_signal_noise_ratio
 from torchmetrics.functional.image import structural_similarity_index_measure
 
 from diff_restorer.degradations import KINDS
 from diff_restorer.similarity import IDENTICAL
+from tests.photos import picture
 from tools.host import free_port
 from training import evaluate
 from training.evaluate import Config, PhotoSets
@@ -43,7 +43,7 @@ EVERY = [
 
 @pytest.fixture(scope="module")
 def photo() -> Image.Image:
-    return Image.fromarray(data.astronaut()).crop((150, 40, 262, 136))
+    return picture("astronaut").crop((150, 40, 262, 136))
 
 
 @pytest.fixture

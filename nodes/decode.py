@@ -17,8 +17,16 @@ from .host_encode import PhotoFeatures
 from .host_models import DiffRestorer
 from .host_vae import AUTO_TILE
 from .images import check_finite, common_batch, pad_to_multiple, split_alpha, to_batch
-from .sockets import CATEGORY, Degradation, DegradationSocket, DiffRestorerSocket, found_by
-from .sources import COMPLETE, OVERRIDE, photos_of, restorer_of, vae_of
+from .sockets import CATEGORY, Degradation, found_by
+from .sources import (
+    degradation_input,
+    photos_input,
+    photos_of,
+    restorer_input,
+    restorer_of,
+    vae_input,
+    vae_of,
+)
 
 
 class DiffRestorerAwareVAEDecode(io.ComfyNode):
@@ -38,23 +46,10 @@ class DiffRestorerAwareVAEDecode(io.ComfyNode):
             ),
             inputs=[
                 io.Latent.Input("samples", tooltip="The sampler's result."),
-                io.Vae.Input(
-                    "vae",
-                    optional=True,
-                    tooltip=COMPLETE + "Else the VAE of the diffusion model.",
-                ),
-                DiffRestorerSocket.Input(
-                    "diff_restorer", optional=True, tooltip=OVERRIDE + "From Load Diff-Restorer."
-                ),
-                DegradationSocket.Input(
-                    "degradation",
-                    tooltip="From the Prompt Processor. Brings its file and its photos along.",
-                ),
-                io.Image.Input(
-                    "image",
-                    optional=True,
-                    tooltip=OVERRIDE + "The degraded photos that were restored.",
-                ),
+                vae_input(),
+                restorer_input(),
+                degradation_input(),
+                photos_input("The degraded photos that were restored."),
                 io.Float.Input(
                     "fidelity",
                     default=1.0,

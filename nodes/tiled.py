@@ -17,8 +17,15 @@ from .conditioning import check_degradation
 from .host_models import DiffRestorer
 from .host_tiled import Grid, LocalView, TiledDiffusion
 from .images import common_batch, pad_to_multiple, split_alpha
-from .sockets import CATEGORY, Degradation, DegradationSocket, DiffRestorerSocket, found_by
-from .sources import COMPLETE, OVERRIDE, clip_vision_of, photos_of, restorer_of
+from .sockets import CATEGORY, Degradation, DegradationSocket, found_by
+from .sources import (
+    clip_vision_input,
+    clip_vision_of,
+    photos_input,
+    photos_of,
+    restorer_input,
+    restorer_of,
+)
 
 
 class DiffRestorerTiledDiffusion(io.ComfyNode):
@@ -39,21 +46,9 @@ class DiffRestorerTiledDiffusion(io.ComfyNode):
             ),
             inputs=[
                 io.Model.Input("model", tooltip="The diffusion model."),
-                DiffRestorerSocket.Input(
-                    "diff_restorer", optional=True, tooltip=OVERRIDE + "From Load Diff-Restorer."
-                ),
-                io.ClipVision.Input(
-                    "clip_vision",
-                    optional=True,
-                    tooltip=COMPLETE + "Else the vision model that the file was trained with.",
-                ),
-                io.Image.Input(
-                    "image",
-                    optional=True,
-                    tooltip=(
-                        OVERRIDE + "The degraded photos, the same as for Degradation Control."
-                    ),
-                ),
+                restorer_input(),
+                clip_vision_input(),
+                photos_input("The degraded photos, the same as for Degradation Control."),
                 io.Int.Input(
                     "tile_size",
                     default=512,

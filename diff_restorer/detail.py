@@ -292,8 +292,8 @@ class DetailPath(nn.Module):
     def finer_tone(self, eighth: Tensor, tone: Tensor, condition: Condition) -> Tensor:
         """Gains and offsets after those that the features at 1/8 find missing."""
         a, b = tone.chunk(2, dim=1)
-        found = (SLOW * self._of_kinds(self.finer(eighth), condition).float()).tanh()
-        gain, offset = found.chunk(2, dim=1)
+        change = (SLOW * self._of_kinds(self.finer(eighth), condition).float()).tanh()
+        gain, offset = change.chunk(2, dim=1)
         return torch.cat([a + gain * a, b + gain * b + offset], dim=1)
 
     def back_at_quarter(self, eighth: Tensor, quarter: Tensor, condition: Condition) -> Tensor:
@@ -311,12 +311,12 @@ class DetailPath(nn.Module):
     ) -> Tensor:
         """To what is added to the photo, (B, 3, H, W)."""
         h = self.groups[4](self.up[1](quarter) + half, condition)
-        found = F.pixel_shuffle(SLOW * self._of_kinds(self.out(h), condition), 2)
-        return found + (with_tone(smooth, tone) - photo)
+        residual = F.pixel_shuffle(SLOW * self._of_kinds(self.out(h), condition), 2)
+        return residual + (with_tone(smooth, tone) - photo)
 
-    def _of_kinds(self, found: Tensor, condition: Condition) -> Tensor:
+    def _of_kinds(self, heads: Tensor, condition: Condition) -> Tensor:
         """What the heads found, (B, kinds * C, h, w), added up to (B, C, h, w)."""
         kinds = self.config.kinds
-        shares = film(lambda told: told[..., -kinds:], condition, found)
-        by_kind = found.reshape(len(found), kinds, -1, *found.shape[2:])
+        shares = film(lambda told: told[..., -kinds:], condition, heads)
+        by_kind = heads.reshape(len(heads), kinds, -1, *heads.shape[2:])
         return (by_kind * shares.unsqueeze(2)).sum(dim=1)

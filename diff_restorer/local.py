@@ -43,8 +43,8 @@ class LocalPooled:
             [_reach(weights, scale) for weights in each]
             for each, scale in zip((self.rows, self.columns), scales, strict=True)
         )
-        found = [[measure(photo[..., row, column]) for column in columns] for row in rows]
-        return torch.stack([torch.stack(line, dim=1) for line in found], dim=1)
+        grid = [[measure(photo[..., row, column]) for column in columns] for row in rows]
+        return torch.stack([torch.stack(line, dim=1) for line in grid], dim=1)
 
     @property
     def weights(self) -> tuple[Tensor, Tensor]:

@@ -40,12 +40,12 @@ def plan_encode(trunk: VaeTrunk, photo: Tensor, cut: Cut) -> Plan:
 
 def _encoder(trunk: VaeTrunk) -> list[list[Stage]]:
     """The encoder's levels."""
-    found: list[list[Stage]] = []
+    levels: list[list[Stage]] = []
     first: Step | None = trunk.encoder_stem
     for level in trunk.encoder_levels:
-        found.append(_blocks(first, level))
+        levels.append(_blocks(first, level))
         first = level.resample
-    return found
+    return levels
 
 
 def plan_decode(
@@ -141,8 +141,8 @@ def _beside(
     def back_at_quarter(_: Tensor, *rest: Any) -> Tensor:
         return detail.back_at_quarter(*rest)
 
-    def mixed(found: Tensor, image: Tensor) -> Tensor:
-        return torch.lerp(image, found, fidelity)
+    def mixed(restored: Tensor, image: Tensor) -> Tensor:
+        return torch.lerp(image, restored, fidelity)
 
     levels = [
         *decoder,
@@ -180,8 +180,8 @@ def _mid(step: Step | Attention) -> Stage:
             F.scaled_dot_product_attention(query[:, :, start : start + _QUERIES], key, value_rows)
             for start in range(0, query.shape[2], _QUERIES)
         ]
-        found = torch.cat(parts, dim=2)
-        return value + step.out(found[:, 0].transpose(1, 2).reshape(value.shape))
+        attended = torch.cat(parts, dim=2)
+        return value + step.out(attended[:, 0].transpose(1, 2).reshape(value.shape))
 
     return Stage(attend, summary=keys_and_values)
 

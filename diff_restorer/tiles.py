@@ -136,9 +136,9 @@ class Plan:
                 self._outputs[level] = None
 
     def _other(self, other: Map | Output) -> Map:
-        found = self._outputs[other.level] if isinstance(other, Output) else other
-        assert found is not None
-        return found
+        source = self._outputs[other.level] if isinstance(other, Output) else other
+        assert source is not None
+        return source
 
 
 def _look(stages: Sequence[Stage], blank: Tensor, outputs: Sequence[Tensor]) -> list[_Planned]:
@@ -167,17 +167,17 @@ def _look(stages: Sequence[Stage], blank: Tensor, outputs: Sequence[Tensor]) -> 
 @contextmanager
 def _counting_norm_modules() -> Generator[list[str], None, None]:
     """Classes of the group norms that run meanwhile in this thread, whatever they compute by."""
-    found, thread = list[str](), threading.get_ident()
+    names, thread = list[str](), threading.get_ident()
 
     def note(module: nn.Module, inputs: Any) -> None:
         name = type(module).__name__
         is_norm = isinstance(module, nn.GroupNorm) or "groupnorm" in name.lower()
         if is_norm and threading.get_ident() == thread:
-            found.append(name)
+            names.append(name)
 
     hook = register_module_forward_pre_hook(note)
     try:
-        yield found
+        yield names
     finally:
         hook.remove()
 
@@ -216,11 +216,11 @@ def _run(
             crops = [each.read(around, cut.like) for each in inputs]
             with _WholeNorms(known, window.inside(around), around) as norms:
                 try:
-                    found = planned.stage.function(*crops, *summary)
+                    result = planned.stage.function(*crops, *summary)
                 except _NormReachedError:
                     sums.append(norms.sums)
                     continue
-            waiting.append((window, out.kept(window.inside(around).of(found, scale))))
+            waiting.append((window, out.kept(window.inside(around).of(result, scale))))
             if len(waiting) > behind:
                 out.write(*waiting.popleft())
         for window, part in waiting:
@@ -308,13 +308,13 @@ class _WholeNorms(TorchFunctionMode):
         bias: Tensor | None = None,
         eps: float = 1e-5,
     ) -> Tensor:
-        found = next(self._known, None)
-        if found is None:
+        moments = next(self._known, None)
+        if moments is None:
             self.sums = _sums(
                 self._inner.of(value, value.shape[-1] // self._around.width), num_groups
             )
             raise _NormReachedError
-        mean, variance = (each.float().to(value.device) for each in found)
+        mean, variance = (each.float().to(value.device) for each in moments)
         scale = torch.rsqrt(variance + eps)
         shift = -mean * scale
         width = value.shape[1] // num_groups

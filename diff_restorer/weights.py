@@ -259,9 +259,9 @@ def check_weights(path: Path, entries: Mapping[str, Entry]) -> None:
             f"{MOST_TENSORS:,} with {MOST_BYTES:,}. This is no Diff-Restorer file."
         )
     for name, entry in entries.items():
-        if found := _oddity(name, entry):
+        if oddity := _oddity(name, entry):
             raise UnsupportedCheckpointError(
-                f"{path}: tensor {shortened(name)} {found}. Export or download the file again."
+                f"{path}: tensor {shortened(name)} {oddity}. Export or download the file again."
             )
 
 
@@ -298,14 +298,14 @@ def read_tensors(
         CheckpointValuesError: Values are not finite.
         UnsupportedCheckpointError: The file is not the one any more whose header was read.
     """
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     unfit: str | None = None
     with path.open("rb", buffering=0) as file:
         for key in keys:
             entry = header.entries[key]
             stored = DTYPES[entry.dtype]
-            found[key] = _memory(entry.shape, dtype or stored)
-            if not _read(file, entry.begin, stored, found[key].reshape(-1)):
+            tensors[key] = _memory(entry.shape, dtype or stored)
+            if not _read(file, entry.begin, stored, tensors[key].reshape(-1)):
                 unfit = key
                 break
         if stamp_of(file) != header.stamp:
@@ -317,7 +317,7 @@ def read_tensors(
             f"{path}: tensor {unfit} holds NaN or infinite values, so that all pictures would be "
             "black. Export or download the file again."
         )
-    return found
+    return tensors
 
 
 def _memory(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

@@ -87,7 +87,7 @@ class DiffRestorerColorFix(io.ComfyNode):
                     theirs, size=ours.shape[-2:], mode="bicubic", antialias=True
                 ).clamp(0, 1)
             done.append(match_colors(ours, theirs, method, strength))
-        found = torch.cat(done).movedim(1, -1)
+        matched = torch.cat(done).movedim(1, -1)
         if alpha is not None:
-            found = torch.cat([found, to_batch(alpha, batch).to(found)], dim=-1)
-        return io.NodeOutput(found)
+            matched = torch.cat([matched, to_batch(alpha, batch).to(matched)], dim=-1)
+        return io.NodeOutput(matched)

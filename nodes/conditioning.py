@@ -273,9 +273,9 @@ def check_degradation(degradation: Degradation, diff_restorer: DiffRestorer) -> 
     Raises:
         ValueError: The widths differ.
     """
-    found, needed = degradation.pooled.shape[-1], diff_restorer.sizes.context_width
-    if found != needed:
+    width, needed = degradation.pooled.shape[-1], diff_restorer.sizes.context_width
+    if width != needed:
         raise ValueError(
-            f"degradation: it is {found} wide, {diff_restorer.path.name} needs {needed}. Connect "
+            f"degradation: it is {width} wide, {diff_restorer.path.name} needs {needed}. Connect "
             "the same DIFF_RESTORER to the Prompt Processor and to this node."
         )

@@ -183,9 +183,9 @@ def local_degradation(degradation: Degradation, latent: Tensor) -> Tensor | Loca
         return degradation.pooled
     sizes = [(local.rows.shape[1], local.columns.shape[1]), tuple(latent.shape[-2:])]
     if sizes[0] != sizes[1]:
-        found, needed = (f"{UNIT * width} x {UNIT * height} px" for height, width in sizes)
+        seen, needed = (f"{UNIT * width} x {UNIT * height} px" for height, width in sizes)
         raise ValueError(
-            f"degradation: Tiled Diffusion has read it from a photo of {found}, but samples are a "
+            f"degradation: Tiled Diffusion has read it from a photo of {seen}, but samples are a "
             f"latent of {needed}. Give Tiled Diffusion the same photo as Degradation Control."
         )
     return local
@@ -204,9 +204,9 @@ def check_size(latent: Tensor, photo: Tensor, channels: int) -> None:
         )
     height, width = photo.shape[1:3]
     if latent.shape[-2:] != (height // UNIT, width // UNIT):
-        found = " x ".join(str(UNIT * side) for side in reversed(latent.shape[-2:]))
+        shown = " x ".join(str(UNIT * side) for side in reversed(latent.shape[-2:]))
         raise ValueError(
-            f"samples: a latent of {found} px, but the image is {width} x {height} px (padded to "
+            f"samples: a latent of {shown} px, but the image is {width} x {height} px (padded to "
             f"multiples of {UNIT}). Scale the image like the latent, or use the LATENT of "
             "Degradation Control."
         )

@@ -119,8 +119,8 @@ class DiffRestorer:
         if self.abstention is None:
             return out.semantic, self._degradation(out, tiles)
         photos = whole.probabilities
-        found = out.probabilities(self.info.classification).unflatten(0, (-1, len(photos)))
-        limit = self.abstention.agreement(found, photos).expand_as(found).flatten(0, 1)
+        by_tile = out.probabilities(self.info.classification).unflatten(0, (-1, len(photos)))
+        limit = self.abstention.agreement(by_tile, photos).expand_as(by_tile).flatten(0, 1)
         return out.semantic, self._degradation(out, tiles, limit)
 
     def _degradation(

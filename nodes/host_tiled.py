@@ -143,9 +143,9 @@ class TiledDiffusion:
         """The model's predictions for each list of conditionings, each like `x`."""
         size = cast(tuple[int, int], tuple(x.shape[-2:]))
         if size != self.grid.size:
-            found, needed = (f"{8 * w} x {8 * h} px" for h, w in (size, self.grid.size))
+            given, needed = (f"{8 * w} x {8 * h} px" for h, w in (size, self.grid.size))
             raise ValueError(
-                f"latent_image: {found}, but Tiled Diffusion was given a photo of {needed} "
+                f"latent_image: {given}, but Tiled Diffusion was given a photo of {needed} "
                 "(padded to multiples of 8). Use the LATENT of Degradation Control for the same "
                 "photo."
             )
@@ -158,12 +158,12 @@ class TiledDiffusion:
             check_interrupt()
             parts = [self._cropped(cond, some, windows, len(x), model) for cond in conds]
             crops = torch.cat([windows[place].of(x, 1) for place in some])
-            found = execute(model, parts, crops, timestep.repeat(len(some)), options)
+            predictions = execute(model, parts, crops, timestep.repeat(len(some)), options)
             for index, place in enumerate(some):
                 window = windows[place]
                 weight = self.grid.weight(window).to(x)
                 window.of(weights, 1).add_(weight)
-                for total, result in zip(totals, found, strict=True):
+                for total, result in zip(totals, predictions, strict=True):
                     window.of(total, 1).add_(result.chunk(len(some))[index] * weight)
         return [total / weights for total in totals]
 

@@ -114,11 +114,11 @@ class Degradation:
             there = self.probabilities >= PRESENT
         else:
             there = self.abstention.belief(self.probabilities) >= PRESENT
-        found: list[tuple[str, ...]] = []
+        kinds: list[tuple[str, ...]] = []
         for row, evident in zip(rows, there.tolist(), strict=True):
             names = dict(zip(self.types, evident, strict=True))
-            found.append(tuple(name for name in row if names[name] and name != CLEAN) or (CLEAN,))
-        return found
+            kinds.append(tuple(name for name in row if names[name] and name != CLEAN) or (CLEAN,))
+        return kinds
 
     @property
     def degraded(self) -> list[bool]:

@@ -143,13 +143,13 @@ def _report(theirs: dict[str, Any], ours: dict[str, Any]) -> None:
     settings = map(ours.get, ("size", "resolution", "batch_size", "precision"))
     device = "GPU" if torch.cuda.is_available() else "CPU"
     log.info("\n%s size, %d px, batch %d, %s, %s:", *settings, device)
-    for found in (theirs, ours):
-        if "error" in found:
-            log.info("  %-10s failed: %s", found["step"], found["error"])
+    for figures in (theirs, ours):
+        if "error" in figures:
+            log.info("  %-10s failed: %s", figures["step"], figures["error"])
         else:
             log.info(
                 "  %-10s %8.3f samples/s  %8.2f s of processor per step  %6.2f GB peak",
-                *map(found.get, ("step", "samples_per_s", "cpu_s", "peak_gb")),
+                *map(figures.get, ("step", "samples_per_s", "cpu_s", "peak_gb")),
             )  # fmt: skip
     if "error" not in theirs | ours:
         ours["ratio"] = round(ours["samples_per_s"] / theirs["samples_per_s"], 3)
@@ -173,8 +173,8 @@ def _table(resolution: int, batches: tuple[int, ...]) -> list[dict[str, Any]]:
                     Measurement("ours", "sd15", resolution, batch, 10, checkpointing, compiled)
                 )
                 rows.append(row)
-                found = row.get("error") or f"{row['samples_per_s']:9.2f}  {row['peak_gb']:7.1f}"
-                log.info("%5d  %13s  %7s  %s", batch, checkpointing, compiled, found)
+                outcome = row.get("error") or f"{row['samples_per_s']:9.2f}  {row['peak_gb']:7.1f}"
+                log.info("%5d  %13s  %7s  %s", batch, checkpointing, compiled, outcome)
     return rows
 
 
@@ -214,7 +214,7 @@ def measure(measurement: Measurement) -> dict[str, Any]:
     typical, work, cost = (
         statistics.median(values[-measurement.steps :]) for values in (seconds, busy, degrading)
     )
-    found: dict[str, Any] = {
+    figures: dict[str, Any] = {
         "samples_per_s": measurement.batch_size / typical,
         "cpu_s": work,
         "seconds": [round(value, 3) for value in seconds],
@@ -223,10 +223,10 @@ def measure(measurement: Measurement) -> dict[str, Any]:
         "peak_gb": peak_memory(home()) / 1e9,
     }
     if measurement.step == "ours":
-        found["degradation_s"] = cost
+        figures["degradation_s"] = cost
         # A data process has a core of its own beside a GPU; on a CPU it takes from the same cores.
-        found["degradation_share"] = cost / (typical if torch.cuda.is_available() else work)
-    return asdict(measurement) | found
+        figures["degradation_share"] = cost / (typical if torch.cuda.is_available() else work)
+    return asdict(measurement) | figures
 
 
 def measure_data(photos: Path, crops_per_part: int, batches: int = 60) -> dict[str, Any]:
@@ -243,11 +243,11 @@ def measure_data(photos: Path, crops_per_part: int, batches: int = 60) -> dict[s
         train.finish(train[number], home())
     _synchronize()
     passed, work = time.perf_counter() - mark, time.process_time() - worked
-    found = {"crops_per_part": crops_per_part, "crops_per_s": 16 * batches / passed,
+    figures = {"crops_per_part": crops_per_part, "crops_per_s": 16 * batches / passed,
              "crops_per_cpu_s": 16 * batches / work}  # fmt: skip
     log.info("data path, %d crops per part: %.1f crops/s, %.1f per second of processor",
-             *found.values())  # fmt: skip
-    return found
+             *figures.values())  # fmt: skip
+    return figures
 
 
 def _batches(measurement: Measurement, sizes: Sizes) -> Iterator[dict[str, Tensor]]:

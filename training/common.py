@@ -310,7 +310,7 @@ def checkpoint_info(models: Models, config: dict[str, Any]) -> CheckpointInfo:
 def git_revision() -> str:
     """Revision of the code, or `unknown` outside a checkout."""
     try:
-        found = subprocess.run(
+        done = subprocess.run(
             ["git", "rev-parse", "--short", "HEAD"],
             cwd=Path(__file__).parent,
             capture_output=True,
@@ -319,4 +319,4 @@ def git_revision() -> str:
         )
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-    return found.stdout.strip()
+    return done.stdout.strip()

@@ -62,9 +62,9 @@ def contact_sheet(config: SheetConfig) -> Image.Image:
         for column, severity in enumerate(config.severities):
             generator = torch.Generator().manual_seed(config.seed + 1000 * row + column)
             degraded = degrade_chain(kind.split("+"), image, severity, generator)
-            found = float(psnr(degraded, image))
+            distance = float(psnr(degraded, image))
             left = _MARGIN + column * width
-            label = f"{severity:.2f}   " + (f"{found:.1f} dB" if found < 80 else "identical")
+            label = f"{severity:.2f}   " + (f"{distance:.1f} dB" if distance < 80 else "identical")
             pen.text((left + 6, top + 3), label, "black", font)
             sheet.paste(to_picture(degraded[0]), (left, top + _HEADER))
     return sheet

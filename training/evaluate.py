@@ -137,17 +137,17 @@ def open_cases(config: Config) -> Cases:
         "harm": (suites.harm, data.harm or clean, (data.limit_untouched, data.seed)),
         "pairs": (real, [data.pairs] if data.pairs else [], (data.limit,)),
     }
-    found = Cases()
+    total = Cases()
     for suite in data.suites:
         make, folders, arguments = sources[suite]
         for folder in folders:
-            found.add(make(folder, cache, *arguments))
-    if not found.cases:
+            total.add(make(folder, cache, *arguments))
+    if not total.cases:
         raise ValueError(
             f"no test photo can be used in the suites {', '.join(data.suites)}: "
-            f"{found.failed or dict(found.missing) or 'none of their folders is named'}"
+            f"{total.failed or dict(total.missing) or 'none of their folders is named'}"
         )
-    return found
+    return total
 
 
 def server_work(config: Config, cases: Sequence[Case]) -> list[Workload]:
@@ -197,8 +197,8 @@ def evaluate(config: Config) -> tuple[Summary, dict[str, str]]:
         raise ValueError("--file: name the file that --workflow loads; the report tells of it")
     base_model = read_checkpoint(config.file).info.base_model
     config.out.mkdir(parents=True, exist_ok=True)
-    found = open_cases(config)
-    cases, failed = found.cases, dict(found.failed)
+    opened = open_cases(config)
+    cases, failed = opened.cases, dict(opened.failed)
     failed |= restore_all(config, cases)
     tried, lost = run_baselines(cases, config.out / "baselines", config.workers)
     failed |= lost
@@ -212,7 +212,7 @@ def evaluate(config: Config) -> tuple[Summary, dict[str, str]]:
     summary["harm"] = summarize_harm(photos)
     add_fid(config.out, cases, learned, summary)
     missing |= learned.missing
-    for (package, reason), count in found.missing.items():
+    for (package, reason), count in opened.missing.items():
         missing[package] = f"{reason}; {count} photos left out"
     if reason := draw_features(config.file, config.sd15, cases, config.out / "tsne.png"):
         missing["tsne"] = reason

@@ -193,8 +193,8 @@ class Models(nn.Module):
         features = self._features_at(latent, path.levels[-1])
         wanted = F.avg_pool2d(self.decode(latent), 8)
         rows = F.pad(features.movedim(1, -1).flatten(0, 2), (0, 1), value=1.0).double()
-        found = torch.linalg.lstsq(rows.cpu(), wanted.movedim(1, -1).flatten(0, 2).double().cpu())
-        weight = found.solution.T.to(path.color.weight) / SLOW
+        fitted = torch.linalg.lstsq(rows.cpu(), wanted.movedim(1, -1).flatten(0, 2).double().cpu())
+        weight = fitted.solution.T.to(path.color.weight) / SLOW
         path.color.weight.copy_(weight[:, :-1, None, None])
         path.color.bias.copy_(weight[:, -1])
 
@@ -203,8 +203,8 @@ class Models(nn.Module):
         trunk = VaeTrunk.of(self.vae)
         with own_precision(self.vae):
             raw = suited(self.vae, latent / self.latent_scale)
-            found = next(h for each, h in decoder_levels(trunk, raw) if each == level)
-        return found.float()
+            features = next(h for each, h in decoder_levels(trunk, raw) if each == level)
+        return features.float()
 
     def start_control(self) -> None:
         """Copy the UNet's encoder into the control module (start of stage 1)."""
@@ -422,14 +422,14 @@ class Models(nn.Module):
 def _color_fields() -> Tensor:
     """Pictures of smooth and rough colours, (32, 3, 64, 64) in [-1, 1], always the same."""
     generator = torch.Generator().manual_seed(0)
-    found = torch.zeros(32, 3, 64, 64)
+    fields = torch.zeros(32, 3, 64, 64)
     for cells in (1, 2, 4, 8, 32):
         field = torch.rand(32, 3, cells, cells, generator=generator)
         weight = torch.rand(32, 1, 1, 1, generator=generator)
-        found += weight * F.interpolate(field, size=(64, 64), mode="bilinear")
-    low, high = (end[:, None, None, None] for end in found.flatten(1).aminmax(dim=1))
+        fields += weight * F.interpolate(field, size=(64, 64), mode="bilinear")
+    low, high = (end[:, None, None, None] for end in fields.flatten(1).aminmax(dim=1))
     ends = torch.rand(2, 32, 1, 1, 1, generator=generator)
-    return torch.lerp(ends[0] - 1, 1 - ends[1], (found - low) / (high - low))
+    return torch.lerp(ends[0] - 1, 1 - ends[1], (fields - low) / (high - low))
 
 
 def check_base(checkpoint: Checkpoint, base_model: str) -> None:

@@ -109,14 +109,14 @@ def main(config: Config) -> Path:
             return None
 
     with ThreadPoolExecutor() as pool:
-        found = [candidate for candidate in pool.map(look, files) if candidate is not None]
-    found.sort(key=lambda candidate: -candidate.worth)
-    chosen = list(_fitting(found, round(config.megabytes * 2**20)))
+        candidates = [candidate for candidate in pool.map(look, files) if candidate is not None]
+    candidates.sort(key=lambda candidate: -candidate.worth)
+    chosen = list(_fitting(candidates, round(config.megabytes * 2**20)))
     if not chosen:
         raise ValueError(
-            f"{', '.join(map(str, config.photos))}: of {len(files)} photos {len(found)} are good "
-            f"enough (quality {config.least_quality}, {config.least_side} pixels) and none fits "
-            f"into --megabytes {config.megabytes:g}; give more photos or a larger pack"
+            f"{', '.join(map(str, config.photos))}: of {len(files)} photos {len(candidates)} are "
+            f"good enough (quality {config.least_quality}, {config.least_side} pixels) and none "
+            f"fits into --megabytes {config.megabytes:g}; give more photos or a larger pack"
         )
     _write(config.out, chosen)
     log.info(
@@ -137,13 +137,13 @@ def jpeg_quality(picture: Image.Image) -> int:
     tables: dict[int, Sequence[int]] = getattr(picture, "quantization", None) or {}
     if not tables:
         return 100
-    found = sum(tables[0])
+    own = sum(tables[0])
 
     def total(quality: int) -> int:
         scale = 5000 // quality if quality < 50 else 200 - 2 * quality
         return sum(min(255, max(1, (entry * scale + 50) // 100)) for entry in LUMINANCE_TABLE)
 
-    return min(range(1, 101), key=lambda quality: abs(total(quality) - found))
+    return min(range(1, 101), key=lambda quality: abs(total(quality) - own))
 
 
 def sharpness(grey: Tensor) -> float:

@@ -64,12 +64,12 @@ class PairedPhotos(Sequence[tuple[Tensor, Tensor]]):
         self.pairs: list[Pair] = []
         for given in sources:
             path, layout, kind = parse_source(given)
-            found = find_pairs(path, layout, kind)
-            wanted = [pair for pair in found if pair.kind in kinds]
-            if len(wanted) < len(found):
-                others = ", ".join(sorted({pair.kind for pair in found} - set(kinds)))
+            listed = find_pairs(path, layout, kind)
+            wanted = [pair for pair in listed if pair.kind in kinds]
+            if len(wanted) < len(listed):
+                others = ", ".join(sorted({pair.kind for pair in listed} - set(kinds)))
                 told = (
-                    f"pairs: {len(found) - len(wanted)} pairs of {path} are of the kind {others}, "
+                    f"pairs: {len(listed) - len(wanted)} pairs of {path} are of the kind {others}, "
                     f"which is not trained ({', '.join(kinds)}); KIND={path} gives them another"
                 )
                 if not wanted:

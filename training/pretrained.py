@@ -137,8 +137,8 @@ def _open_checkpoint(path: Path, with_vae: bool) -> tuple[State, State]:
         vae = _from_folder(AutoencoderKL, path / "vae", vae_keys) if with_vae else {}
     else:
         prefixes = ("model.diffusion_model.", "first_stage_model.")[: 1 + with_vae]
-        found = dict(zip(prefixes, _read(path, *prefixes, expected=_ACCEPTED), strict=True))
-        unet, vae = found["model.diffusion_model."], found.get("first_stage_model.", {})
+        parts = dict(zip(prefixes, _read(path, *prefixes, expected=_ACCEPTED), strict=True))
+        unet, vae = parts["model.diffusion_model."], parts.get("first_stage_model.", {})
     _check_unet(unet, path)
     return unet, vae
 
@@ -146,15 +146,15 @@ def _open_checkpoint(path: Path, with_vae: bool) -> tuple[State, State]:
 def _check_unet(state: Mapping[str, Tensor], path: Path) -> None:
     """Structure tells the families apart, so that a small SD 1.5 of any width is accepted."""
     context = state.get("middle_block.1.transformer_blocks.0.attn2.to_k.weight")
-    found = _OTHER_UNETS.get(context.shape[1]) if context is not None else "no SD UNet"
+    other = _OTHER_UNETS.get(context.shape[1]) if context is not None else "no SD UNet"
     entry = state.get("input_blocks.0.0.weight")
-    if found is None and entry is not None and entry.shape[1] != 4:
-        found = f"a UNet with {entry.shape[1]} input channels (inpainting or editing)"
+    if other is None and entry is not None and entry.shape[1] != 4:
+        other = f"a UNet with {entry.shape[1]} input channels (inpainting or editing)"
     projection = state.get("middle_block.1.proj_in.weight")
-    if found is None and projection is not None and projection.ndim == 2:
-        found = "a UNet with linear projections (SD 2 or SDXL family)"
-    if found is not None:
-        raise PretrainedError(f"{path}: found {found}; accepted is {_ACCEPTED}")
+    if other is None and projection is not None and projection.ndim == 2:
+        other = "a UNet with linear projections (SD 2 or SDXL family)"
+    if other is not None:
+        raise PretrainedError(f"{path}: found {other}; accepted is {_ACCEPTED}")
 
 
 def _open_vae(path: Path) -> State:
@@ -218,8 +218,8 @@ def _open_vision(source: str) -> State:
         state = {key: value for key, value in state.items() if key.startswith(parts)}
     width = state.get("vision_model.embeddings.class_embedding", torch.empty(0)).shape[0]
     if not width or width in _OTHER_TOWERS:
-        found = f"{_OTHER_TOWERS[width]} (width {width})" if width else "no CLIP vision tower"
-        raise PretrainedError(f"{path}: found {found}; accepted is {_ACCEPTED_CLIP}")
+        other = f"{_OTHER_TOWERS[width]} (width {width})" if width else "no CLIP vision tower"
+        raise PretrainedError(f"{path}: found {other}; accepted is {_ACCEPTED_CLIP}")
     return {key: value for key, value in state.items() if not key.endswith("position_ids")}
 
 
@@ -228,10 +228,11 @@ def _check_activation(config: Path) -> None:
     if not config.is_file():
         return
     settings = json.loads(config.read_text(encoding="utf-8"))
-    found = settings.get("vision_config", settings).get("hidden_act", "quick_gelu")
-    if found != "quick_gelu":
+    activation = settings.get("vision_config", settings).get("hidden_act", "quick_gelu")
+    if activation != "quick_gelu":
         raise PretrainedError(
-            f"{config}: a vision tower with {found}; accepted is {_ACCEPTED_CLIP}, with quick_gelu"
+            f"{config}: a vision tower with {activation}; accepted is {_ACCEPTED_CLIP}, with "
+            "quick_gelu"
         )
 
 
@@ -243,9 +244,9 @@ def _cached_open_clip(name: str) -> Path:
     entry = open_clip.get_pretrained_cfg(model, tag) if tag else {}
     repository = str(entry.get("hf_hub", "")).rpartition("/")[0]
     if repository:
-        found = try_to_load_from_cache(repository, "open_clip_model.safetensors")
-        if isinstance(found, str):
-            return Path(found)
+        cached = try_to_load_from_cache(repository, "open_clip_model.safetensors")
+        if isinstance(cached, str):
+            return Path(cached)
     known = f", and {repository} is not in the local cache" if repository else ""
     raise PretrainedError(
         f"--model.sd15.clip {name}: no such file or folder{known}; accepted is {_ACCEPTED_CLIP}"

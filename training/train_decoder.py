@@ -195,11 +195,11 @@ def read_sampled(batches: RestorationBatches, latents: Path) -> Sampled:
             f"--latents: {latents} does not tell what its photos were; make it anew with "
             "training.sample_decoder_data"
         )
-    for name, found in batches.with_seed(told["seed"]).origin().items():
-        if told.get(name) != found:
+    for name, value in batches.with_seed(told["seed"]).origin().items():
+        if told.get(name) != value:
             raise ValueError(
                 f"--latents: {latents} was sampled with {name} {told.get(name)}, this run has "
-                f"{found}; give both programs the same --data and batch size"
+                f"{value}; give both programs the same --data and batch size"
             )
     held = load_file(latents)
     return Sampled(held["numbers"].tolist(), held["latents"], told["seed"])
@@ -351,7 +351,7 @@ def prepare(models: Models, config: Config) -> None:
     models.decoder.requires_grad_(True)
 
 
-def _check_sampling(models: Models, config: Config, found: set[str]) -> None:
+def _check_sampling(models: Models, config: Config, loaded: set[str]) -> None:
     if config.fusion_first and models.decoder.decoder is None:
         raise ValueError("--fusion-first: this decoder has a detail path and no fusion blocks")
     if not config.sample_steps:
@@ -359,7 +359,7 @@ def _check_sampling(models: Models, config: Config, found: set[str]) -> None:
     if config.latents or config.without_diffusion:
         other = "--latents" if config.latents else "--without-diffusion"
         raise ValueError(f"--sample-steps: latents come from {other} already; leave out one")
-    if missing := {"control.", "base.unet."} - found:
+    if missing := {"control.", "base.unet."} - loaded:
         raise ValueError(f"--sample-steps: no file of --model.init has {sorted(missing)}")
 
 
@@ -384,7 +384,7 @@ def main(config: Config) -> Path:
 
 def build(
     models: Models,
-    found: set[str],
+    loaded: set[str],
     config: Config,
     store: PhotoStore | None = None,
     sampled: Sampled | None = None,
@@ -393,7 +393,7 @@ def build(
 
     Args:
         models: Are changed.
-        found: File prefixes that they have.
+        loaded: File prefixes that they have.
         config: Settings of the program.
         store: Photos that are decoded already.
         sampled: Latents of stage 1, where they are in no file.
@@ -401,11 +401,11 @@ def build(
     Raises:
         ValueError: As `prepare` and `read_sampled`.
     """
-    fresh = not found & set(models.decoder_parts)
+    fresh = not loaded & set(models.decoder_parts)
     if fresh:
         models.start_decoder()
     prepare(models, config)
-    _check_sampling(models, config, found)
+    _check_sampling(models, config, loaded)
     reads = {"gt", "lq", "statistics", models.degradation_key}
     if config.sample_steps:
         reads.add("clip_view")
@@ -427,7 +427,7 @@ def build(
         for batch in in_batches(validation, config.loop.batch_size):
             prompt = models.read(batch)
             hint, features = loss.read(to_pixels(batch["lq"]))
-            if "control." in found and not config.without_diffusion:
+            if "control." in loaded and not config.without_diffusion:
                 steps = config.validation_steps
                 latent = sample(models, hint, prompt.semantic, prompt.degradation, steps, generator)
             else:
@@ -462,7 +462,7 @@ def build(
     hidden = path.hidden() if isinstance(path, DetailPath) else ()
     if fresh and isinstance(path, DetailPath) and not config.trust_tone:
         _doubt_tone(path, lambda: psnr(restored(), validation["gt"]).mean())
-    others = {prefix for prefix in found if not prefix.startswith("decoder.")}
+    others = {prefix for prefix in loaded if not prefix.startswith("decoder.")}
     parts = (*sorted(others | {"prompt_processor."}), *models.decoder_parts)
     sides = () if loss.discriminator is None else (models.decoder, loss.discriminator)
     return (

@@ -72,6 +72,6 @@ def run_bm3d(out: Path, cases: Sequence[Case]) -> str | None:
             continue
         profile = package.BM3DProfile()
         profile.num_threads = 1  # more give results that differ a little each time
-        found = package.bm3d_rgb(read_pixels(case.lq), NOISE_SIGMA / 255, profile)
-        save_picture(path, Image.fromarray(to_8_bit(np.asarray(found))), {"key": key})
+        denoised = package.bm3d_rgb(read_pixels(case.lq), NOISE_SIGMA / 255, profile)
+        save_picture(path, Image.fromarray(to_8_bit(np.asarray(denoised))), {"key": key})
     return None

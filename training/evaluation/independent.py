@@ -129,8 +129,8 @@ def apply(corruption: Corruption, photo: Levels, seed: int) -> Levels:
         ValueError: The photo is too small.
     """
     if min(photo.shape[:2]) < _SMALLEST:
-        found = f"{photo.shape[1]} x {photo.shape[0]}"
-        raise ValueError(f"others' degradations need {_SMALLEST} px on each side, found {found}")
+        size = f"{photo.shape[1]} x {photo.shape[0]}"
+        raise ValueError(f"others' degradations need {_SMALLEST} px on each side, found {size}")
     package = open_package(corruption.package)
     if corruption.package == "albumentations":
         parts = [getattr(package, name)(**more, p=1) for name, more in corruption.steps.items()]
@@ -161,19 +161,19 @@ def degrade_as_others(kind: str, image: Tensor, name: str, seed: int) -> tuple[T
     """Degrades (1, 3, H, W) in [0, 1] by one of `CORRUPTIONS[kind]`, without a severity."""
     photo = (image[0].permute(1, 2, 0) * 255).round().byte().contiguous().numpy()
     corruption, own_seed = draw(kind, name, seed)
-    found = apply(corruption, photo, own_seed)
-    return torch.from_numpy(found.copy()).permute(2, 0, 1)[None].float() / 255, None
+    degraded = apply(corruption, photo, own_seed)
+    return torch.from_numpy(degraded.copy()).permute(2, 0, 1)[None].float() / 255, None
 
 
 def versions() -> dict[str, str | None]:
     """Package -> installed version, None where it is not."""
-    found: dict[str, str | None] = {}
+    known: dict[str, str | None] = {}
     for package in ("albumentations", "imagecorruptions"):
         try:
-            found[package] = importlib.metadata.version(package)
+            known[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
-            found[package] = None
-    return found
+            known[package] = None
+    return known
 
 
 def recipes() -> list[Recipe]:

@@ -136,7 +136,7 @@ def summarize(photos: Sequence[PhotoScore]) -> Summary:
         "suites": suites,
         "confusion": {
             "kinds": list(KINDS),
-            "counts": [[counts[(truth, found)] for found in KINDS] for truth in KINDS],
+            "counts": [[counts[(truth, seen)] for seen in KINDS] for truth in KINDS],
         },
     }
 
@@ -145,22 +145,22 @@ def _mean_of_sets(rows: Sequence[Summary]) -> Summary:
     """Mean over sets, as one more row of their table; only what all of them have."""
     mean: Summary = {"gain": _mean([row["gain"] for row in rows]), "standing": standing(rows)}
     for column in ("lq", "restored", "nafnet", "best_baseline"):
-        found = [row[column] for row in rows if column in row]
-        if found and len(found) == len(rows):
-            names = [name for name, value in found[0].items() if isinstance(value, float)]
-            mean[column] = {name: _mean([row[name] for row in found]) for name in names}
+        values = [row[column] for row in rows if column in row]
+        if values and len(values) == len(rows):
+            names = [name for name, value in values[0].items() if isinstance(value, float)]
+            mean[column] = {name: _mean([row[name] for row in values]) for name in names}
     return mean
 
 
 def standing(rows: Sequence[Summary]) -> Summary:
     """Photos and mean gain of those decided on and those untouched, where every set has some."""
-    found: Summary = {}
+    means: Summary = {}
     for name, _ in STANDING:
         parts = [row["standing"][name] for row in rows if name in row["standing"]]
         if parts and len(parts) == len(rows):
             photos = sum(part["photos"] for part in parts)
-            found[name] = {"photos": photos, "gain": _mean([part["gain"] for part in parts])}
-    return found
+            means[name] = {"photos": photos, "gain": _mean([part["gain"] for part in parts])}
+    return means
 
 
 def quality_bars(summary: Summary) -> list[Bar]:
@@ -236,19 +236,19 @@ def goals(summary: Summary) -> list[Bar]:
         "mean of eight kinds": 7.0, "jpeg": 1.3, "blur": 1.2, "raindrop": 1.5, "haze": 9.0,
         "snow": 8.0, "rain": 8.5, "low_light": 15.0, "mean of mixes": 6.0,
     }  # fmt: skip
-    found = [
+    bars = [
         Bar(f"{name}: at least {bar:+.1f} dB", f"{gains[name]:+.2f} dB", gains[name] >= bar)
         for name, bar in wanted.items()
         if not math.isnan(gains.get(name, math.nan))
     ]
     if "noise" in sets:
         noise = sets["noise"]["restored"]["psnr"]
-        found.append(Bar("noise: at least 27.2 dB", f"{noise:.2f} dB", noise >= 27.2))
+        bars.append(Bar("noise: at least 27.2 dB", f"{noise:.2f} dB", noise >= 27.2))
     if row := harm.get("all"):
         lose, low = row["lose"], row["below_30"] or 0.0
         text = "near-clean photos: under 2 % lose over 1 dB, none falls below 30 dB"
-        found.append(Bar(text, f"{lose:.1%}, {low:.1%}", lose < 0.02 and low == 0))
-    return found
+        bars.append(Bar(text, f"{lose:.1%}, {low:.1%}", lose < 0.02 and low == 0))
+    return bars
 
 
 def compact_scores(summary: Summary, about: Mapping[str, Any]) -> Summary:

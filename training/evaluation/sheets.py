@@ -53,7 +53,7 @@ def _row(out: Path, case: Case, photo: PhotoScore, best: str | None) -> Row:
         (f"restored, {decibel(after)} dB", restored),
     ]
     if best:
-        found = as_picture(baselines.apply(best, read_pixels(case.lq)))
-        cells.append((f"best baseline, {photo.baselines[best]:.2f} dB", found))
+        picture = as_picture(baselines.apply(best, read_pixels(case.lq)))
+        cells.append((f"best baseline, {photo.baselines[best]:.2f} dB", picture))
     seen = f", seen as {photo.predicted}" if photo.predicted else ""
     return f"{case.set}{seen}{f'; best baseline: {best}' if best else ''}", cells

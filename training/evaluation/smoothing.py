@@ -115,15 +115,15 @@ def _shrink_blocks(
 
     for top in range(0, block, stride):
         for left in range(0, block, stride):
-            found = transform(blocks(noisy, top, left))
+            spectrum = transform(blocks(noisy, top, left))
             if oracle is None:
-                gain = (np.abs(found) > 2.7 * sigma).astype(np.float32)
+                gain = (np.abs(spectrum) > 2.7 * sigma).astype(np.float32)
             else:
                 power = transform(blocks(oracle, top, left)) ** 2
                 gain = power / (power + sigma**2)
             gain[:, :1, :, :1, :1] = 1
             trust = 1 / np.square(gain).sum((1, 3, 4), keepdims=True)
-            mended = fft.idctn(gain * found, axes=(1, 3, 4), norm="ortho")
+            mended = fft.idctn(gain * spectrum, axes=(1, 3, 4), norm="ortho")
             blocks(total, top, left)[:] += trust * mended
             blocks(weight, top, left)[:] += trust
     return total / weight.clip(1e-12)

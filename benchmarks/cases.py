@@ -321,11 +321,11 @@ def levers(setting: Setting) -> Figures:
     rows: dict[str, Any] = {
         name: {"seconds": 0.0, "psnr": []} for name in ("degraded photo", *LEVERS)
     }
-    for each in SAMPLES:
-        clean = read_photo(each.photo, LEVER_SIDE)
+    for shown in SAMPLES:
+        clean = read_photo(shown.photo, LEVER_SIDE)
         lq, gt = (
             torch.from_numpy(np.asarray(photo, np.float32) / 255)[None]
-            for photo in (degrade_photo(clean, each), clean)
+            for photo in (degrade_photo(clean, shown), clean)
         )
         rows["degraded photo"]["psnr"].append(float(psnr(lq, gt)))
         warm = graph.control(lq)
@@ -336,7 +336,7 @@ def levers(setting: Setting) -> Figures:
             rows[name]["psnr"].append(float(psnr(picture.float().cpu(), gt)))
     for row in rows.values():
         row["mean_psnr"] = float(np.mean(row["psnr"]))
-    return {"kinds": [each.kind for each in SAMPLES], "rows": rows}
+    return {"kinds": [shown.kind for shown in SAMPLES], "rows": rows}
 
 
 def _restored(

@@ -213,8 +213,8 @@ class DetailPath(nn.Module):
     def _condition(self, pooled: Tensor, statistics: Tensor) -> Tensor:
         quantiles, levels = statistics[..., :-NOISE_LEVELS], statistics[..., -NOISE_LEVELS:]
         seen = torch.cat([4 * quantiles - 2, (255 * levels + 0.5).log()], dim=-1).to(pooled)
-        told = self.tone(torch.cat([self.norm(pooled), seen], dim=-1))
-        return torch.cat([told, levels.to(pooled), 2 * self.kind(pooled).sigmoid()], dim=-1)
+        tone = self.tone(torch.cat([self.norm(pooled), seen], dim=-1))
+        return torch.cat([tone, levels.to(pooled), 2 * self.kind(pooled).sigmoid()], dim=-1)
 
     def forward(
         self,
@@ -244,9 +244,9 @@ class DetailPath(nn.Module):
         """The photo, (B, 3, H, W), without what is as small as the noise or JPEG steps that P_D is
         sure of."""
 
-        def thresholds(told: Tensor) -> Tensor:
+        def thresholds(row: Tensor) -> Tensor:
             kinds, width = self.config.kinds, self.config.context_width
-            seen, levels, shares = told[..., :width], told[..., width:-kinds], told[..., -kinds:]
+            seen, levels, shares = row[..., :width], row[..., width:-kinds], row[..., -kinds:]
             gauge = (SLOW * self.gauge(seen).float()).tanh().mul(2).exp()
             of_noise, of_jpeg = (
                 (SLOW * layer(shares).float()).clamp_min(0) for layer in self.thresholds
@@ -261,8 +261,8 @@ class DetailPath(nn.Module):
         P_D is sure of kinds that change the tone."""
         kinds, tone = self.config.kinds, guided_tone(smooth, SLOW * self.color(decoded))
 
-        def sure(told: Tensor) -> Tensor:
-            return (SLOW * self.toned(told[..., -kinds:])).clamp(0, 1)
+        def sure(row: Tensor) -> Tensor:
+            return (SLOW * self.toned(row[..., -kinds:])).clamp(0, 1)
 
         share = film(sure, condition, tone)
         return no_change(tone) + share * (tone - no_change(tone))
@@ -317,6 +317,6 @@ class DetailPath(nn.Module):
     def _of_kinds(self, heads: Tensor, condition: Condition) -> Tensor:
         """What the heads found, (B, kinds * C, h, w), added up to (B, C, h, w)."""
         kinds = self.config.kinds
-        shares = film(lambda told: told[..., -kinds:], condition, heads)
+        shares = film(lambda row: row[..., -kinds:], condition, heads)
         by_kind = heads.reshape(len(heads), kinds, -1, *heads.shape[2:])
         return (by_kind * shares.unsqueeze(2)).sum(dim=1)

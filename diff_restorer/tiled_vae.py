@@ -75,7 +75,7 @@ def plan_decode(
     """
     local = ()
     if isinstance(condition, LocalPooled):
-        local = tuple(Map(each, 1) for each in condition.weights)
+        local = tuple(Map(weight, 1) for weight in condition.weights)
     pixels = Map(photo, UNIT)
     if isinstance(extension, DetailPath) and fidelity > 0:
         levels = _beside(trunk, extension, pixels, features, condition, fidelity, local)
@@ -173,8 +173,8 @@ def _mid(step: Step | Attention) -> Stage:
         keys, values = others.chunk(2, dim=1)
         # Contiguous rows, else torch builds the whole matrix; in parts, where it does so anyway.
         query, key, value_rows = (
-            each.flatten(2).transpose(1, 2)[:, None].contiguous()
-            for each in (step.query(step.norm(value)), keys, values)
+            tokens.flatten(2).transpose(1, 2)[:, None].contiguous()
+            for tokens in (step.query(step.norm(value)), keys, values)
         )
         parts = [
             F.scaled_dot_product_attention(query[:, :, start : start + _QUERIES], key, value_rows)

@@ -97,7 +97,7 @@ class Plan:
         blank, blanks = value.blank(cut.like), list[Tensor]()
         for number, stages in enumerate(levels):
             planned = _look(stages, blank, blanks)
-            if len(stages) > 1 and not any(each.norms for each in planned):
+            if len(stages) > 1 and not any(p.norms for p in planned):
                 planned = _look([_joined(stages)], blank, blanks)
             blank = planned[-1].output
             blanks.append(blank)
@@ -109,7 +109,7 @@ class Plan:
     @property
     def visits(self) -> int:
         """How often `cut.on_tile` will be called from here on."""
-        turns = sum(each.turns for planned in self._levels for each in planned)
+        turns = sum(planned.turns for level in self._levels for planned in level)
         return turns * len(self._cut.windows(self._value.size))
 
     def run(self) -> Iterator[Map]:
@@ -126,10 +126,10 @@ class Plan:
 
     def _advance(self) -> None:
         number = len(self._outputs)
-        for place, each in enumerate(self._levels.popleft()):
-            others = [self._other(other) for other in each.stage.others]
+        for place, planned in enumerate(self._levels.popleft()):
+            others = [self._other(other) for other in planned.stage.others]
             # The map that enters a level may be of use to others.
-            self._value = _run(each, self._value, others, self._cut, overwrite=place > 0)
+            self._value = _run(planned, self._value, others, self._cut, overwrite=place > 0)
         self._outputs.append(self._value if number in self._last_use else None)
         for level, last in self._last_use.items():
             if last == number:
@@ -213,7 +213,7 @@ def _run(
         for window in windows:
             cut.on_tile()
             around = window.grown(planned.margin, *size)
-            crops = [each.read(around, cut.like) for each in inputs]
+            crops = [source.read(around, cut.like) for source in inputs]
             with _WholeNorms(known, window.inside(around), around) as norms:
                 try:
                     result = planned.stage.function(*crops, *summary)
@@ -233,7 +233,7 @@ def _run(
 def _last_reader(windows: Sequence[Window], margin: int) -> int:
     """How many tiles after a tile the last one comes that looks into it."""
     columns = sum(window.top == 0 for window in windows)
-    reach = math.ceil(margin / min(min(each.height, each.width) for each in windows))
+    reach = math.ceil(margin / min(min(window.height, window.width) for window in windows))
     return reach * (columns + 1)
 
 
@@ -314,7 +314,7 @@ class _WholeNorms(TorchFunctionMode):
                 self._inner.of(value, value.shape[-1] // self._around.width), num_groups
             )
             raise _NormReachedError
-        mean, variance = (each.float().to(value.device) for each in moments)
+        mean, variance = (moment.float().to(value.device) for moment in moments)
         scale = torch.rsqrt(variance + eps)
         shift = -mean * scale
         width = value.shape[1] // num_groups
@@ -338,9 +338,9 @@ def _sums(value: Tensor, groups: int) -> _Sums:
 
 def _merged(sums: Sequence[_Sums]) -> tuple[Tensor, Tensor]:
     """Mean and variance of all; by deviations, because squares would cancel."""
-    counts = torch.tensor([each.count for each in sums], dtype=torch.float64)[:, None]
-    means = torch.stack([each.mean for each in sums])
+    counts = torch.tensor([part.count for part in sums], dtype=torch.float64)[:, None]
+    means = torch.stack([part.mean for part in sums])
     mean = (counts * means).sum(dim=0) / counts.sum()
-    within = torch.stack([each.squares for each in sums]).sum(dim=0)
+    within = torch.stack([part.squares for part in sums]).sum(dim=0)
     between = (counts * (means - mean).square()).sum(dim=0)
     return mean, (within + between) / counts.sum()

@@ -200,7 +200,7 @@ def read_header(path: Path, most: int = FORMAT_HEADER) -> Header:
     except ValueError as error:
         raise unsupported(f"its header cannot be read: {shortened(error)}") from error
     end = start
-    for name, entry in sorted(entries.items(), key=lambda each: (each[1].begin, each[1].end)):
+    for name, entry in sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)):
         if entry.begin != end or entry.end < end:
             raise unsupported(f"bytes of tensor {shortened(name)} overlap others or leave a gap")
         end = entry.end
@@ -240,7 +240,7 @@ def _entries(header: Any, start: int) -> tuple[dict[str, Entry], dict[str, str]]
             raise ValueError(
                 f"tensor {shortened(name)} has no dtype, shape and two data_offsets"
             ) from None
-        if not all(type(each) is int and each >= 0 for each in numbers):
+        if not all(type(number) is int and number >= 0 for number in numbers):
             raise ValueError(f"sizes of tensor {shortened(name)} are no whole numbers")
         entries[name] = Entry(str(dtype), tuple(shape), start + begin, start + end)
     return entries, metadata

@@ -79,8 +79,8 @@ class DiffRestorerColorFix(io.ComfyNode):
         for index in range(batch):
             check_interrupt()
             ours, theirs = (
-                each[index if len(each) > 1 else 0].movedim(-1, 0)[None].float()
-                for each in (rgb, wanted)
+                photos[index if len(photos) > 1 else 0].movedim(-1, 0)[None].float()
+                for photos in (rgb, wanted)
             )
             if theirs.shape != ours.shape:
                 theirs = F.interpolate(

@@ -55,5 +55,5 @@ def fit_colors(vae: Any, scale_factor: float) -> Tensor:
     latent = raw_latent.float().cpu() * scale_factor
     small = F.adaptive_avg_pool2d(pixels, latent.shape[-2:])
     channels = torch.cat([latent, torch.ones_like(latent[:, :1])], dim=1)
-    rows = [each.movedim(1, -1).flatten(0, 2) for each in (channels, small)]
+    rows = [pixels.movedim(1, -1).flatten(0, 2) for pixels in (channels, small)]
     return torch.linalg.lstsq(*rows).solution

@@ -283,7 +283,7 @@ class TiledDiffusion:
             return torch.cat([window.of(whole, UNIT) for window in windows])
 
         tiles.cond_hint_original = crops(control.cond_hint_original)
-        tiles.extra_concat_orig = [crops(each) for each in control.extra_concat_orig]
+        tiles.extra_concat_orig = [crops(hint) for hint in control.extra_concat_orig]
         if isinstance(control, DegradationControlNet):
             control.check_batch(batch)
             if isinstance(control.vae, EncodedPhoto):
@@ -308,13 +308,13 @@ class TiledDiffusion:
             comfy.utils.repeat_to_batch_size(self.view.degradation[place].to(whole), batch)
             for place in some
         )
-        return torch.cat([torch.lerp(whole, each, self.locality) for each in own])
+        return torch.cat([torch.lerp(whole, tokens, self.locality) for tokens in own])
 
 
 def _model_on(device: torch.device, model: Any) -> Any:
     """The copy of the model on a further GPU, as newer hosts have it."""
     copies = model.current_patcher.get_additional_models_with_key("multigpu")
-    return next((each.model for each in copies if each.load_device == device), model)
+    return next((patcher.model for patcher in copies if patcher.load_device == device), model)
 
 
 def _ends_with(tokens: Tensor, semantic: Tensor) -> bool:

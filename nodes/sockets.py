@@ -83,7 +83,7 @@ class Degradation:
     def get_ram_usage(self) -> int:
         """Bytes that go with it; newer hosts clear their cache by it."""
         own = (self.tokens, self.pooled, self.probabilities, self.prototypes, self.image)
-        return self.restorer.get_ram_usage() + sum(each.nbytes for each in own)
+        return self.restorer.get_ram_usage() + sum(tensor.nbytes for tensor in own)
 
     @property
     def batch(self) -> int:

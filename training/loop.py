@@ -223,7 +223,7 @@ class _Run:
         config = count_steps(config, len(data), accelerator.num_processes)
         self.stage, self.data, self.config = stage, data, config
         settings = record.settings(program)
-        self.told = {record.table_name(type(program)): settings}  # in the exported file
+        self.provenance = {record.table_name(type(program)): settings}  # in the exported file
         self.exported = config.out / "export.safetensors"
         size = state_bytes(stage.trainable)
         checkpoints = Checkpoints(accelerator, config.out, size, settings) if in_files else None
@@ -315,11 +315,11 @@ class _Run:
                     self._save()
                     saves.done()
                 if signs.stop and not last:
-                    told = f"is saved in {config.out}: the same command goes on from there"
+                    saved = f"is saved in {config.out}: the same command goes on from there"
                     log.warning(
                         "interrupted at %s, which %s",
                         course,
-                        told if self.checkpoints is not None else "is kept",
+                        saved if self.checkpoints is not None else "is kept",
                     )
                     raise SystemExit(128 + (interruption.signal or signal.SIGTERM))
 
@@ -385,7 +385,7 @@ class _Run:
         exported = self.exported
         try:
             with checkpoints.writing() as folder:
-                self.stage.export(folder / exported.name, self.told)
+                self.stage.export(folder / exported.name, self.provenance)
                 if self.stage.check is not None:
                     self.stage.check(folder / exported.name)
                 (folder / exported.name).replace(exported)

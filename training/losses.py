@@ -58,12 +58,12 @@ def kind_loss(
     visible = torch.where(severities > 0, visible, 1.0).clamp(max=1) * present
     strongest = visible.amax(dim=1, keepdim=True)
     if classification == "bce":
-        each = F.binary_cross_entropy_with_logits(logits, batch["kinds"], reduction="none")
+        terms = F.binary_cross_entropy_with_logits(logits, batch["kinds"], reduction="none")
         weight = torch.where(present, visible, strongest)
     else:
-        each = F.cross_entropy(logits, batch["label"], reduction="none")[:, None]
+        terms = F.cross_entropy(logits, batch["label"], reduction="none")[:, None]
         weight = strongest
-    return (weight * each).sum() / weight.sum()
+    return (weight * terms).sum() / weight.sum()
 
 
 def kind_scores(logits: Tensor, kinds: Tensor, classification: Classification) -> dict[str, Tensor]:

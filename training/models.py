@@ -203,7 +203,7 @@ class Models(nn.Module):
         trunk = VaeTrunk.of(self.vae)
         with own_precision(self.vae):
             raw = suited(self.vae, latent / self.latent_scale)
-            features = next(h for each, h in decoder_levels(trunk, raw) if each == level)
+            features = next(h for number, h in decoder_levels(trunk, raw) if number == level)
         return features.float()
 
     def start_control(self) -> None:

@@ -98,12 +98,12 @@ def main(config: Config) -> Path:
         DiskError: There is too little room for the pack.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    told = _source_qualities(config)
+    qualities = _source_qualities(config)
     files = sorted({file for source in config.photos for file in list_photos(source)}, key=str)
 
     def look(file: PhotoFile) -> Candidate | None:
         try:
-            return _candidate(file, told.get(str(file), 100), config)
+            return _candidate(file, qualities.get(str(file), 100), config)
         except UNREADABLE as error:
             log.warning("left out %s: %s", file, error)
             return None
@@ -163,12 +163,12 @@ def _octave(grey: Tensor) -> Tensor:
     return (grey - back).square().mean().sqrt()
 
 
-def _candidate(file: PhotoFile, told: int, config: Config) -> Candidate | None:
+def _candidate(file: PhotoFile, known: int, config: Config) -> Candidate | None:
     """The photo as it would be packed; None where it is not good enough."""
     with file.open("rb") as stream, Image.open(stream) as picture:
         reduced = picture.width * picture.height > LARGE
         own = WEBP_QUALITY if picture.format == "WEBP" else jpeg_quality(picture)
-    quality = REDUCED_QUALITY if reduced else min(told, own)
+    quality = REDUCED_QUALITY if reduced else min(known, own)
     if quality < config.least_quality:
         return None
     content = packed(file)
@@ -198,7 +198,7 @@ def packed(file: PhotoFile) -> bytes:
 
 def _source_qualities(config: Config) -> dict[str, int]:
     """Photo -> quality of its source, from the manifests."""
-    told: dict[str, int] = {}
+    qualities: dict[str, int] = {}
     for source in config.photos:
         if not config.source_quality or source.suffix.lower() != ".csv":
             continue
@@ -210,8 +210,8 @@ def _source_qualities(config: Config) -> dict[str, int]:
                         f"but {', '.join(row)}"
                     )
                 if value := row[config.source_quality]:
-                    told[str(source.parent / row["path"])] = int(float(value))
-    return told
+                    qualities[str(source.parent / row["path"])] = int(float(value))
+    return qualities
 
 
 def _fitting(ranked: Sequence[Candidate], room: int) -> Iterator[Candidate]:

@@ -68,13 +68,13 @@ class PairedPhotos(Sequence[tuple[Tensor, Tensor]]):
             wanted = [pair for pair in listed if pair.kind in kinds]
             if len(wanted) < len(listed):
                 others = ", ".join(sorted({pair.kind for pair in listed} - set(kinds)))
-                told = (
+                reason = (
                     f"pairs: {len(listed) - len(wanted)} pairs of {path} are of the kind {others}, "
                     f"which is not trained ({', '.join(kinds)}); KIND={path} gives them another"
                 )
                 if not wanted:
-                    raise ValueError(told)
-                log.warning("%s; left out", told)
+                    raise ValueError(reason)
+                log.warning("%s; left out", reason)
             self.pairs += self._store.usable("pairs", wanted, self._read, _decoded_bytes)
 
     def _read(self, pair: Pair) -> tuple[Tensor, Tensor]:

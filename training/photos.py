@@ -55,11 +55,11 @@ PhotoFile = Path | ShardMember
 
 def fingerprint(files: Iterable[PhotoFile]) -> str:
     """Short hash of the files' names and sizes, in their order."""
-    told = hashlib.blake2b(digest_size=6)
+    total = hashlib.blake2b(digest_size=6)
     for file in files:
         size = file.size if isinstance(file, ShardMember) else file.stat().st_size
-        told.update(f"{Path(file.name).name} {size}\n".encode())
-    return told.hexdigest()
+        total.update(f"{Path(file.name).name} {size}\n".encode())
+    return total.hexdigest()
 
 
 def shard_key(member: ShardMember) -> tuple[str, str]:

@@ -189,20 +189,20 @@ def read_sampled(batches: RestorationBatches, latents: Path) -> Sampled:
             belong together; or the file does not tell.
     """
     with open_safetensors(latents) as file:
-        told = json.loads((file.metadata() or {}).get("origin", "null"))
-    if told is None:
+        origin = json.loads((file.metadata() or {}).get("origin", "null"))
+    if origin is None:
         raise ValueError(
             f"--latents: {latents} does not tell what its photos were; make it anew with "
             "training.sample_decoder_data"
         )
-    for name, value in batches.with_seed(told["seed"]).origin().items():
-        if told.get(name) != value:
+    for name, value in batches.with_seed(origin["seed"]).origin().items():
+        if origin.get(name) != value:
             raise ValueError(
-                f"--latents: {latents} was sampled with {name} {told.get(name)}, this run has "
+                f"--latents: {latents} was sampled with {name} {origin.get(name)}, this run has "
                 f"{value}; give both programs the same --data and batch size"
             )
     held = load_file(latents)
-    return Sampled(held["numbers"].tolist(), held["latents"], told["seed"])
+    return Sampled(held["numbers"].tolist(), held["latents"], origin["seed"])
 
 
 def doubted(pooled: Tensor, share: float, generator: torch.Generator) -> Tensor:
@@ -279,8 +279,8 @@ class DecoderLoss:
             statistics: `photo_statistics` of the whole degraded photos, (B, 51).
         """
         raw, condition = latent / self.models.latent_scale, self.extension.condition
-        told = condition(pooled, statistics)
-        return aware_decode(self.trunk, self.extension, raw, features, told)
+        modulation = condition(pooled, statistics)
+        return aware_decode(self.trunk, self.extension, raw, features, modulation)
 
     def _latent_and_features(
         self, batch: dict[str, Tensor], generator: torch.Generator

@@ -131,9 +131,9 @@ class InMemory:
     def export(self, config: export.Config, slot: Slot) -> Path:
         began = time.perf_counter()
         parts = sorted(self.loaded)
-        told = checkpoint_info(self.models, {})
+        info = checkpoint_info(self.models, {})
         fixed, written = export.write(
-            self.models, parts, told, config, self._photos(config.data), slot.middle
+            self.models, parts, info, config, self._photos(config.data), slot.middle
         )
         path = export.read_back(config, fixed, written)
         self._count("export", began)
@@ -147,9 +147,9 @@ class InMemory:
         """Write what has been trained so far, for `--init`."""
         if not self.spent:
             return
-        told = checkpoint_info(self.models, {})
+        info = checkpoint_info(self.models, {})
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.models.save(path, sorted(self.loaded), told, torch.float32)
+        self.models.save(path, sorted(self.loaded), info, torch.float32)
         log.warning(
             "what was trained before (%s) is in %s, which --init takes",
             *(", ".join(self.spent), path),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,12 @@ def read_note(path: Path) -> dict[str, Any]:
             return json.loads(getattr(picture, "text", {}).get(NOTE, "{}"))
     except (OSError, ValueError, SyntaxError):
         return {}
+
+
+def made_once(path: Path, key: str, make: Callable[[], Image.Image]) -> None:
+    """Saves a picture under its key, unless it is there and still right."""
+    if read_note(path).get("key") != key:
+        save_picture(path, make(), {"key": key})
 
 
 def write_atomically(path: Path, text: str) -> None:

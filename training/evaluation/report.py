@@ -85,9 +85,7 @@ def summarize_set(photos: Sequence[PhotoScore]) -> Summary:
             summary[column] = {name: _mean([row[name] for row in rows]) for name in rows[0]}
     gains = [photo.gain for photo in photos]
     summary["gain"] = _mean(gains)
-    parts = {
-        name: [p.gain for p in photos if p.decided_on is decided] for name, decided in STANDING
-    }
+    parts = {name: [p.gain for p in photos if p.decided_on is on] for name, on in STANDING}
     summary["standing"] = {
         name: {"photos": len(part), "gain": _mean(part)} for name, part in parts.items() if part
     }

@@ -98,6 +98,26 @@ def prepare(toy: SimpleNamespace, run: Callable[..., tuple[Any, ...]]) -> Callab
 
 
 @pytest.fixture(scope="session")
+def decode_with(
+    toy: SimpleNamespace, run: Callable[..., tuple[Any, ...]], prepare: Callable[..., Any]
+) -> Callable[..., torch.Tensor]:
+    """The Aware VAE Decode of a file on a photo's own latent."""
+
+    def make(restorer: Any, image: torch.Tensor, **inputs: Any) -> torch.Tensor:
+        restoration = prepare(image, diff_restorer=restorer)
+        entries = {
+            "samples": restoration.latent,
+            "vae": toy.vae,
+            "diff_restorer": restorer,
+            "degradation": restoration.degradation,
+            "image": image,
+        }
+        return run("DiffRestorerAwareVAEDecode", **(entries | inputs))[0]
+
+    return make
+
+
+@pytest.fixture(scope="session")
 def sample(toy: SimpleNamespace) -> Callable[..., torch.Tensor]:
     """KSampler of the host."""
     host_nodes = importlib.import_module("nodes")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 from typing import Any
 
 import pytest
@@ -15,20 +16,11 @@ pytestmark = pytest.mark.comfy
 
 
 @pytest.fixture
-def decode(toy, run, prepare, photo) -> Any:
+def decode(toy, decode_with, photo) -> Any:
     """The node on a photo's own latent, as if nothing had been restored."""
 
     def execute(image: torch.Tensor | None = None, **inputs: Any) -> torch.Tensor:
-        image = photo() if image is None else image
-        restoration = prepare(image)
-        entries = {
-            "samples": restoration.latent,
-            "vae": toy.vae,
-            "diff_restorer": toy.restorer,
-            "degradation": restoration.degradation,
-            "image": image,
-        }
-        return run("DiffRestorerAwareVAEDecode", **(entries | inputs))[0]
+        return decode_with(toy.restorer, photo() if image is None else image, **inputs)
 
     return execute
 
@@ -331,43 +323,23 @@ def test_without_a_decoder_in_the_file(toy, pack, decode, prepare, photo, toy_fo
 
 
 def test_out_of_memory_falls_back_to_tiles_once(toy, decode, calls, caplog, photo) -> None:
-    import comfy.model_management
+    from .faults import out_of_memory_at
 
-    decoder, failures = toy.vae.first_stage_model.decoder.conv_in, []
-
-    def fail_once(*_: Any) -> None:
-        if not failures:
-            failures.append(1)
-            raise comfy.model_management.OOM_EXCEPTION("toy")
-
-    handle = decoder.register_forward_pre_hook(fail_once)
-    try:
-        with caplog.at_level(logging.WARNING):
-            found = decode(photo(64, 72))
-    finally:
-        handle.remove()
+    decoder = toy.vae.first_stage_model.decoder
+    with out_of_memory_at(decoder.conv_in), caplog.at_level(logging.WARNING):
+        found = decode(photo(64, 72))
     assert "out of memory, trying again in tiles" in caplog.text
     torch.testing.assert_close(found, decode(photo(64, 72)), rtol=0, atol=4 / 255)
 
 
 @pytest.mark.parametrize("tiling", ["exact", "fast"])
 def test_out_of_memory_in_tiles_takes_smaller_ones(toy, decode, caplog, photo, tiling: str) -> None:
-    import comfy.model_management
+    from .faults import out_of_memory_at
 
-    decoder, failures = toy.vae.first_stage_model.decoder.conv_out, []
-
-    def fail_once(*_: Any) -> None:
-        if not failures:
-            failures.append(1)
-            raise comfy.model_management.OOM_EXCEPTION("toy")
-
+    decoder = toy.vae.first_stage_model.decoder
     expected = decode(photo(64, 300), tile_size=128, tiling=tiling)
-    handle = decoder.register_forward_pre_hook(fail_once)
-    try:
-        with caplog.at_level(logging.WARNING):
-            found = decode(photo(64, 300), tile_size=256, tiling=tiling)
-    finally:
-        handle.remove()
+    with out_of_memory_at(decoder.conv_out), caplog.at_level(logging.WARNING):
+        found = decode(photo(64, 300), tile_size=256, tiling=tiling)
     assert caplog.text.count("out of memory, trying tiles of 128 px") == 1
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
 
@@ -375,15 +347,13 @@ def test_out_of_memory_in_tiles_takes_smaller_ones(toy, decode, caplog, photo, t
 def test_out_of_memory_in_tiles_goes_to_the_host(toy, decode) -> None:
     import comfy.model_management
 
-    def fail(*_: Any) -> None:
-        raise comfy.model_management.OOM_EXCEPTION("toy")
+    from .faults import out_of_memory_at
 
-    handle = toy.vae.first_stage_model.decoder.conv_in.register_forward_pre_hook(fail)
-    try:
-        with pytest.raises(comfy.model_management.OOM_EXCEPTION):
-            decode()
-    finally:
-        handle.remove()
+    with (
+        out_of_memory_at(toy.vae.first_stage_model.decoder.conv_in, math.inf),
+        pytest.raises(comfy.model_management.OOM_EXCEPTION),
+    ):
+        decode()
 
 
 def test_too_large_for_memory_uses_tiles_at_once(decode, photo, monkeypatch, caplog) -> None:

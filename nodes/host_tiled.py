@@ -12,6 +12,7 @@ import comfy.model_management
 import comfy.patcher_extension
 import comfy.utils
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from ..diff_restorer import LocalPooled
@@ -57,7 +58,7 @@ class Grid:
     def local(self, values: Tensor) -> LocalPooled:
         """Pooled P_D of the tiles, (tiles, B, C), each true of its tile's middle."""
         rows, columns = (self._shares(side) for side in self.size)
-        tiles = values.permute(1, 2, 0).unflatten(2, (len(rows), len(columns)))
+        tiles = rearrange(values, "(rows columns) b c -> b c rows columns", rows=len(rows))
         return LocalPooled(tiles.contiguous(), rows, columns)
 
     def _shares(self, side: int) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from comfy_api.latest import io, ui
+from einops import rearrange
 from torch import Tensor
 
 from ..diff_restorer.maps import UNIT
@@ -133,7 +134,7 @@ class DiffRestorerTiledDiffusion(io.ComfyNode):
         p_s, seen = restorer.read_tiles(vision, crops.movedim(1, -1).contiguous(), whole)
 
         def by_tile(rows: Tensor) -> Tensor:
-            return rows.unflatten(0, (len(grid.windows), len(padded)))
+            return rearrange(rows, "(tile photo) ... -> tile photo ...", photo=len(padded))
 
         view = LocalView(by_tile(p_s), by_tile(seen.tokens) + change[:, None])
         if len(grid.windows) > 1 and locality > 0:

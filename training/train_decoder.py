@@ -335,6 +335,59 @@ class DecoderLoss:
         return terms["gan_weight"] * terms["gan"] + terms["discriminator"]
 
 
+@dataclass(frozen=True)
+class Validation:
+    """Restores photos that training never sees, draws and scores them."""
+
+    models: Models
+    loss: DecoderLoss
+    batch: Batch
+    config: Config
+    samples: bool
+    """Whether stage 1 samples the latents; else they are the degraded photos' own."""
+
+    @torch.no_grad()
+    def restored(self) -> Tensor:
+        """(B, 3, H, W), around [0, 1]."""
+        generator = torch.Generator().manual_seed(0)
+        images: list[Tensor] = []
+        for batch in in_batches(self.batch, self.config.loop.batch_size):
+            prompt = self.models.read(batch)
+            latent, features = self.loss.read(to_pixels(batch["lq"]))
+            if self.samples:
+                tokens, steps = (prompt.semantic, prompt.degradation), self.config.validation_steps
+                latent = sample(self.models, latent, *tokens, steps, generator)
+            pixels = self.loss.decode(latent, features, prompt.pooled, batch["statistics"])
+            images.append((pixels.float() + 1) / 2)
+        return torch.cat(images)
+
+    def psnr(self) -> Tensor:
+        """Mean over all photos, dB."""
+        return psnr(self.restored(), self.batch["gt"]).mean()
+
+    def __call__(self, step: int, folder: Path) -> dict[str, float]:
+        """Draws the sheet of a step; scores, with the mean gain of each kind."""
+        lq, gt, image = self.batch["lq"], self.batch["gt"], self.restored()
+        before, after = psnr(lq, gt), psnr(image, gt)
+        labels = [self.models.types[label] for label in self.batch["label"]]
+        captions = [
+            f"{kind} {a:.1f} -> {b:.1f} dB"
+            for kind, a, b in zip(labels, before, after, strict=True)
+        ]
+        columns = {"degraded": lq, "restored": image, "clean": gt}
+        save_sheet(folder / f"{step:07d}.jpg", columns, captions)
+        degraded = torch.tensor([label != "clean" for label in labels])
+        scores = {
+            "psnr_lq": float(before[degraded].mean()),
+            "psnr": float(after[degraded].mean()),
+        }
+        for kind in self.models.types:
+            rows = torch.tensor([label == kind for label in labels])
+            score = after if kind == "clean" else after - before
+            scores[kind] = float(score[rows].mean())
+        return scores
+
+
 def prepare(models: Models, config: Config) -> None:
     """Freeze everything but the decoder, and leave out what is left out.
 
@@ -412,7 +465,6 @@ def build(
     train, fixed = open_data(
         config.data, models.sizes, config.loop.seed, models.types, reads, store
     )
-    validation = to_home(fixed)
     train = train.sized(config.loop.batch_size)
     if config.latents is not None:
         sampled = read_sampled(train, config.latents)
@@ -420,53 +472,17 @@ def build(
     batches = DecoderBatches(train, sampled, share, config.own_share)
     loss = DecoderLoss(models, config)
 
-    @torch.no_grad()
-    def restored() -> Tensor:
-        generator = torch.Generator().manual_seed(0)
-        images: list[Tensor] = []
-        for batch in in_batches(validation, config.loop.batch_size):
-            prompt = models.read(batch)
-            hint, features = loss.read(to_pixels(batch["lq"]))
-            if "control." in loaded and not config.without_diffusion:
-                steps = config.validation_steps
-                latent = sample(models, hint, prompt.semantic, prompt.degradation, steps, generator)
-            else:
-                latent = hint
-            pixels = loss.decode(latent, features, prompt.pooled, batch["statistics"])
-            images.append((pixels.float() + 1) / 2)
-        return torch.cat(images)
-
-    def validate(step: int, folder: Path) -> dict[str, float]:
-        image = restored()
-        before = psnr(validation["lq"], validation["gt"])
-        after = psnr(image, validation["gt"])
-        labels = [models.types[label] for label in validation["label"]]
-        captions = [
-            f"{kind} {a:.1f} -> {b:.1f} dB"
-            for kind, a, b in zip(labels, before, after, strict=True)
-        ]
-        columns = {"degraded": validation["lq"], "restored": image, "clean": validation["gt"]}
-        save_sheet(folder / f"{step:07d}.jpg", columns, captions)
-        degraded = torch.tensor([label != "clean" for label in labels])
-        scores = {
-            "psnr_lq": float(before[degraded].mean()),
-            "psnr": float(after[degraded].mean()),
-        }
-        for kind in models.types:
-            rows = torch.tensor([label == kind for label in labels])
-            score = after if kind == "clean" else after - before
-            scores[kind] = float(score[rows].mean())
-        return scores
-
+    samples = "control." in loaded and not config.without_diffusion
+    validation = Validation(models, loss, to_home(fixed), config, samples)
     path = models.decoder.extension
     hidden = path.hidden() if isinstance(path, DetailPath) else ()
     if fresh and isinstance(path, DetailPath) and not config.trust_tone:
-        _doubt_tone(path, lambda: psnr(restored(), validation["gt"]).mean())
+        _doubt_tone(path, validation.psnr)
     others = {prefix for prefix in loaded if not prefix.startswith("decoder.")}
     parts = (*sorted(others | {"prompt_processor."}), *models.decoder_parts)
     sides = () if loss.discriminator is None else (models.decoder, loss.discriminator)
     return (
-        stage_of(models, parts, loss.trainable, loss, validate, loss.begin_step, sides, hidden),
+        stage_of(models, parts, loss.trainable, loss, validation, loss.begin_step, sides, hidden),
         batches,
     )
 

@@ -168,62 +168,55 @@ def quality_bars(summary: Summary) -> list[Bar]:
     sets, overall = summary["sets"], summary["overall"]
     rows = {kind: sets[kind] for kind in DEGRADED if kind in sets}
     complete = len(rows) == len(DEGRADED)
-    bars = [
-        Bar(
-            "mean PSNR over the eight kinds at least 5 dB above LQ",
-            f"{overall['gain']:+.2f} dB over {len(rows)} kinds" if rows else _UNKNOWN,
-            overall["gain"] >= 5 if complete else None,
-        )
-    ]
+    gain, accuracy = overall["gain"], overall["accuracy"]
     below = [f"{kind} {row['gain']:+.2f}" for kind, row in rows.items() if row["gain"] < 0]
-    bars.append(
-        Bar(
-            "no kind below LQ",
-            ", ".join(below) or ("none below" if rows else _UNKNOWN),
-            not below if complete else None,
-        )
-    )
     clean = sets.get("clean", {}).get("restored", {}).get("psnr")
-    bars.append(
-        Bar(
-            "clean input at least 30 dB to itself",
-            _UNKNOWN if clean is None else f"{clean:.2f} dB",
-            None if clean is None else clean >= 30,
-        )
-    )
     better = [
         kind
         for kind, row in rows.items()
         if "best_baseline" in row and row["restored"]["psnr"] > row["best_baseline"]["psnr"]
     ]
-    bars.append(
+    return [
+        Bar(
+            "mean PSNR over the eight kinds at least 5 dB above LQ",
+            f"{gain:+.2f} dB over {len(rows)} kinds" if rows else _UNKNOWN,
+            gain >= 5 if complete else None,
+        ),
+        Bar(
+            "no kind below LQ",
+            ", ".join(below) or ("none below" if rows else _UNKNOWN),
+            not below if complete else None,
+        ),
+        Bar(
+            "clean input at least 30 dB to itself",
+            _UNKNOWN if clean is None else f"{clean:.2f} dB",
+            None if clean is None else clean >= 30,
+        ),
         Bar(
             "better than the best classical baseline on at least six of eight kinds",
             f"{len(better)} of {len(rows)}: {', '.join(better) or 'none'}" if rows else _UNKNOWN,
             len(better) >= 6 if complete else None,
-        )
-    )
-    accuracy = overall["accuracy"]
-    bars.append(
+        ),
         Bar(
             "classifier at least 92 % over nine classes",
             _UNKNOWN if accuracy is None else f"{accuracy:.1%}",
             accuracy >= 0.92 if accuracy is not None and complete and "clean" in sets else None,
-        )
-    )
-    for kind, label in (("low_light", "low-light"), ("noise", "noise")):
-        pairs = [
-            (row["gain"], row["photos"])
-            for name, row in sets.items()
-            if name.startswith(REAL) and row["kind"] == kind and "synth" not in name
-        ]
-        total = sum(count for _, count in pairs)
-        gain = sum(gain * count for gain, count in pairs) / total if total else math.nan
-        text = f"{gain:+.2f} dB on {total} pairs" if total else _UNKNOWN
-        bars.append(
-            Bar(f"real {label} pairs improve on average", text, gain > 0 if total else None)
-        )
-    return bars
+        ),
+        _bar_of_pairs(sets, "low_light", "low-light"),
+        _bar_of_pairs(sets, "noise", "noise"),
+    ]
+
+
+def _bar_of_pairs(sets: Summary, kind: str, label: str) -> Bar:
+    pairs = [
+        (row["gain"], row["photos"])
+        for name, row in sets.items()
+        if name.startswith(REAL) and row["kind"] == kind and "synth" not in name
+    ]
+    total = sum(count for _, count in pairs)
+    gain = sum(gain * count for gain, count in pairs) / total if total else math.nan
+    text = f"{gain:+.2f} dB on {total} pairs" if total else _UNKNOWN
+    return Bar(f"real {label} pairs improve on average", text, gain > 0 if total else None)
 
 
 def goals(summary: Summary) -> list[Bar]:

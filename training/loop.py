@@ -25,7 +25,7 @@ from .course import GAP_SECONDS, Course, Rhythm, StepCourse, TimeCourse, require
 from .data import Batch, Batches, BatchNumbers, load
 from .interruption import Interruption
 from .plots import draw_curves
-from .progress import Progress, peak_memory
+from .progress import RunLog, peak_memory
 from .stepping import Loss, Signs, Stepper
 
 log = logging.getLogger(__name__)
@@ -256,7 +256,7 @@ class _Run:
         start, extra = self.checkpoints.resume() if self.checkpoints is not None else (0, {})
         self.course = course = _course(config, start, extra, began)
         self.stepper.means.state = extra.get("means", {})
-        self.progress = Progress(
+        self.log = RunLog(
             config.out,
             main=self.accelerator.is_main_process,
             course=course,
@@ -277,7 +277,7 @@ class _Run:
             if self.checkpoints is None:
                 self.average.adopt(self.kept)
             raise
-        self.progress.close()
+        self.log.close()
         if self.checkpoints is None:
             self.average.adopt()
         return Spent(
@@ -306,7 +306,7 @@ class _Run:
                     continue
                 signs, last = taken, course.finished
                 if done % config.log_every == 0 or last:
-                    self.progress.log(self.stepper.lr)
+                    self.log.log(self.stepper.lr)
                 # Before the checkpoint: a run that goes on from it has this row already.
                 if signs.look or last or (signs.stop and self.checkpoints is None):
                     self._validate()
@@ -335,7 +335,7 @@ class _Run:
                 raise
         else:
             course.advance(signs.ends, place)
-            self.progress.advance()
+            self.log.advance()
             return signs
         stepper.split()  # out of `except`, whose traceback holds the batch
         torch.cuda.empty_cache()
@@ -353,7 +353,7 @@ class _Run:
             return
         extra = {"means": self.stepper.means.state, "course": self.course.state}
         timed = self.clock.part("checkpoint")
-        with self.progress.paused(), self.course.closing("checkpoint"), timed:
+        with self.log.paused(), self.course.closing("checkpoint"), timed:
             self.checkpoints.save(self.course.step, extra)
 
     def _batches(self) -> Iterator[Batch]:
@@ -366,7 +366,7 @@ class _Run:
     def _validate(self, *, again: bool = False) -> None:
         """Validate and export with averaged weights, on the main process."""
         out, step = self.config.out, self.course.step
-        with self.progress.paused(), self.course.closing("validation"), self.average.applied():
+        with self.log.paused(), self.course.closing("validation"), self.average.applied():
             if self.accelerator.is_main_process:
                 with self.clock.part("validation"), self.accelerator.autocast():
                     scores = self.stage.validate(step, out / "sheets")
@@ -375,7 +375,7 @@ class _Run:
                         self._export(self.checkpoints)
                 if not again:
                     with self.clock.part("validation"):
-                        self.progress.validated(step, scores)
+                        self.log.validated(step, scores)
                         draw_curves([out], out / "curves.png")
             self.accelerator.wait_for_everyone()
         if self.checkpoints is None:

@@ -166,7 +166,7 @@ def degradation_maps(
     parts = [(UNIT * w.top, UNIT * w.left, UNIT * w.height, UNIT * w.width) for w in grid.windows]
     maps: list[Tensor] = []
     for photo, rows in zip(photos, probabilities.unbind(1), strict=True):
-        values, numbers = (column.tolist() for column in rows.max(dim=1))
-        names = (types[number] for number in numbers)
-        maps.append(degradation_map(photo, parts, list(zip(numbers, names, values, strict=True))))
+        best = [row.max(dim=0) for row in rows]
+        seen = [(int(place), types[int(place)], float(value)) for value, place in best]
+        maps.append(degradation_map(photo, parts, seen))
     return torch.stack(maps)

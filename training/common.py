@@ -131,11 +131,13 @@ def load_models(
         check_base(file, SD15 if has_base else NANO)
     sizes = _sizes(config, files, config.sd15.sizes() if has_base else config.sizes)
     types = _types(config, files, DEFAULT_TYPES if has_base else KINDS)
+    loaded = set[str]()
     if has_base:
         base = open_base(config.sd15, sizes)
-        models, loaded = Models(base.sizes, types, EPSILON, WHOLE, base), set(BASE_PREFIXES)
+        models = Models(base.sizes, types, EPSILON, WHOLE, base)
+        loaded |= set(BASE_PREFIXES)
     else:
-        models, loaded = Models(sizes, types), set[str]()
+        models = Models(sizes, types)
     for file in files:
         loaded |= models.load(file, decoder=not config.fresh_decoder)
     if missing := [prefix for prefix in needed if prefix not in loaded]:

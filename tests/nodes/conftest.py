@@ -144,13 +144,14 @@ def calls() -> Iterator[Callable[..., list[Any]]]:
 
     def record(owner: Any, name: str) -> list[Any]:
         original, seen = getattr(owner, name), []
+        own = vars(owner).get(name)  # of a class; an object has its class's
 
         def recorded(*args: Any, **kwargs: Any) -> Any:
             seen.append((args, kwargs))
             return original(*args, **kwargs)
 
         setattr(owner, name, recorded)
-        undo.append(lambda: delattr(owner, name))
+        undo.append(lambda: delattr(owner, name) if own is None else setattr(owner, name, own))
         return seen
 
     yield record

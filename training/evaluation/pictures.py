@@ -37,8 +37,7 @@ def file_digest(*paths: Path) -> str:
     total = hashlib.sha256()
     for path in paths:
         with path.open("rb") as file:
-            while block := file.read(2**20):
-                total.update(block)
+            hashlib.file_digest(file, lambda: total)
     return total.hexdigest()
 
 
@@ -55,9 +54,7 @@ def weights_digest(path: Path) -> str:
             raise ValueError(f"{path}: not a safetensors file ({error})") from error
         header.pop("__metadata__", None)
         total = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
-        while block := file.read(2**20):
-            total.update(block)
-    return total.hexdigest()
+        return hashlib.file_digest(file, lambda: total).hexdigest()
 
 
 def pixel_digest(path: Path) -> str:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from diff_restorer.similarity import psnr
 from tools import in_process
 
 from .measuring import PeakMemory, computes_bf16, interleaved, on_gpu, timed
@@ -362,27 +363,27 @@ def levers(setting: Setting) -> Figures:
     from tools.demo import SAMPLES, degrade_photo
     from tools.photo import read
 
-    psnr = open_host(setting.folder, "own").nodes.measures.psnr
+    open_host(setting.folder, "own")
     graph = nano()
     rows: dict[str, Any] = {
         name: {"seconds": 0.0, "psnr": []} for name in ("degraded photo", *LEVERS)
     }
-    for each in SAMPLES:
-        clean = read(each.photo, LEVER_SIDE).picture
+    for shown in SAMPLES:
+        clean = read(shown.photo, LEVER_SIDE).picture
         lq, gt = (
             torch.from_numpy(np.asarray(photo, np.float32) / 255)[None]
-            for photo in (degrade_photo(clean, each), clean)
+            for photo in (degrade_photo(clean, shown), clean)
         )
-        rows["degraded photo"]["psnr"].append(psnr(lq, gt))
+        rows["degraded photo"]["psnr"].append(float(psnr(lq, gt)))
         warm = graph.control(lq)
         sample(graph.model, warm.positive, warm.negative, warm.latent, 1)
         for name, given in LEVERS.items():
             seconds, picture = _restored(graph, lq, **given)
             rows[name]["seconds"] += seconds / len(SAMPLES)
-            rows[name]["psnr"].append(psnr(picture.float().cpu(), gt))
+            rows[name]["psnr"].append(float(psnr(picture.float().cpu(), gt)))
     for row in rows.values():
         row["mean_psnr"] = float(np.mean(row["psnr"]))
-    return {"kinds": [each.kind for each in SAMPLES], "rows": rows}
+    return {"kinds": [shown.kind for shown in SAMPLES], "rows": rows}
 
 
 def _restored(

@@ -27,7 +27,7 @@ def compare(folder: Path, out: Path) -> dict[str, Any]:
             other = path.with_name(path.name.replace(tiled, whole))
             if not other.exists():
                 continue
-            one, two = (np.load(each).astype(np.float32) for each in (path, other))
+            one, two = (np.load(name).astype(np.float32) for name in (path, other))
             difference = np.abs(one - two)
             found[path.stem] = {"mean": float(difference.mean()), "max": float(difference.max())}
             maps[f"{path.stem.replace('_', ' ')} px"] = difference.max(axis=2)

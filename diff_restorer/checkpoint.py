@@ -192,7 +192,7 @@ def _check_preprocessing(clip: Mapping[str, Any]) -> None:
     for name, least in (("mean", -math.inf), ("std", 0.0)):
         values: Any = clip.get(name, [1.0] * 3)
         numbers = cast("list[Any]", values) if isinstance(values, list) else []
-        finite = (isinstance(each, int | float) and least < each < math.inf for each in numbers)
+        finite = (isinstance(n, int | float) and least < n < math.inf for n in numbers)
         if len(numbers) != 3 or not all(finite):
             above = " above 0" if least == 0 else ""
             raise ValueError(

@@ -39,31 +39,31 @@ def match_colors(
         ValueError: An unknown method, or sizes that differ.
     """
     if image.shape != reference.shape:
-        found = f"{tuple(reference.shape)} and {tuple(image.shape)}"
-        raise ValueError(f"reference: its shape must be that of the image, found {found}")
+        shapes = f"{tuple(reference.shape)} and {tuple(image.shape)}"
+        raise ValueError(f"reference: its shape must be that of the image, found {shapes}")
     if method == "wavelet":
-        found = image + _by_bands(reference - image)
+        matched = image + _by_bands(reference - image)
     elif method == "adain":
-        found = _with_statistics_of(reference, image)
+        matched = _with_statistics_of(reference, image)
     elif method == "lab":
         ours, theirs = rgb_to_lab(image), rgb_to_lab(reference)
         tint = _with_statistics_of(theirs[:, 1:], ours[:, 1:])
-        found = lab_to_rgb(torch.cat([ours[:, :1], tint], dim=1))
+        matched = lab_to_rgb(torch.cat([ours[:, :1], tint], dim=1))
     else:
         raise ValueError(f"method: {method!r}, expected one of {', '.join(METHODS)}")
-    return torch.lerp(image, found.clamp(0, 1), strength)
+    return torch.lerp(image, matched.clamp(0, 1), strength)
 
 
 def _by_bands(value: Tensor) -> Tensor:
     """`_coarse` in bands of rows, which see their surroundings: the same with less memory."""
     height = value.shape[-2]
-    found = torch.empty_like(value)
+    coarse = torch.empty_like(value)
     for top in range(0, height, _BAND):
         bottom = min(height, top + _BAND)
         start, end = max(0, top - _REACH), min(height, bottom + _REACH)
         band = _coarse(value[..., start:end, :])
-        found[..., top:bottom, :] = band[..., top - start : bottom - start, :]
-    return found
+        coarse[..., top:bottom, :] = band[..., top - start : bottom - start, :]
+    return coarse
 
 
 def _coarse(value: Tensor) -> Tensor:

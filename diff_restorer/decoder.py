@@ -39,8 +39,8 @@ def encoder_features(trunk: VaeTrunk, pixels: Tensor, levels: Collection[int]) -
         pixels: (B, 3, H, W) in [-1, 1]; H and W multiples of 8.
         levels: VAE levels to keep.
     """
-    found = enumerate(islice(_encoder_levels(trunk, pixels), 1 + max(levels, default=PIXELS)))
-    return {PIXELS: pixels} | {level: h for level, h in found if level in levels}
+    encoded = enumerate(islice(_encoder_levels(trunk, pixels), 1 + max(levels, default=PIXELS)))
+    return {PIXELS: pixels} | {level: h for level, h in encoded if level in levels}
 
 
 def encode_with_features(
@@ -52,12 +52,12 @@ def encode_with_features(
         Moments (B, 2 * latent_channels, H/8, W/8), of which the first `latent_channels` are the
         mean (TAESD: the latent itself), and the features.
     """
-    found = dict(enumerate(_encoder_levels(trunk, pixels)))
-    h = found[len(found) - 1]
+    encoded = dict(enumerate(_encoder_levels(trunk, pixels)))
+    h = encoded[len(encoded) - 1]
     for step in trunk.encoder_mid:
         h = step(h)
     moments = trunk.encoder_head(h)
-    return moments, {PIXELS: pixels} | {level: found[level] for level in levels}
+    return moments, {PIXELS: pixels} | {level: encoded[level] for level in levels}
 
 
 def aware_decode(
@@ -116,10 +116,10 @@ def _decode_beside(
         decoded[level] = h
         if fidelity == 1 and level == min(detail.decoder_levels):
             break
-    found = detail(photo, features, decoded, condition).float()
+    added = detail(photo, features, decoded, condition).float()
     if fidelity == 1:
-        return photo + found
-    return torch.lerp(trunk.decoder_head(h).float(), photo + found, fidelity)
+        return photo + added
+    return torch.lerp(trunk.decoder_head(h).float(), photo + added, fidelity)
 
 
 def decoder_levels(

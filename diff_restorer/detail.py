@@ -213,8 +213,8 @@ class DetailPath(nn.Module):
     def _condition(self, pooled: Tensor, statistics: Tensor) -> Tensor:
         quantiles, levels = statistics[..., :-NOISE_LEVELS], statistics[..., -NOISE_LEVELS:]
         seen = torch.cat([4 * quantiles - 2, (255 * levels + 0.5).log()], dim=-1).to(pooled)
-        told = self.tone(torch.cat([self.norm(pooled), seen], dim=-1))
-        return torch.cat([told, levels.to(pooled), 2 * self.kind(pooled).sigmoid()], dim=-1)
+        tone = self.tone(torch.cat([self.norm(pooled), seen], dim=-1))
+        return torch.cat([tone, levels.to(pooled), 2 * self.kind(pooled).sigmoid()], dim=-1)
 
     def forward(
         self,
@@ -244,9 +244,9 @@ class DetailPath(nn.Module):
         """The photo, (B, 3, H, W), without what is as small as the noise or JPEG steps that P_D is
         sure of."""
 
-        def thresholds(told: Tensor) -> Tensor:
+        def thresholds(row: Tensor) -> Tensor:
             kinds, width = self.config.kinds, self.config.context_width
-            seen, levels, shares = told[..., :width], told[..., width:-kinds], told[..., -kinds:]
+            seen, levels, shares = row[..., :width], row[..., width:-kinds], row[..., -kinds:]
             gauge = (SLOW * self.gauge(seen).float()).tanh().mul(2).exp()
             of_noise, of_jpeg = (
                 (SLOW * layer(shares).float()).clamp_min(0) for layer in self.thresholds
@@ -261,8 +261,8 @@ class DetailPath(nn.Module):
         P_D is sure of kinds that change the tone."""
         kinds, tone = self.config.kinds, guided_tone(smooth, SLOW * self.color(decoded))
 
-        def sure(told: Tensor) -> Tensor:
-            return (SLOW * self.toned(told[..., -kinds:])).clamp(0, 1)
+        def sure(row: Tensor) -> Tensor:
+            return (SLOW * self.toned(row[..., -kinds:])).clamp(0, 1)
 
         share = film(sure, condition, tone)
         return no_change(tone) + share * (tone - no_change(tone))
@@ -292,8 +292,8 @@ class DetailPath(nn.Module):
     def finer_tone(self, eighth: Tensor, tone: Tensor, condition: Condition) -> Tensor:
         """Gains and offsets after those that the features at 1/8 find missing."""
         a, b = tone.chunk(2, dim=1)
-        found = (SLOW * self._of_kinds(self.finer(eighth), condition).float()).tanh()
-        gain, offset = found.chunk(2, dim=1)
+        change = (SLOW * self._of_kinds(self.finer(eighth), condition).float()).tanh()
+        gain, offset = change.chunk(2, dim=1)
         return torch.cat([a + gain * a, b + gain * b + offset], dim=1)
 
     def back_at_quarter(self, eighth: Tensor, quarter: Tensor, condition: Condition) -> Tensor:
@@ -311,12 +311,12 @@ class DetailPath(nn.Module):
     ) -> Tensor:
         """To what is added to the photo, (B, 3, H, W)."""
         h = self.groups[4](self.up[1](quarter) + half, condition)
-        found = F.pixel_shuffle(SLOW * self._of_kinds(self.out(h), condition), 2)
-        return found + (with_tone(smooth, tone) - photo)
+        residual = F.pixel_shuffle(SLOW * self._of_kinds(self.out(h), condition), 2)
+        return residual + (with_tone(smooth, tone) - photo)
 
-    def _of_kinds(self, found: Tensor, condition: Condition) -> Tensor:
+    def _of_kinds(self, heads: Tensor, condition: Condition) -> Tensor:
         """What the heads found, (B, kinds * C, h, w), added up to (B, C, h, w)."""
         kinds = self.config.kinds
-        shares = film(lambda told: told[..., -kinds:], condition, found)
-        by_kind = found.reshape(len(found), kinds, -1, *found.shape[2:])
+        shares = film(lambda row: row[..., -kinds:], condition, heads)
+        by_kind = heads.reshape(len(heads), kinds, -1, *heads.shape[2:])
         return (by_kind * shares.unsqueeze(2)).sum(dim=1)

@@ -40,11 +40,11 @@ class LocalPooled:
         """(B, R, K, N): `measure`, (B, N), of the part of a photo that each tile has a say in."""
         scales = (photo.shape[-2] // self.rows.shape[1], photo.shape[-1] // self.columns.shape[1])
         rows, columns = (
-            [_reach(weights, scale) for weights in each]
-            for each, scale in zip((self.rows, self.columns), scales, strict=True)
+            [_reach(weights, scale) for weights in shares]
+            for shares, scale in zip((self.rows, self.columns), scales, strict=True)
         )
-        found = [[measure(photo[..., row, column]) for column in columns] for row in rows]
-        return torch.stack([torch.stack(line, dim=1) for line in found], dim=1)
+        grid = [[measure(photo[..., row, column]) for column in columns] for row in rows]
+        return torch.stack([torch.stack(line, dim=1) for line in grid], dim=1)
 
     @property
     def weights(self) -> tuple[Tensor, Tensor]:

@@ -27,7 +27,7 @@ def has_native_bf16(device: torch.device) -> bool:
 
 
 def _is_intel() -> bool:
-    told = platform.processor()
+    maker = platform.processor()
     with contextlib.suppress(OSError):  # Linux alone has it, and tells it nowhere else
-        told += Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-    return "GenuineIntel" in told
+        maker += Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    return "GenuineIntel" in maker

@@ -12,7 +12,8 @@ from torch.nn import functional as F
 from .detail import DetailPath
 from .fusion import FusionBlocks
 from .local import Condition, LocalPooled
-from .tiles import UNIT, Cut, Function, Map, Output, Plan, Stage
+from .maps import UNIT, Cut, Map
+from .tiles import Function, Output, Plan, Stage
 from .vae_trunk import Attention, Level, Step, VaeTrunk
 
 _QUERIES = 1024
@@ -39,12 +40,12 @@ def plan_encode(trunk: VaeTrunk, photo: Tensor, cut: Cut) -> Plan:
 
 def _encoder(trunk: VaeTrunk) -> list[list[Stage]]:
     """The encoder's levels."""
-    found: list[list[Stage]] = []
+    levels: list[list[Stage]] = []
     first: Step | None = trunk.encoder_stem
     for level in trunk.encoder_levels:
-        found.append(_blocks(first, level))
+        levels.append(_blocks(first, level))
         first = level.resample
-    return found
+    return levels
 
 
 def plan_decode(
@@ -74,7 +75,7 @@ def plan_decode(
     """
     local = ()
     if isinstance(condition, LocalPooled):
-        local = tuple(Map(each, 1) for each in condition.weights)
+        local = tuple(Map(weight, 1) for weight in condition.weights)
     pixels = Map(photo, UNIT)
     if isinstance(extension, DetailPath) and fidelity > 0:
         levels = _beside(trunk, extension, pixels, features, condition, fidelity, local)
@@ -140,8 +141,8 @@ def _beside(
     def back_at_quarter(_: Tensor, *rest: Any) -> Tensor:
         return detail.back_at_quarter(*rest)
 
-    def mixed(found: Tensor, image: Tensor) -> Tensor:
-        return torch.lerp(image, found, fidelity)
+    def mixed(restored: Tensor, image: Tensor) -> Tensor:
+        return torch.lerp(image, restored, fidelity)
 
     levels = [
         *decoder,
@@ -172,15 +173,15 @@ def _mid(step: Step | Attention) -> Stage:
         keys, values = others.chunk(2, dim=1)
         # Contiguous rows, else torch builds the whole matrix; in parts, where it does so anyway.
         query, key, value_rows = (
-            each.flatten(2).transpose(1, 2)[:, None].contiguous()
-            for each in (step.query(step.norm(value)), keys, values)
+            tokens.flatten(2).transpose(1, 2)[:, None].contiguous()
+            for tokens in (step.query(step.norm(value)), keys, values)
         )
         parts = [
             F.scaled_dot_product_attention(query[:, :, start : start + _QUERIES], key, value_rows)
             for start in range(0, query.shape[2], _QUERIES)
         ]
-        found = torch.cat(parts, dim=2)
-        return value + step.out(found[:, 0].transpose(1, 2).reshape(value.shape))
+        attended = torch.cat(parts, dim=2)
+        return value + step.out(attended[:, 0].transpose(1, 2).reshape(value.shape))
 
     return Stage(attend, summary=keys_and_values)
 

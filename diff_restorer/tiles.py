@@ -16,16 +16,11 @@ from __future__ import annotations
 
 import itertools
 import math
-import mmap
-import os
-import shutil
-import tempfile
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,179 +29,12 @@ from torch.nn import functional as F
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 
-UNIT = 8
-"""Pixels per latent pixel; tiles and margins are whole numbers of units."""
+from .maps import Cut, Map, Window
 
 Function = Callable[..., Tensor]
 """(crops of maps, each (1, C, h, w)) -> crop of the result, at its own resolution. It consists of
 convolutions with zero padding or after `pad`, means of the pixels around (`avg_pool2d`), group
 norms, what works on each pixel alone, and resizing by powers of two."""
-
-
-@dataclass(frozen=True)
-class Window:
-    """A part of the picture, in units."""
-
-    top: int
-    left: int
-    height: int
-    width: int
-
-    def grown(self, margin: int, height: int, width: int) -> Window:
-        """With `margin` units more on each side, within a picture of `height` x `width` units."""
-        top, left = max(0, self.top - margin), max(0, self.left - margin)
-        bottom = min(height, self.top + self.height + margin)
-        right = min(width, self.left + self.width + margin)
-        return Window(top, left, bottom - top, right - left)
-
-    def inside(self, outer: Window) -> Window:
-        """The same part, counted from the corner of `outer`."""
-        return Window(self.top - outer.top, self.left - outer.left, self.height, self.width)
-
-    def of(self, value: Tensor, scale: int) -> Tensor:
-        """This part of (..., H, W) with `scale` pixels per unit."""
-        rows = slice(self.top * scale, (self.top + self.height) * scale)
-        return value[..., rows, self.left * scale : (self.left + self.width) * scale]
-
-
-class Map:
-    """A picture or its features, (1, C, H, W): all of it, in memory or in a file."""
-
-    def __init__(self, value: Tensor, scale: int) -> None:
-        """Takes a tensor of `scale` pixels per unit."""
-        self.scale = scale
-        self._value = value
-        self._file: mmap.mmap | None = None
-
-    @classmethod
-    def empty(
-        cls,
-        channels: int,
-        scale: int,
-        size: tuple[int, int],
-        dtype: torch.dtype,
-        folder: Path | None,
-    ) -> Map:
-        """A map to be written.
-
-        Args:
-            channels: C.
-            scale: Pixels per unit.
-            size: (height, width) of the picture in units.
-            dtype: Of what is kept.
-            folder: Keep it in a nameless file here, which vanishes with the map; None: in memory.
-
-        Raises:
-            OSError: The folder's disk is too small.
-        """
-        height, width = (side * scale for side in size)
-        if folder is None:
-            return cls(torch.empty(1, channels, height, width, dtype=dtype), scale)
-        with tempfile.TemporaryFile(dir=folder) as file:
-            _reserve(file.fileno(), channels * height * width * dtype.itemsize, folder)
-            pages = mmap.mmap(file.fileno(), 0)
-        # Rows first: a tile then lies in few places of the file.
-        rows = torch.frombuffer(pages, dtype=dtype).view(height, channels, width)
-        made = cls(rows.permute(1, 0, 2)[None], scale)
-        made._file = pages
-        return made
-
-    @property
-    def channels(self) -> int:
-        """C."""
-        return self._value.shape[1]
-
-    def blank(self, like: Tensor) -> Tensor:
-        """One unit of nothing."""
-        return like.new_zeros(1, self.channels, self.scale, self.scale)
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """(height, width) in units."""
-        height, width = self._value.shape[-2:]
-        return height // self.scale, width // self.scale
-
-    def read(self, window: Window, like: Tensor) -> Tensor:
-        """A part of it, on the device and in the dtype of `like`."""
-        part = window.of(self._value, self.scale)
-        found = part.to(like.device, like.dtype, memory_format=torch.contiguous_format, copy=True)
-        self._forget()
-        return found
-
-    def kept(self, part: Tensor) -> Tensor:
-        """As it would be kept; what fp16 cannot hold becomes its largest number."""
-        if self._value.dtype == torch.float16 != part.dtype:
-            part = part.clamp(-_LARGEST_HALF, _LARGEST_HALF)
-        return part.to(self._value, copy=True)
-
-    def write(self, window: Window, part: Tensor) -> None:
-        """Fills a part of it with what `kept` gave."""
-        window.of(self._value, self.scale).copy_(part)
-        self._forget()
-
-    def whole(self) -> Tensor:
-        """All of it, as it is kept."""
-        return self._value
-
-    def _forget(self) -> None:
-        """Pages of the file need not stay in this process's memory."""
-        if self._file is not None and hasattr(mmap, "MADV_DONTNEED"):
-            self._file.madvise(mmap.MADV_DONTNEED)
-
-
-_LARGEST_HALF = torch.finfo(torch.float16).max
-
-
-def _reserve(file: int, size: int, folder: Path) -> None:
-    """Give a file its bytes at once: a full disk would later kill the process on a write."""
-    try:
-        if hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(file, 0, size)
-        else:
-            os.truncate(file, size)
-    except OSError as error:
-        free = shutil.disk_usage(folder).free
-        raise OSError(
-            error.errno,
-            f"tiles of this picture need {size / 1e9:.1f} GB of disk in {folder}, which has "
-            f"{free / 1e9:.1f} GB ({error.strerror}). Make room there, or take a smaller picture.",
-        ) from error
-
-
-@dataclass(frozen=True)
-class Cut:
-    """How pictures are cut and where their maps are kept."""
-
-    tile: int
-    """Side of a tile in units, without its margin."""
-    like: Tensor
-    """Any tensor of the device and dtype to compute in."""
-    folder: Path | None = None
-    """For maps, see `Map.empty`."""
-    on_tile: Callable[[], None] = lambda: None
-    """Called before each tile; may raise to stop."""
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the maps: what is computed in, but fp32 is kept in files as fp16.
-
-        Measured on one photo with Nano 7, largest difference to the whole picture in levels of 255:
-        3e-5 in fp32, 0.25 in bf16; with fp16 maps of an fp32 network up to 4 at random weights.
-        """
-        on_disk = self.folder is not None and self.like.dtype == torch.float32
-        return torch.float16 if on_disk else self.like.dtype
-
-    def windows(self, size: tuple[int, int]) -> list[Window]:
-        """The tiles of a picture, (height, width) in units; all of nearly the same size."""
-        rows, columns = (_spans(side, self.tile) for side in size)
-        return [Window(top, left, height, width)
-                for (top, height), (left, width) in itertools.product(rows, columns)]  # fmt: skip
-
-
-def _spans(side: int, longest: int) -> list[tuple[int, int]]:
-    count = math.ceil(side / longest)
-    edges = [round(side * place / count) for place in range(count + 1)]
-    return [(start, end - start) for start, end in itertools.pairwise(edges)]
 
 
 @dataclass(frozen=True)
@@ -269,7 +97,7 @@ class Plan:
         blank, blanks = value.blank(cut.like), list[Tensor]()
         for number, stages in enumerate(levels):
             planned = _look(stages, blank, blanks)
-            if len(stages) > 1 and not any(each.norms for each in planned):
+            if len(stages) > 1 and not any(p.norms for p in planned):
                 planned = _look([_joined(stages)], blank, blanks)
             blank = planned[-1].output
             blanks.append(blank)
@@ -281,7 +109,7 @@ class Plan:
     @property
     def visits(self) -> int:
         """How often `cut.on_tile` will be called from here on."""
-        turns = sum(each.turns for planned in self._levels for each in planned)
+        turns = sum(planned.turns for level in self._levels for planned in level)
         return turns * len(self._cut.windows(self._value.size))
 
     def run(self) -> Iterator[Map]:
@@ -298,19 +126,19 @@ class Plan:
 
     def _advance(self) -> None:
         number = len(self._outputs)
-        for place, each in enumerate(self._levels.popleft()):
-            others = [self._other(other) for other in each.stage.others]
+        for place, planned in enumerate(self._levels.popleft()):
+            others = [self._other(other) for other in planned.stage.others]
             # The map that enters a level may be of use to others.
-            self._value = _run(each, self._value, others, self._cut, overwrite=place > 0)
+            self._value = _run(planned, self._value, others, self._cut, overwrite=place > 0)
         self._outputs.append(self._value if number in self._last_use else None)
         for level, last in self._last_use.items():
             if last == number:
                 self._outputs[level] = None
 
     def _other(self, other: Map | Output) -> Map:
-        found = self._outputs[other.level] if isinstance(other, Output) else other
-        assert found is not None
-        return found
+        source = self._outputs[other.level] if isinstance(other, Output) else other
+        assert source is not None
+        return source
 
 
 def _look(stages: Sequence[Stage], blank: Tensor, outputs: Sequence[Tensor]) -> list[_Planned]:
@@ -339,17 +167,17 @@ def _look(stages: Sequence[Stage], blank: Tensor, outputs: Sequence[Tensor]) -> 
 @contextmanager
 def _counting_norm_modules() -> Generator[list[str], None, None]:
     """Classes of the group norms that run meanwhile in this thread, whatever they compute by."""
-    found, thread = list[str](), threading.get_ident()
+    names, thread = list[str](), threading.get_ident()
 
     def note(module: nn.Module, inputs: Any) -> None:
         name = type(module).__name__
         is_norm = isinstance(module, nn.GroupNorm) or "groupnorm" in name.lower()
         if is_norm and threading.get_ident() == thread:
-            found.append(name)
+            names.append(name)
 
     hook = register_module_forward_pre_hook(note)
     try:
-        yield found
+        yield names
     finally:
         hook.remove()
 
@@ -385,14 +213,14 @@ def _run(
         for window in windows:
             cut.on_tile()
             around = window.grown(planned.margin, *size)
-            crops = [each.read(around, cut.like) for each in inputs]
+            crops = [source.read(around, cut.like) for source in inputs]
             with _WholeNorms(known, window.inside(around), around) as norms:
                 try:
-                    found = planned.stage.function(*crops, *summary)
+                    result = planned.stage.function(*crops, *summary)
                 except _NormReachedError:
                     sums.append(norms.sums)
                     continue
-            waiting.append((window, out.kept(window.inside(around).of(found, scale))))
+            waiting.append((window, out.kept(window.inside(around).of(result, scale))))
             if len(waiting) > behind:
                 out.write(*waiting.popleft())
         for window, part in waiting:
@@ -405,7 +233,7 @@ def _run(
 def _last_reader(windows: Sequence[Window], margin: int) -> int:
     """How many tiles after a tile the last one comes that looks into it."""
     columns = sum(window.top == 0 for window in windows)
-    reach = math.ceil(margin / min(min(each.height, each.width) for each in windows))
+    reach = math.ceil(margin / min(min(window.height, window.width) for window in windows))
     return reach * (columns + 1)
 
 
@@ -480,13 +308,13 @@ class _WholeNorms(TorchFunctionMode):
         bias: Tensor | None = None,
         eps: float = 1e-5,
     ) -> Tensor:
-        found = next(self._known, None)
-        if found is None:
+        moments = next(self._known, None)
+        if moments is None:
             self.sums = _sums(
                 self._inner.of(value, value.shape[-1] // self._around.width), num_groups
             )
             raise _NormReachedError
-        mean, variance = (each.float().to(value.device) for each in found)
+        mean, variance = (moment.float().to(value.device) for moment in moments)
         scale = torch.rsqrt(variance + eps)
         shift = -mean * scale
         width = value.shape[1] // num_groups
@@ -510,9 +338,9 @@ def _sums(value: Tensor, groups: int) -> _Sums:
 
 def _merged(sums: Sequence[_Sums]) -> tuple[Tensor, Tensor]:
     """Mean and variance of all; by deviations, because squares would cancel."""
-    counts = torch.tensor([each.count for each in sums], dtype=torch.float64)[:, None]
-    means = torch.stack([each.mean for each in sums])
+    counts = torch.tensor([part.count for part in sums], dtype=torch.float64)[:, None]
+    means = torch.stack([part.mean for part in sums])
     mean = (counts * means).sum(dim=0) / counts.sum()
-    within = torch.stack([each.squares for each in sums]).sum(dim=0)
+    within = torch.stack([part.squares for part in sums]).sum(dim=0)
     between = (counts * (means - mean).square()).sum(dim=0)
     return mean, (within + between) / counts.sum()

@@ -152,8 +152,8 @@ def _diffusers_trunk(vae: Any) -> VaeTrunk:
     encoder, decoder = vae.encoder, vae.decoder
 
     def level(block: Any, resamplers: str) -> Level:
-        found = getattr(block, resamplers)
-        return Level(tuple(map(_block, block.resnets)), None if found is None else found[0])
+        samplers = getattr(block, resamplers)
+        return Level(tuple(map(_block, block.resnets)), None if samplers is None else samplers[0])
 
     def on_pixels(linear: Any) -> Step:
         return lambda h: linear(h.movedim(1, -1)).movedim(-1, 1)

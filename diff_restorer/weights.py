@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 FORMAT_HEADER = 10**8
 """Bytes of JSON that the format allows."""
@@ -51,19 +51,56 @@ class CheckpointKeysError(CheckpointError):
 
     @classmethod
     def of(
-        cls, path: Path | str, part: str, missing: Iterable[str], unexpected: Iterable[str]
+        cls,
+        path: Path | str,
+        part: str,
+        missing: Iterable[str],
+        unexpected: Iterable[str],
+        remedy: str = "Export the file again.",
     ) -> CheckpointKeysError:
         """The error for one part of one file, with the first keys of each sort."""
-        found = [
+        lists = [
             f"{label}: {', '.join(map(shortened, names[:5]))}{' ...' if len(names) > 5 else ''}"
             for label, names in (("missing", sorted(missing)), ("unexpected", sorted(unexpected)))
             if names
         ]
-        return cls(f"{path}: the {part} does not fit ({'; '.join(found)}). Export the file again.")
+        return cls(f"{path}: the {part} does not fit ({'; '.join(lists)}). {remedy}")
 
 
 class CheckpointValuesError(CheckpointError):
     """Weights that are no numbers."""
+
+
+def check_fit(
+    module: nn.Module,
+    state: Mapping[str, Tensor],
+    path: Path,
+    part: str,
+    remedy: str = "Export the file again.",
+) -> None:
+    """Compare the keys and sizes of a part of a file with those of its network.
+
+    The one definition of a strict load; values need not be there yet (device meta).
+
+    Args:
+        module: Shall take the tensors.
+        state: By the module's keys.
+        path: Their file.
+        part: Its name, for the error.
+        remedy: What to do about it, for the error.
+
+    Raises:
+        CheckpointKeysError: Keys or sizes differ.
+    """
+    own = module.state_dict()
+    misfits = [
+        f"{key} {tuple(tensor.shape)} instead of {tuple(own[key].shape)}"
+        for key, tensor in state.items()
+        if key in own and tensor.shape != own[key].shape
+    ]
+    missing, unexpected = own.keys() - state.keys(), state.keys() - own.keys()
+    if missing or unexpected or misfits:
+        raise CheckpointKeysError.of(path, part, missing, [*unexpected, *misfits], remedy)
 
 
 @dataclass(frozen=True)
@@ -161,7 +198,7 @@ def read_header(path: Path, most: int = FORMAT_HEADER) -> Header:
     except ValueError as error:
         raise unsupported(f"its header cannot be read: {shortened(error)}") from error
     end = start
-    for name, entry in sorted(entries.items(), key=lambda each: (each[1].begin, each[1].end)):
+    for name, entry in sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)):
         if entry.begin != end or entry.end < end:
             raise unsupported(f"bytes of tensor {shortened(name)} overlap others or leave a gap")
         end = entry.end
@@ -201,7 +238,7 @@ def _entries(header: Any, start: int) -> tuple[dict[str, Entry], dict[str, str]]
             raise ValueError(
                 f"tensor {shortened(name)} has no dtype, shape and two data_offsets"
             ) from None
-        if not all(type(each) is int and each >= 0 for each in numbers):
+        if not all(type(number) is int and number >= 0 for number in numbers):
             raise ValueError(f"sizes of tensor {shortened(name)} are no whole numbers")
         entries[name] = Entry(str(dtype), tuple(shape), start + begin, start + end)
     return entries, metadata
@@ -220,9 +257,9 @@ def check_weights(path: Path, entries: Mapping[str, Entry]) -> None:
             f"{MOST_TENSORS:,} with {MOST_BYTES:,}. This is no Diff-Restorer file."
         )
     for name, entry in entries.items():
-        if found := _oddity(name, entry):
+        if oddity := _oddity(name, entry):
             raise UnsupportedCheckpointError(
-                f"{path}: tensor {shortened(name)} {found}. Export or download the file again."
+                f"{path}: tensor {shortened(name)} {oddity}. Export or download the file again."
             )
 
 
@@ -259,14 +296,14 @@ def read_tensors(
         CheckpointValuesError: Values are not finite.
         UnsupportedCheckpointError: The file is not the one any more whose header was read.
     """
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     unfit: str | None = None
     with path.open("rb", buffering=0) as file:
         for key in keys:
             entry = header.entries[key]
             stored = DTYPES[entry.dtype]
-            found[key] = torch.empty(entry.shape, dtype=dtype or stored)
-            if not _read(file, entry.begin, stored, found[key].reshape(-1)):
+            tensors[key] = torch.empty(entry.shape, dtype=dtype or stored)
+            if not _read(file, entry.begin, stored, tensors[key].reshape(-1)):
                 unfit = key
                 break
         if stamp_of(file) != header.stamp:
@@ -278,7 +315,7 @@ def read_tensors(
             f"{path}: tensor {unfit} holds NaN or infinite values, so that all pictures would be "
             "black. Export or download the file again."
         )
-    return found
+    return tensors
 
 
 def _read(file: Any, begin: int, stored: torch.dtype, values: Tensor) -> bool:

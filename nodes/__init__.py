@@ -9,14 +9,12 @@ from .classifier import DiffRestorerDegradationClassifier
 from .color import DiffRestorerColorFix
 from .conditioning import DiffRestorerDegradationControl, DiffRestorerPromptProcessor
 from .decode import DiffRestorerAwareVAEDecode
-from .degradations import (
-    DiffRestorerEditDegradation,
-    DiffRestorerMeasure,
-    DiffRestorerSimulateDegradation,
-)
+from .edit import DiffRestorerEditDegradation
 from .folders import DiffRestorerFolderPhoto
 from .loaders import DiffRestorerLoader, DiffRestorerNanoLoader
+from .measure import DiffRestorerMeasure
 from .routing import DiffRestorerSwitch
+from .simulate import DiffRestorerSimulateDegradation
 from .tiled import DiffRestorerTiledDiffusion
 
 

@@ -63,14 +63,14 @@ _HUES = (
 def degradation_map(
     photo: Tensor,
     parts: Sequence[tuple[int, int, int, int]],
-    found: Sequence[tuple[int, str, float]],
+    types: Sequence[tuple[int, str, float]],
 ) -> Tensor:
     """A photo with what each part of it suffers from.
 
     Args:
         photo: (H, W, 3) in [0, 1].
         parts: (top, left, height, width) of each part in pixels; they may overlap.
-        found: For each part the number of its type, its name and its probability.
+        types: For each part the number of its type, its name and its probability.
 
     Returns:
         Picture (h, w, 3) in [0, 1], its long side at most 1024 pixels.
@@ -81,7 +81,7 @@ def degradation_map(
     picture = picture.resize([max(1, round(side * scale)) for side in picture.size])
     shades = Image.new("RGB", picture.size)
     draw, marks = ImageDraw.Draw(shades), []
-    for (top, left, height, width), (number, name, probability) in zip(parts, found, strict=True):
+    for (top, left, height, width), (number, name, probability) in zip(parts, types, strict=True):
         box = [round(edge * scale) for edge in (left, top, left + width, top + height)]
         draw.rectangle(box, _HUES[number % len(_HUES)])
         marks.append(((box[0] + box[2]) / 2, (box[1] + box[3]) / 2, box[2] - box[0], name,

@@ -73,8 +73,8 @@ def _check_text(name: str, value: Any) -> None:
 
 def _check_number(name: str, value: Any, kinds: Any, least: float, most: float) -> None:
     if not isinstance(value, kinds) or not least <= value <= most:
-        found = value if isinstance(value, int | float) else kind_of(value)
-        raise ValueError(f"{name}: {found}, expected {least:.20g} to {most:.20g}.")
+        given = value if isinstance(value, int | float) else kind_of(value)
+        raise ValueError(f"{name}: {given}, expected {least:.20g} to {most:.20g}.")
 
 
 def _check_latent(name: str, value: Any) -> None:
@@ -104,9 +104,9 @@ def _check_conditioning(name: str, value: Any) -> None:
         tokens = entry[0] if whole else None
         if not (isinstance(tokens, Tensor) and _is_tokens(tokens)):
             is_tensor = isinstance(tokens, Tensor)
-            found = f"{tuple(tokens.shape)} of {tokens.dtype}" if is_tensor else kind_of(tokens)
+            given = f"{tuple(tokens.shape)} of {tokens.dtype}" if is_tensor else kind_of(tokens)
             raise ValueError(
-                f"{name}: expected tokens (batch, tokens, width), found {found}. Connect the "
+                f"{name}: expected tokens (batch, tokens, width), found {given}. Connect the "
                 "output of a text encoder or of the Prompt Processor."
             )
         check_finite(name, tokens, "They come from the text encoder: is its file damaged?")

@@ -11,7 +11,7 @@ from .chart import shown_kinds
 from .checks import checked
 from .host_models import DiffRestorer
 from .sockets import CATEGORY, Degradation, DegradationSocket, DiffRestorerSocket, found_by
-from .sources import COMPLETE, clip_vision_of, photos_of, restorer_of
+from .sources import clip_vision_input, clip_vision_of, photos_of, restorer_of
 
 
 class DiffRestorerDegradationClassifier(io.ComfyNode):
@@ -35,11 +35,7 @@ class DiffRestorerDegradationClassifier(io.ComfyNode):
                     optional=True,
                     tooltip="From Load Diff-Restorer. Not needed with degradation.",
                 ),
-                io.ClipVision.Input(
-                    "clip_vision",
-                    optional=True,
-                    tooltip=COMPLETE + "Else the vision model that the file was trained with.",
-                ),
+                clip_vision_input(),
                 io.Image.Input(
                     "image",
                     optional=True,

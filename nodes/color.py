@@ -79,15 +79,15 @@ class DiffRestorerColorFix(io.ComfyNode):
         for index in range(batch):
             check_interrupt()
             ours, theirs = (
-                each[index if len(each) > 1 else 0].movedim(-1, 0)[None].float()
-                for each in (rgb, wanted)
+                photos[index if len(photos) > 1 else 0].movedim(-1, 0)[None].float()
+                for photos in (rgb, wanted)
             )
             if theirs.shape != ours.shape:
                 theirs = F.interpolate(
                     theirs, size=ours.shape[-2:], mode="bicubic", antialias=True
                 ).clamp(0, 1)
             done.append(match_colors(ours, theirs, method, strength))
-        found = torch.cat(done).movedim(1, -1)
+        matched = torch.cat(done).movedim(1, -1)
         if alpha is not None:
-            found = torch.cat([found, to_batch(alpha, batch).to(found)], dim=-1)
-        return io.NodeOutput(found)
+            matched = torch.cat([matched, to_batch(alpha, batch).to(matched)], dim=-1)
+        return io.NodeOutput(matched)

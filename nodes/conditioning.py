@@ -11,9 +11,9 @@ from torch import Tensor
 from .chart import shown_kinds
 from .checks import checked
 from .host_control import DegradationControlNet
+from .host_encode import PhotoFeatures, encode_photo
 from .host_models import DiffRestorer
 from .host_tiled import SEMANTIC_KEY
-from .host_vae import PhotoFeatures, encode_photo
 from .images import common_batch, split_alpha, to_batch
 from .sockets import (
     CATEGORY,
@@ -24,11 +24,14 @@ from .sockets import (
     found_by,
 )
 from .sources import (
-    COMPLETE,
-    OVERRIDE,
+    clip_vision_input,
     clip_vision_of,
+    degradation_input,
+    photos_input,
     photos_of,
+    restorer_input,
     restorer_of,
+    vae_input,
     vae_of,
 )
 
@@ -94,14 +97,7 @@ class DiffRestorerPromptProcessor(io.ComfyNode):
             ),
             inputs=[
                 DiffRestorerSocket.Input("diff_restorer", tooltip="From Load Diff-Restorer."),
-                io.ClipVision.Input(
-                    "clip_vision",
-                    optional=True,
-                    tooltip=(
-                        COMPLETE + "Else the vision model that the file was trained with: OpenAI's "
-                        "ViT-L/14 for Stable Diffusion 1.5."
-                    ),
-                ),
+                clip_vision_input(of_what=": OpenAI's ViT-L/14 for Stable Diffusion 1.5"),
                 io.Image.Input(
                     "image", tooltip="The degraded photos. Transparency is not looked at."
                 ),
@@ -190,26 +186,10 @@ class DiffRestorerDegradationControl(io.ComfyNode):
             inputs=[
                 io.Conditioning.Input("positive", tooltip="From the Prompt Processor."),
                 io.Conditioning.Input("negative", tooltip="From the Prompt Processor."),
-                DiffRestorerSocket.Input(
-                    "diff_restorer", optional=True, tooltip=OVERRIDE + "From Load Diff-Restorer."
-                ),
-                DegradationSocket.Input(
-                    "degradation",
-                    tooltip="From the Prompt Processor. Brings its file and its photos along.",
-                ),
-                io.Image.Input(
-                    "image",
-                    optional=True,
-                    tooltip=OVERRIDE + "The degraded photos. Transparency is not looked at.",
-                ),
-                io.Vae.Input(
-                    "vae",
-                    optional=True,
-                    tooltip=(
-                        COMPLETE
-                        + "Else the VAE of the diffusion model; it encodes the photos once."
-                    ),
-                ),
+                restorer_input(),
+                degradation_input(),
+                photos_input("The degraded photos. Transparency is not looked at."),
+                vae_input(what_for="; it encodes the photos once"),
                 io.Float.Input(
                     "strength",
                     default=1.0,
@@ -293,9 +273,9 @@ def check_degradation(degradation: Degradation, diff_restorer: DiffRestorer) -> 
     Raises:
         ValueError: The widths differ.
     """
-    found, needed = degradation.pooled.shape[-1], diff_restorer.sizes.context_width
-    if found != needed:
+    width, needed = degradation.pooled.shape[-1], diff_restorer.sizes.context_width
+    if width != needed:
         raise ValueError(
-            f"degradation: it is {found} wide, {diff_restorer.path.name} needs {needed}. Connect "
+            f"degradation: it is {width} wide, {diff_restorer.path.name} needs {needed}. Connect "
             "the same DIFF_RESTORER to the Prompt Processor and to this node."
         )

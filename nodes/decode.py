@@ -9,13 +9,24 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..diff_restorer import LocalPooled
+from ..diff_restorer.maps import UNIT
 from .checks import checked
 from .conditioning import check_degradation
+from .host_decode import EXACT, FAST, AwareDecoder
+from .host_encode import PhotoFeatures
 from .host_models import DiffRestorer
-from .host_vae import AUTO_TILE, EXACT, FAST, SCALE, AwareDecoder, PhotoFeatures
+from .host_vae import AUTO_TILE
 from .images import check_finite, common_batch, pad_to_multiple, split_alpha, to_batch
-from .sockets import CATEGORY, Degradation, DegradationSocket, DiffRestorerSocket, found_by
-from .sources import COMPLETE, OVERRIDE, photos_of, restorer_of, vae_of
+from .sockets import CATEGORY, Degradation, found_by
+from .sources import (
+    degradation_input,
+    photos_input,
+    photos_of,
+    restorer_input,
+    restorer_of,
+    vae_input,
+    vae_of,
+)
 
 
 class DiffRestorerAwareVAEDecode(io.ComfyNode):
@@ -35,23 +46,10 @@ class DiffRestorerAwareVAEDecode(io.ComfyNode):
             ),
             inputs=[
                 io.Latent.Input("samples", tooltip="The sampler's result."),
-                io.Vae.Input(
-                    "vae",
-                    optional=True,
-                    tooltip=COMPLETE + "Else the VAE of the diffusion model.",
-                ),
-                DiffRestorerSocket.Input(
-                    "diff_restorer", optional=True, tooltip=OVERRIDE + "From Load Diff-Restorer."
-                ),
-                DegradationSocket.Input(
-                    "degradation",
-                    tooltip="From the Prompt Processor. Brings its file and its photos along.",
-                ),
-                io.Image.Input(
-                    "image",
-                    optional=True,
-                    tooltip=OVERRIDE + "The degraded photos that were restored.",
-                ),
+                vae_input(),
+                restorer_input(),
+                degradation_input(),
+                photos_input("The degraded photos that were restored."),
                 io.Float.Input(
                     "fidelity",
                     default=1.0,
@@ -117,42 +115,17 @@ class DiffRestorerAwareVAEDecode(io.ComfyNode):
         image: Tensor | None = None,
         tiling: str = EXACT,
     ) -> io.NodeOutput:
-        if tiling not in (EXACT, FAST):
-            raise ValueError(f"tiling: {tiling!r}, expected {EXACT} or {FAST}.")
-        if tile_size and (tile_size < 64 or tile_size % SCALE):
-            raise ValueError(
-                f"tile_size: {tile_size} px. Use 0, or a multiple of {SCALE} from 64 px on."
-            )
-        if tiling == FAST and 2 * overlap > (tile_size or AUTO_TILE):
-            raise ValueError(
-                f"overlap: {overlap} px with tiles of {tile_size or AUTO_TILE} px. Use at most "
-                "half a tile."
-            )
+        check_tiling(tile_size, overlap, tiling)
         restorer = restorer_of(diff_restorer, degradation)
         check_degradation(degradation, restorer)
         rgb, alpha = split_alpha(photos_of(image, degradation))
-        latent, photo = samples["samples"], pad_to_multiple(rgb, SCALE)
+        latent, photo = samples["samples"], pad_to_multiple(rgb, UNIT)
         check_size(latent, photo, restorer.control.network.latent_channels)
-        batch = len(latent)
-        common_batch(image=len(photo), degradation=degradation.batch)
-        for name, photos in (("image", len(photo)), ("degradation", degradation.batch)):
-            if batch % photos:
-                raise ValueError(
-                    f"{name}: of {photos} photos, but samples hold {batch} latents. Give it the "
-                    "photos that the latents are of, in their order; latents may be a multiple of "
-                    "them. After Latent From Batch take the same from the images, too, and let a "
-                    "Prompt Processor read those."
-                )
+        check_batches(len(latent), image=len(photo), degradation=degradation.batch)
         features = samples.get(PhotoFeatures.KEY)
         decoder = AwareDecoder(vae_of(vae, restorer), restorer, fidelity, features)
-        restored = decoder.decode(
-            latent,
-            photo,
-            local_degradation(degradation, latent),
-            tile_size,
-            overlap,
-            tiling,
-        )
+        pooled = local_degradation(degradation, latent)
+        restored = decoder.decode(latent, photo, pooled, tile_size, overlap, tiling)
         check_finite(
             "vae",
             restored,
@@ -163,8 +136,40 @@ class DiffRestorerAwareVAEDecode(io.ComfyNode):
         height, width = rgb.shape[1:3]
         restored = restored[:, :height, :width]
         if alpha is not None:
-            restored = torch.cat([restored, to_batch(alpha, batch).to(restored)], dim=-1)
+            restored = torch.cat([restored, to_batch(alpha, len(latent)).to(restored)], dim=-1)
         return io.NodeOutput(restored)
+
+
+def check_tiling(tile_size: int, overlap: int, tiling: str) -> None:
+    """Raise a ValueError for tiles that cannot be, sides in pixels."""
+    if tiling not in (EXACT, FAST):
+        raise ValueError(f"tiling: {tiling!r}, expected {EXACT} or {FAST}.")
+    if tile_size and (tile_size < 64 or tile_size % UNIT):
+        raise ValueError(
+            f"tile_size: {tile_size} px. Use 0, or a multiple of {UNIT} from 64 px on."
+        )
+    if tiling == FAST and 2 * overlap > (tile_size or AUTO_TILE):
+        raise ValueError(
+            f"overlap: {overlap} px with tiles of {tile_size or AUTO_TILE} px. Use at most half a "
+            "tile."
+        )
+
+
+def check_batches(latents: int, **photos: int) -> None:
+    """The latents must be a multiple of the photos, by the name of their input.
+
+    Raises:
+        ValueError: They are not, or the inputs do not go together.
+    """
+    common_batch(**photos)
+    for name, count in photos.items():
+        if latents % count:
+            raise ValueError(
+                f"{name}: of {count} photos, but samples hold {latents} latents. Give it the "
+                "photos that the latents are of, in their order; latents may be a multiple of "
+                "them. After Latent From Batch take the same from the images, too, and let a "
+                "Prompt Processor read those."
+            )
 
 
 def local_degradation(degradation: Degradation, latent: Tensor) -> Tensor | LocalPooled:
@@ -178,9 +183,9 @@ def local_degradation(degradation: Degradation, latent: Tensor) -> Tensor | Loca
         return degradation.pooled
     sizes = [(local.rows.shape[1], local.columns.shape[1]), tuple(latent.shape[-2:])]
     if sizes[0] != sizes[1]:
-        found, needed = (f"{SCALE * width} x {SCALE * height} px" for height, width in sizes)
+        seen, needed = (f"{UNIT * width} x {UNIT * height} px" for height, width in sizes)
         raise ValueError(
-            f"degradation: Tiled Diffusion has read it from a photo of {found}, but samples are a "
+            f"degradation: Tiled Diffusion has read it from a photo of {seen}, but samples are a "
             f"latent of {needed}. Give Tiled Diffusion the same photo as Degradation Control."
         )
     return local
@@ -198,10 +203,10 @@ def check_size(latent: Tensor, photo: Tensor, channels: int) -> None:
             "other models do not fit: use the LATENT of Degradation Control."
         )
     height, width = photo.shape[1:3]
-    if latent.shape[-2:] != (height // SCALE, width // SCALE):
-        found = " x ".join(str(SCALE * side) for side in reversed(latent.shape[-2:]))
+    if latent.shape[-2:] != (height // UNIT, width // UNIT):
+        shown = " x ".join(str(UNIT * side) for side in reversed(latent.shape[-2:]))
         raise ValueError(
-            f"samples: a latent of {found} px, but the image is {width} x {height} px (padded to "
-            f"multiples of {SCALE}). Scale the image like the latent, or use the LATENT of "
+            f"samples: a latent of {shown} px, but the image is {width} x {height} px (padded to "
+            f"multiples of {UNIT}). Scale the image like the latent, or use the LATENT of "
             "Degradation Control."
         )

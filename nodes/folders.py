@@ -25,7 +25,7 @@ DAMAGED = (
 NO_FOLDER = "(make a folder in ComfyUI's input folder)"
 
 
-def read_photo(path: Path) -> Tensor:
+def load_photo(path: Path) -> Tensor:
     """A photo upright, (1, H, W, 3 or 4) in [0, 1].
 
     Raises:
@@ -119,7 +119,7 @@ class DiffRestorerFolderPhoto(io.ComfyNode):
                 "are all done: set index to 0 to begin again."
             )
         path = photos[index]
-        image = read_photo(path)
+        image = load_photo(path)
         progress = f"{index + 1} of {len(photos)}: {path.name}"
         shown = ui.PreviewImage(image, cls=cls)
         return io.NodeOutput(image, path.stem, progress, len(photos), ui=shown)

@@ -90,7 +90,7 @@ def photos_of_folder(name: str) -> list[Path]:
     photos = folder_paths.filter_files_content_types(names, ["image"])
     if not photos:
         raise ValueError(f"folder: there are no photos in {folder}.")
-    return [folder / each for each in sorted(photos, key=lambda each: (each.lower(), each))]
+    return [folder / name for name in sorted(photos, key=lambda name: (name.lower(), name))]
 
 
 def file_stamp(path: Path) -> str:
@@ -146,9 +146,9 @@ def at_once(needed: float, device: torch.device, patcher: Any = None) -> int:
 def is_oom(error: Exception) -> bool:
     """Whether a device has run out of memory, in the words of any of them."""
     host = comfy.model_management
-    told = getattr(host, "is_oom", lambda each: isinstance(each, host.OOM_EXCEPTION))
+    is_hosts = getattr(host, "is_oom", lambda error: isinstance(error, host.OOM_EXCEPTION))
     on_mps = isinstance(error, RuntimeError) and "MPS backend out of memory" in str(error)
-    return bool(told(error)) or on_mps
+    return bool(is_hosts(error)) or on_mps
 
 
 def map_folder(size: int) -> Path | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -32,7 +31,7 @@ from ..diff_restorer.checkpoint import (
     CheckpointError,
     CheckpointKeysError,
 )
-from ..diff_restorer.weights import shortened
+from ..diff_restorer.weights import check_fit, shortened
 from .host import ModelPatcher, is_oom
 from .host_control import ControlModel, DegradationControlNet
 
@@ -87,23 +86,6 @@ def fill(
     check_fit(module, checkpoint.shapes(prefix), checkpoint.path, part)
     module.load_state_dict(checkpoint.state(prefix, dtype), assign=True)
     module.eval().requires_grad_(False)
-
-
-def check_fit(module: nn.Module, state: Mapping[str, Tensor], path: Path, part: str) -> None:
-    """Compare keys and sizes; the host itself only logs what is missing.
-
-    Raises:
-        CheckpointKeysError: Keys or sizes differ.
-    """
-    wanted = module.state_dict()
-    misfits = [
-        f"{key} {tuple(tensor.shape)} instead of {tuple(wanted[key].shape)}"
-        for key, tensor in state.items()
-        if key in wanted and tensor.shape != wanted[key].shape
-    ]
-    missing, unexpected = wanted.keys() - state.keys(), state.keys() - wanted.keys()
-    if missing or unexpected or misfits:
-        raise CheckpointKeysError.of(path, part, missing, [*unexpected, *misfits])
 
 
 def detect_unet(state: Mapping[str, Tensor]) -> dict[str, Any]:

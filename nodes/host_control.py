@@ -167,9 +167,9 @@ class DegradationControlNet(comfy.controlnet.ControlNet):
             ValueError: The model is not of the kind that the control was trained for.
         """
         config = model.model_config.unet_config
-        found, needed = config.get("context_dim"), self.network.context_width
-        if found != needed:
-            width = f"{found} wide" if found else "of another kind"
+        own, needed = config.get("context_dim"), self.network.context_width
+        if own != needed:
+            width = f"{own} wide" if own else "of another kind"
             raise ValueError(
                 f"model: its cross-attention is {width}, this Diff-Restorer file needs {needed}"
                 f"{_family(needed)}. SDXL (2048), SD 2 (1024) and Flux models do not work with it: "

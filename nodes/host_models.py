@@ -88,7 +88,7 @@ class DiffRestorer:
     def get_ram_usage(self) -> int:
         """Bytes of the weights; newer hosts clear their cache by it."""
         modules = [self.prompt_processor.model, self.control.network]
-        modules += [each.model for each in (self.fusion, self.tuned_decoder) if each is not None]
+        modules += [part.model for part in (self.fusion, self.tuned_decoder) if part is not None]
         return sum(weight.nbytes for module in modules for weight in module.state_dict().values())
 
     @property
@@ -119,8 +119,8 @@ class DiffRestorer:
         if self.abstention is None:
             return out.semantic, self._degradation(out, tiles)
         photos = whole.probabilities
-        found = out.probabilities(self.info.classification).unflatten(0, (-1, len(photos)))
-        limit = self.abstention.agreement(found, photos).expand_as(found).flatten(0, 1)
+        by_tile = out.probabilities(self.info.classification).unflatten(0, (-1, len(photos)))
+        limit = self.abstention.agreement(by_tile, photos).expand_as(by_tile).flatten(0, 1)
         return out.semantic, self._degradation(out, tiles, limit)
 
     def _degradation(
@@ -181,7 +181,7 @@ class DiffRestorer:
         comfy.model_management.load_models_gpu([self.prompt_processor])
         out = self.prompt_processor.model(tokens.to(self.prompt_processor.load_device).float())
         home = comfy.model_management.intermediate_device()
-        return PromptOutput(*(each.to(home) for each in out))
+        return PromptOutput(*(value.to(home) for value in out))
 
     def _encode(self, clip_vision: Any, view: Tensor) -> Tensor:
         hidden = clip_vision.encode_image(view, crop=False)["last_hidden_state"]

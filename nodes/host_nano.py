@@ -31,8 +31,9 @@ from ..diff_restorer.checkpoint import (
     UnsupportedCheckpointError,
     read_checkpoint,
 )
+from ..diff_restorer.weights import check_fit
 from .host import ModelPatcher, for_cpu, nano_unet_dtype, nano_vae_dtype
-from .host_build import check_fit, detect_unet, fill, sized_by, vae_config
+from .host_build import detect_unet, fill, sized_by, vae_config
 from .host_models import DiffRestorer
 from .host_preview import PreviewedLatent
 

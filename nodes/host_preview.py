@@ -7,6 +7,7 @@ from typing import Any
 
 import comfy.latent_formats
 import torch
+from einops import rearrange
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -55,5 +56,5 @@ def fit_colors(vae: Any, scale_factor: float) -> Tensor:
     latent = raw_latent.float().cpu() * scale_factor
     small = F.adaptive_avg_pool2d(pixels, latent.shape[-2:])
     channels = torch.cat([latent, torch.ones_like(latent[:, :1])], dim=1)
-    rows = [each.movedim(1, -1).flatten(0, 2) for each in (channels, small)]
+    rows = [rearrange(pixels, "b c h w -> (b h w) c") for pixels in (channels, small)]
     return torch.linalg.lstsq(*rows).solution

@@ -12,10 +12,11 @@ import comfy.model_management
 import comfy.patcher_extension
 import comfy.utils
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from ..diff_restorer import LocalPooled
-from ..diff_restorer.tiles import UNIT, Window
+from ..diff_restorer.maps import UNIT, Window
 from .host import check_interrupt, free_memory
 from .host_control import DegradationControlNet, EncodedPhoto
 
@@ -57,7 +58,7 @@ class Grid:
     def local(self, values: Tensor) -> LocalPooled:
         """Pooled P_D of the tiles, (tiles, B, C), each true of its tile's middle."""
         rows, columns = (self._shares(side) for side in self.size)
-        tiles = values.permute(1, 2, 0).unflatten(2, (len(rows), len(columns)))
+        tiles = rearrange(values, "(rows columns) b c -> b c rows columns", rows=len(rows))
         return LocalPooled(tiles.contiguous(), rows, columns)
 
     def _shares(self, side: int) -> Tensor:
@@ -143,9 +144,9 @@ class TiledDiffusion:
         """The model's predictions for each list of conditionings, each like `x`."""
         size = cast(tuple[int, int], tuple(x.shape[-2:]))
         if size != self.grid.size:
-            found, needed = (f"{8 * w} x {8 * h} px" for h, w in (size, self.grid.size))
+            given, needed = (f"{8 * w} x {8 * h} px" for h, w in (size, self.grid.size))
             raise ValueError(
-                f"latent_image: {found}, but Tiled Diffusion was given a photo of {needed} "
+                f"latent_image: {given}, but Tiled Diffusion was given a photo of {needed} "
                 "(padded to multiples of 8). Use the LATENT of Degradation Control for the same "
                 "photo."
             )
@@ -158,12 +159,12 @@ class TiledDiffusion:
             check_interrupt()
             parts = [self._cropped(cond, some, windows, len(x), model) for cond in conds]
             crops = torch.cat([windows[place].of(x, 1) for place in some])
-            found = execute(model, parts, crops, timestep.repeat(len(some)), options)
+            predictions = execute(model, parts, crops, timestep.repeat(len(some)), options)
             for index, place in enumerate(some):
                 window = windows[place]
                 weight = self.grid.weight(window).to(x)
                 window.of(weights, 1).add_(weight)
-                for total, result in zip(totals, found, strict=True):
+                for total, result in zip(totals, predictions, strict=True):
                     window.of(total, 1).add_(result.chunk(len(some))[index] * weight)
         return [total / weights for total in totals]
 
@@ -283,7 +284,7 @@ class TiledDiffusion:
             return torch.cat([window.of(whole, UNIT) for window in windows])
 
         tiles.cond_hint_original = crops(control.cond_hint_original)
-        tiles.extra_concat_orig = [crops(each) for each in control.extra_concat_orig]
+        tiles.extra_concat_orig = [crops(hint) for hint in control.extra_concat_orig]
         if isinstance(control, DegradationControlNet):
             control.check_batch(batch)
             if isinstance(control.vae, EncodedPhoto):
@@ -308,13 +309,13 @@ class TiledDiffusion:
             comfy.utils.repeat_to_batch_size(self.view.degradation[place].to(whole), batch)
             for place in some
         )
-        return torch.cat([torch.lerp(whole, each, self.locality) for each in own])
+        return torch.cat([torch.lerp(whole, tokens, self.locality) for tokens in own])
 
 
 def _model_on(device: torch.device, model: Any) -> Any:
     """The copy of the model on a further GPU, as newer hosts have it."""
     copies = model.current_patcher.get_additional_models_with_key("multigpu")
-    return next((each.model for each in copies if each.load_device == device), model)
+    return next((patcher.model for patcher in copies if patcher.load_device == device), model)
 
 
 def _ends_with(tokens: Tensor, semantic: Tensor) -> bool:

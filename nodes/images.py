@@ -33,9 +33,9 @@ def check_image(image: Any, name: str) -> None:
         ValueError: It has another shape, is empty, or holds NaN or infinite values.
     """
     if not isinstance(image, Tensor) or not image.is_floating_point():
-        found = str(image.dtype) if isinstance(image, Tensor) else kind_of(image)
+        kind = str(image.dtype) if isinstance(image, Tensor) else kind_of(image)
         raise ValueError(
-            f"{name}: found {found}, expected images with values from 0 to 1. The node before "
+            f"{name}: found {kind}, expected images with values from 0 to 1. The node before "
             "must hand on what Load Image does."
         )
     if image.ndim != 4 or image.shape[-1] not in (1, 2, 3, 4) or 0 in image.shape:
@@ -85,9 +85,9 @@ def common_batch(**batches: int) -> int:
     """
     sizes = {size for size in batches.values() if size != 1}
     if len(sizes) > 1:
-        found = ", ".join(f"{name} {size}" for name, size in batches.items())
+        given = ", ".join(f"{name} {size}" for name, size in batches.items())
         raise ValueError(
-            f"The batches do not go together: {found}. They must be equal, or 1 to be used for all."
+            f"The batches do not go together: {given}. They must be equal, or 1 to be used for all."
         )
     return sizes.pop() if sizes else 1
 

@@ -67,7 +67,7 @@ class DiffRestorerLoader(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, file: str | None = None, abstain: bool = True) -> str:
         if file is None:  # linked, so that the host does not know it yet: it may be any of them
-            return " ".join(host.file_stamp(host.model_path(each)) for each in host.model_files())
+            return " ".join(host.file_stamp(host.model_path(name)) for name in host.model_files())
         return file if file == NO_FILE else host.file_stamp(host.model_path(file))
 
     @classmethod

@@ -83,7 +83,7 @@ class Degradation:
     def get_ram_usage(self) -> int:
         """Bytes that go with it; newer hosts clear their cache by it."""
         own = (self.tokens, self.pooled, self.probabilities, self.prototypes, self.image)
-        return self.restorer.get_ram_usage() + sum(each.nbytes for each in own)
+        return self.restorer.get_ram_usage() + sum(tensor.nbytes for tensor in own)
 
     @property
     def batch(self) -> int:
@@ -114,11 +114,11 @@ class Degradation:
             there = self.probabilities >= PRESENT
         else:
             there = self.abstention.belief(self.probabilities) >= PRESENT
-        found: list[tuple[str, ...]] = []
+        kinds: list[tuple[str, ...]] = []
         for row, evident in zip(rows, there.tolist(), strict=True):
             names = dict(zip(self.types, evident, strict=True))
-            found.append(tuple(name for name in row if names[name] and name != CLEAN) or (CLEAN,))
-        return found
+            kinds.append(tuple(name for name in row if names[name] and name != CLEAN) or (CLEAN,))
+        return kinds
 
     @property
     def degraded(self) -> list[bool]:

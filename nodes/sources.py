@@ -4,15 +4,45 @@ from __future__ import annotations
 
 from typing import Any
 
+from comfy_api.latest import io
 from torch import Tensor
 
 from .host_models import DiffRestorer
-from .sockets import Degradation
+from .sockets import Degradation, DegradationSocket, DiffRestorerSocket
 
 OVERRIDE = "Only where it is to be another one than that of degradation. "
 """Begins the tooltip of an input that `degradation` brings, too."""
 COMPLETE = "Not needed with a complete file such as Nano's. "
 """Begins the tooltip of an input that a self-contained file brings, too."""
+
+
+def restorer_input() -> Any:
+    """`diff_restorer` behind the Prompt Processor."""
+    tooltip = OVERRIDE + "From Load Diff-Restorer."
+    return DiffRestorerSocket.Input("diff_restorer", optional=True, tooltip=tooltip)
+
+
+def degradation_input() -> Any:
+    """`degradation` of nodes that cannot do without."""
+    tooltip = "From the Prompt Processor. Brings its file and its photos along."
+    return DegradationSocket.Input("degradation", tooltip=tooltip)
+
+
+def photos_input(what: str) -> Any:
+    """`image` behind the Prompt Processor."""
+    return io.Image.Input("image", optional=True, tooltip=OVERRIDE + what)
+
+
+def clip_vision_input(*, of_what: str = "") -> Any:
+    """`clip_vision`, which a complete file brings."""
+    tooltip = f"{COMPLETE}Else the vision model that the file was trained with{of_what}."
+    return io.ClipVision.Input("clip_vision", optional=True, tooltip=tooltip)
+
+
+def vae_input(*, what_for: str = "") -> Any:
+    """`vae`, which a complete file brings."""
+    tooltip = f"{COMPLETE}Else the VAE of the diffusion model{what_for}."
+    return io.Vae.Input("vae", optional=True, tooltip=tooltip)
 
 
 def restorer_of(given: DiffRestorer | None, degradation: Degradation | None) -> DiffRestorer:

@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from comfy_api.latest import io, ui
+from einops import rearrange
 from torch import Tensor
 
+from ..diff_restorer.maps import UNIT
 from .chart import degradation_map
 from .checks import checked
 from .conditioning import check_degradation
 from .host_models import DiffRestorer
 from .host_tiled import Grid, LocalView, TiledDiffusion
-from .host_vae import SCALE
 from .images import common_batch, pad_to_multiple, split_alpha
-from .sockets import CATEGORY, Degradation, DegradationSocket, DiffRestorerSocket, found_by
-from .sources import COMPLETE, OVERRIDE, clip_vision_of, photos_of, restorer_of
+from .sockets import CATEGORY, Degradation, DegradationSocket, found_by
+from .sources import (
+    clip_vision_input,
+    clip_vision_of,
+    photos_input,
+    photos_of,
+    restorer_input,
+    restorer_of,
+)
 
 
 class DiffRestorerTiledDiffusion(io.ComfyNode):
@@ -38,21 +47,9 @@ class DiffRestorerTiledDiffusion(io.ComfyNode):
             ),
             inputs=[
                 io.Model.Input("model", tooltip="The diffusion model."),
-                DiffRestorerSocket.Input(
-                    "diff_restorer", optional=True, tooltip=OVERRIDE + "From Load Diff-Restorer."
-                ),
-                io.ClipVision.Input(
-                    "clip_vision",
-                    optional=True,
-                    tooltip=COMPLETE + "Else the vision model that the file was trained with.",
-                ),
-                io.Image.Input(
-                    "image",
-                    optional=True,
-                    tooltip=(
-                        OVERRIDE + "The degraded photos, the same as for Degradation Control."
-                    ),
-                ),
+                restorer_input(),
+                clip_vision_input(),
+                photos_input("The degraded photos, the same as for Degradation Control."),
                 io.Int.Input(
                     "tile_size",
                     default=512,
@@ -122,49 +119,54 @@ class DiffRestorerTiledDiffusion(io.ComfyNode):
         image: Tensor | None = None,
         degradation: Degradation | None = None,
     ) -> io.NodeOutput:
-        if tile_size % SCALE or overlap % SCALE:
-            raise ValueError(
-                f"tile_size: {tile_size} px with overlap {overlap} px. Both must be multiples of "
-                f"{SCALE}."
-            )
-        if 2 * overlap > tile_size:
-            raise ValueError(
-                f"overlap: {overlap} px with tiles of {tile_size} px. Use at most half a tile."
-            )
+        check_tiles(tile_size, overlap)
         restorer, photos = restorer_of(diff_restorer, degradation), photos_of(image, degradation)
         vision = clip_vision_of(clip_vision, restorer)
-        rgb, _ = split_alpha(photos)
-        padded = pad_to_multiple(rgb, SCALE)
-        height, width = (side // SCALE for side in padded.shape[1:3])
-        grid = Grid((height, width), tile_size // SCALE, overlap // SCALE)
-        parts = [
-            (SCALE * w.top, SCALE * w.left, SCALE * w.height, SCALE * w.width) for w in grid.windows
-        ]
-        crops = torch.cat([
-            padded[:, top : top + high, left : left + wide] for top, left, high, wide in parts
-        ])  # fmt: skip
+        padded = pad_to_multiple(split_alpha(photos)[0], UNIT)
+        height, width = (side // UNIT for side in padded.shape[1:3])
+        grid = Grid((height, width), tile_size // UNIT, overlap // UNIT)
         whole = restorer.read(vision, photos)[1]
         edited = replace(degradation or whole, local=None, restorer=restorer, image=photos)
         check_degradation(edited, restorer)
-        common_batch(image=len(rgb), degradation=edited.batch)
+        common_batch(image=len(padded), degradation=edited.batch)
         change = edited.pooled - whole.pooled
-        p_s, read = restorer.read_tiles(vision, crops, whole)
+        crops = torch.cat([window.of(padded.movedim(-1, 1), UNIT) for window in grid.windows])
+        p_s, seen = restorer.read_tiles(vision, crops.movedim(1, -1).contiguous(), whole)
 
         def by_tile(rows: Tensor) -> Tensor:
-            return rows.unflatten(0, (len(parts), len(padded)))
+            return rearrange(rows, "(tile photo) ... -> tile photo ...", photo=len(padded))
 
-        view = LocalView(by_tile(p_s), by_tile(read.tokens) + change[:, None])
-        seen = by_tile(read.probabilities)
-        if len(parts) > 1 and locality > 0:
-            pooled = by_tile(read.pooled) + change
+        view = LocalView(by_tile(p_s), by_tile(seen.tokens) + change[:, None])
+        if len(grid.windows) > 1 and locality > 0:
+            pooled = by_tile(seen.pooled) + change
             local = grid.local(torch.lerp(edited.pooled.expand_as(pooled), pooled, locality))
             edited = replace(edited.repeated(pooled.shape[1]), local=local)
-        types = restorer.info.types
-        maps = []
-        for index, photo in enumerate(padded):
-            best = [row.max(dim=0) for row in seen[:, index]]
-            found = [(int(i), types[int(i)], float(value)) for value, i in best]
-            maps.append(degradation_map(photo, parts, found))
-        pictures = torch.stack(maps)
+        maps = degradation_maps(padded, grid, by_tile(seen.probabilities), restorer.info.types)
         patched = TiledDiffusion(grid, view, locality).patched(model)
-        return io.NodeOutput(patched, pictures, edited, ui=ui.PreviewImage(pictures, cls=cls))
+        return io.NodeOutput(patched, maps, edited, ui=ui.PreviewImage(maps, cls=cls))
+
+
+def check_tiles(tile_size: int, overlap: int) -> None:
+    """Raise a ValueError for tiles that cannot be, sides in pixels."""
+    if tile_size % UNIT or overlap % UNIT:
+        raise ValueError(
+            f"tile_size: {tile_size} px with overlap {overlap} px. Both must be multiples of "
+            f"{UNIT}."
+        )
+    if 2 * overlap > tile_size:
+        raise ValueError(
+            f"overlap: {overlap} px with tiles of {tile_size} px. Use at most half a tile."
+        )
+
+
+def degradation_maps(
+    photos: Tensor, grid: Grid, probabilities: Tensor, types: Sequence[str]
+) -> Tensor:
+    """A map for each of the photos (B, H, W, 3), of probabilities (tiles, B, types)."""
+    parts = [(UNIT * w.top, UNIT * w.left, UNIT * w.height, UNIT * w.width) for w in grid.windows]
+    maps: list[Tensor] = []
+    for photo, rows in zip(photos, probabilities.unbind(1), strict=True):
+        best = [row.max(dim=0) for row in rows]
+        seen = [(int(place), types[int(place)], float(value)) for value, place in best]
+        maps.append(degradation_map(photo, parts, seen))
+    return torch.stack(maps)

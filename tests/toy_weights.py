@@ -318,6 +318,12 @@ def info(
     return CheckpointInfo(**(entries | changes))
 
 
+def write(path: Path, tensors: dict[str, Tensor]) -> Path:
+    """A toy file of these tensors."""
+    write_checkpoint(path, tensors, info())
+    return path
+
+
 def write_nano(path: Path, **sizes: Any) -> Path:
     """A self-contained toy file in fp16, as Nano is."""
     tensors = restorer_tensors(dtype=torch.float16, **sizes) | base_tensors(dtype=torch.float16)

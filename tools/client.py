@@ -10,6 +10,7 @@ import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
+from textwrap import shorten
 from typing import Any
 
 import aiohttp
@@ -282,7 +283,8 @@ def _describe_rejection(answer: dict[str, Any]) -> str:
     for node_id, node in (answer.get("node_errors") or {}).items():
         for fault in node["errors"]:
             text = ": ".join(filter(None, (fault.get("message"), fault.get("details"))))
-            lines.append(f"node {node_id} ({node['class_type']}): {text}")
+            # The host quotes the value, twice, however long it is.
+            lines.append(f"node {node_id} ({node['class_type']}): {shorten(text, 300)}")
     return "\n".join(filter(None, lines)) or json.dumps(answer)
 
 

@@ -186,17 +186,17 @@ def difference(values: Sequence[float]) -> dict[str, Any]:
 def mean_difference(kinds: Sequence[Sequence[float]]) -> dict[str, Any]:
     """`difference` over several kinds that weigh alike, as means of independent samples (Welch and
     Satterthwaite's degrees of freedom)."""
-    found: dict[str, Any] = {"difference": math.nan, "standard_error": None, "interval": None}
+    gap: dict[str, Any] = {"difference": math.nan, "standard_error": None, "interval": None}
     if kinds:
-        found["difference"] = float(np.mean([np.mean(values) for values in kinds]))
+        gap["difference"] = float(np.mean([np.mean(values) for values in kinds]))
     if kinds and min(map(len, kinds)) > 1:
         free = np.array([len(values) - 1 for values in kinds])
         squares = np.array([np.var(values, ddof=1) / len(values) for values in kinds])
         error = math.sqrt(squares.sum()) / len(kinds)
         freedom = squares.sum() ** 2 / ((squares**2 / free).sum() or 1)
-        found["standard_error"] = error
-        found["interval"] = float(error * scipy.stats.t.ppf(0.975, max(freedom, 1)))
-    return found
+        gap["standard_error"] = error
+        gap["interval"] = float(error * scipy.stats.t.ppf(0.975, max(freedom, 1)))
+    return gap
 
 
 def summarize(config: Config, cases: Sequence[Case], scores: Scores) -> dict[str, Any]:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import logging
-import resource
 import statistics
 import subprocess
 import sys
@@ -40,15 +39,16 @@ from .data import RestorationBatches
 from .diffusion import TIMESTEPS, scheduler
 from .loop import LoopConfig
 from .models import SD15_LATENT_SCALE, Models
-from .networks import SD15, Sizes, build_unet, build_vae, build_vision
+from .networks import SD15_SIZES, Sizes, build_unet, build_vae, build_vision
 from .pretrained import Base
+from .progress import peak_memory
 from .train_control import Config as ControlConfig
 from .train_control import make_loss, prepare
 
 log = logging.getLogger(__name__)
 
 TOY = replace(
-    SD15,
+    SD15_SIZES,
     vae_channels=(32, 64, 128, 128),
     unet_channels=(64, 128, 256, 256),
     context_width=192,
@@ -57,12 +57,12 @@ TOY = replace(
     prompt_hidden=256,
 )
 """SD 1.5's blocks at a fifth of its width, with a tower in proportion."""
-SIZES = {"toy": TOY, "sd15": SD15}
+SIZES = {"toy": TOY, "sd15": SD15_SIZES}
 SPEED_BAR, DEGRADATION_BAR = 1.0, 0.1
 
 
 @dataclass(frozen=True)
-class Variant:
+class Measurement:
     """One measurement."""
 
     step: Literal["ours", "diffusers"]
@@ -94,7 +94,7 @@ class Config:
     """Clean photos: measure the data path of Nano's stage 2 alone on them, on one core or on the
     GPU, and nothing else."""
     variant: str = ""
-    """A `Variant` as JSON: measure it in this process and print JSON (used by the program)."""
+    """A `Measurement` as JSON: measure it in this process and print JSON (used by the program)."""
 
 
 @in_words
@@ -102,7 +102,7 @@ def main(config: Config) -> None:
     """Measure in processes, log the tables and write the figures."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     if config.variant:
-        sys.stdout.write(json.dumps(measure(Variant(**json.loads(config.variant)))) + "\n")
+        sys.stdout.write(json.dumps(measure(Measurement(**json.loads(config.variant)))) + "\n")
         return
     if config.data is not None:
         results = [measure_data(config.data, crops) for crops in (1, 4)]
@@ -112,7 +112,7 @@ def main(config: Config) -> None:
     results: list[dict[str, Any]] = []
     for size in config.sizes:
         large = size == "sd15"
-        ours = Variant(
+        ours = Measurement(
             "ours",
             size,
             config.resolution or (512 if gpu else 256 if large else 128),
@@ -128,14 +128,14 @@ def main(config: Config) -> None:
     log.info("written to %s", config.out)
 
 
-def in_process(variant: Variant) -> dict[str, Any]:
+def in_process(measurement: Measurement) -> dict[str, Any]:
     """`measure` in a fresh process; a failure, such as too little memory, becomes an entry."""
-    settings = json.dumps(asdict(variant))
+    settings = json.dumps(asdict(measurement))
     command = [sys.executable, "-m", "training.bench", "--variant", settings]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
-        return asdict(variant) | {"error": lines[-1]}
+        return asdict(measurement) | {"error": lines[-1]}
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
@@ -143,13 +143,13 @@ def _report(theirs: dict[str, Any], ours: dict[str, Any]) -> None:
     settings = map(ours.get, ("size", "resolution", "batch_size", "precision"))
     device = "GPU" if torch.cuda.is_available() else "CPU"
     log.info("\n%s size, %d px, batch %d, %s, %s:", *settings, device)
-    for found in (theirs, ours):
-        if "error" in found:
-            log.info("  %-10s failed: %s", found["step"], found["error"])
+    for figures in (theirs, ours):
+        if "error" in figures:
+            log.info("  %-10s failed: %s", figures["step"], figures["error"])
         else:
             log.info(
                 "  %-10s %8.3f samples/s  %8.2f s of processor per step  %6.2f GB peak",
-                *map(found.get, ("step", "samples_per_s", "cpu_s", "peak_gb")),
+                *map(figures.get, ("step", "samples_per_s", "cpu_s", "peak_gb")),
             )  # fmt: skip
     if "error" not in theirs | ours:
         ours["ratio"] = round(ours["samples_per_s"] / theirs["samples_per_s"], 3)
@@ -170,15 +170,15 @@ def _table(resolution: int, batches: tuple[int, ...]) -> list[dict[str, Any]]:
         for checkpointing in (False, True):
             for compiled in (False, True):
                 row = in_process(
-                    Variant("ours", "sd15", resolution, batch, 10, checkpointing, compiled)
+                    Measurement("ours", "sd15", resolution, batch, 10, checkpointing, compiled)
                 )
                 rows.append(row)
-                found = row.get("error") or f"{row['samples_per_s']:9.2f}  {row['peak_gb']:7.1f}"
-                log.info("%5d  %13s  %7s  %s", batch, checkpointing, compiled, found)
+                outcome = row.get("error") or f"{row['samples_per_s']:9.2f}  {row['peak_gb']:7.1f}"
+                log.info("%5d  %13s  %7s  %s", batch, checkpointing, compiled, outcome)
     return rows
 
 
-def measure(variant: Variant) -> dict[str, Any]:
+def measure(measurement: Measurement) -> dict[str, Any]:
     """Samples per second (median step), peak memory and what degrading costs.
 
     `cpu_s` is the processor time of a step, all threads: on a CPU that others use, too, it compares
@@ -186,14 +186,16 @@ def measure(variant: Variant) -> dict[str, Any]:
     """
     torch.manual_seed(0)
     device, precision = home(), half("auto")
-    sizes = SIZES[variant.size]
-    step, parameters = (our_step if variant.step == "ours" else diffusers_step)(variant, sizes)
+    sizes = SIZES[measurement.size]
+    step, parameters = (our_step if measurement.step == "ours" else diffusers_step)(
+        measurement, sizes
+    )
     optimizer = torch.optim.AdamW(parameters, lr=1e-5)
-    batches = _batches(variant, sizes)
+    batches = _batches(measurement, sizes)
     seconds: list[float] = []
     busy: list[float] = []
     degrading: list[float] = []
-    for index in range(variant.steps + (3 if variant.compile else 1)):
+    for index in range(measurement.steps + (3 if measurement.compile else 1)):
         mark = time.process_time()
         batch = next(batches)
         degrading.append(time.process_time() - mark)
@@ -208,23 +210,23 @@ def measure(variant: Variant) -> dict[str, Any]:
         _synchronize()
         seconds.append(time.perf_counter() - mark)
         busy.append(time.process_time() - worked)
-        log.info("%s step %d: %.2f s", variant.step, index, seconds[-1])
+        log.info("%s step %d: %.2f s", measurement.step, index, seconds[-1])
     typical, work, cost = (
-        statistics.median(values[-variant.steps :]) for values in (seconds, busy, degrading)
+        statistics.median(values[-measurement.steps :]) for values in (seconds, busy, degrading)
     )
-    found: dict[str, Any] = {
-        "samples_per_s": variant.batch_size / typical,
+    figures: dict[str, Any] = {
+        "samples_per_s": measurement.batch_size / typical,
         "cpu_s": work,
         "seconds": [round(value, 3) for value in seconds],
         "precision": str(precision).partition(".")[2],
         "threads": torch.get_num_threads(),
-        "peak_gb": _peak_bytes() / 1e9,
+        "peak_gb": peak_memory(home()) / 1e9,
     }
-    if variant.step == "ours":
-        found["degradation_s"] = cost
+    if measurement.step == "ours":
+        figures["degradation_s"] = cost
         # A data process has a core of its own beside a GPU; on a CPU it takes from the same cores.
-        found["degradation_share"] = cost / (typical if torch.cuda.is_available() else work)
-    return asdict(variant) | found
+        figures["degradation_share"] = cost / (typical if torch.cuda.is_available() else work)
+    return asdict(measurement) | figures
 
 
 def measure_data(photos: Path, crops_per_part: int, batches: int = 60) -> dict[str, Any]:
@@ -241,24 +243,24 @@ def measure_data(photos: Path, crops_per_part: int, batches: int = 60) -> dict[s
         train.finish(train[number], home())
     _synchronize()
     passed, work = time.perf_counter() - mark, time.process_time() - worked
-    found = {"crops_per_part": crops_per_part, "crops_per_s": 16 * batches / passed,
+    figures = {"crops_per_part": crops_per_part, "crops_per_s": 16 * batches / passed,
              "crops_per_cpu_s": 16 * batches / work}  # fmt: skip
     log.info("data path, %d crops per part: %.1f crops/s, %.1f per second of processor",
-             *found.values())  # fmt: skip
-    return found
+             *figures.values())  # fmt: skip
+    return figures
 
 
-def _batches(variant: Variant, sizes: Sizes) -> Iterator[dict[str, Tensor]]:
+def _batches(measurement: Measurement, sizes: Sizes) -> Iterator[dict[str, Tensor]]:
     """Batches that the data processes would make beside the step: random photos, degraded."""
     generator = torch.Generator().manual_seed(0)
-    side = 2 * variant.resolution
+    side = 2 * measurement.resolution
     coarse = torch.rand(4, 3, 24, 24, generator=generator)
     smooth = F.interpolate(coarse, size=(side, side), mode="bicubic").clamp(0, 1)
     photos = [(photo * 255).byte() for photo in smooth]
     batches = RestorationBatches(
         photos,
-        batch_size=variant.batch_size,
-        crop=variant.resolution,
+        batch_size=measurement.batch_size,
+        crop=measurement.resolution,
         clip_size=sizes.vision_image,
         seed=0,
         kinds=DEFAULT_TYPES,
@@ -271,15 +273,15 @@ def _batches(variant: Variant, sizes: Sizes) -> Iterator[dict[str, Tensor]]:
 Step = Callable[[dict[str, Tensor]], Tensor]
 
 
-def our_step(variant: Variant, sizes: Sizes) -> tuple[Step, list[nn.Parameter]]:
+def our_step(measurement: Measurement, sizes: Sizes) -> tuple[Step, list[nn.Parameter]]:
     """Stage 1 as `training.train_control` runs it."""
     base = Base(sizes, build_unet(sizes), build_vae(sizes), build_vision(sizes))
     models = Models(sizes, DEFAULT_TYPES, EPSILON, WHOLE, base)
-    loop = LoopConfig(out=Path(tempfile.gettempdir()), compile=variant.compile)
+    loop = LoopConfig(out=Path(tempfile.gettempdir()), compile=measurement.compile)
     config = ControlConfig(
         loop,
-        DataConfig(Path("none"), crop=variant.resolution),
-        ModelConfig(gradient_checkpointing=variant.checkpointing),
+        DataConfig(Path("none"), crop=measurement.resolution),
+        ModelConfig(gradient_checkpointing=measurement.checkpointing),
     )
     trainable = prepare(models, config)
     nn.Module.to(models, home())
@@ -288,7 +290,7 @@ def our_step(variant: Variant, sizes: Sizes) -> tuple[Step, list[nn.Parameter]]:
     return lambda batch: loss(batch, generator)["loss"], list(trainable.parameters())
 
 
-def diffusers_step(variant: Variant, sizes: Sizes) -> tuple[Step, list[nn.Parameter]]:
+def diffusers_step(measurement: Measurement, sizes: Sizes) -> tuple[Step, list[nn.Parameter]]:
     """The step of diffusers' train_controlnet.py: ControlNet in fp32, the rest in bf16 or fp32."""
     from diffusers import ControlNetModel
     from transformers import CLIPTextConfig, CLIPTextModel
@@ -308,7 +310,7 @@ def diffusers_step(variant: Variant, sizes: Sizes) -> tuple[Step, list[nn.Parame
     vae = build_vae(sizes)
     for module in (unet, vae, text):
         nn.Module.to(module.requires_grad_(False), device, frozen)
-    if variant.checkpointing:
+    if measurement.checkpointing:
         control.enable_gradient_checkpointing()
     process = scheduler(EPSILON)
 
@@ -345,12 +347,6 @@ def diffusers_step(variant: Variant, sizes: Sizes) -> tuple[Step, list[nn.Parame
 def _synchronize() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-
-
-def _peak_bytes() -> float:
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 if __name__ == "__main__":

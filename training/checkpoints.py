@@ -227,11 +227,11 @@ def compare_file(path: Path, tensors: Mapping[str, Tensor]) -> None:
         CheckpointKeysError: Tensors are missing, or too many.
         ValueError: Tensors differ; names the file and the first of them.
     """
-    found = read_checkpoint(path, required=()).state("")
-    if found.keys() != tensors.keys():
-        missing, extra = tensors.keys() - found.keys(), found.keys() - tensors.keys()
+    read = read_checkpoint(path, required=()).state("")
+    if read.keys() != tensors.keys():
+        missing, extra = tensors.keys() - read.keys(), read.keys() - tensors.keys()
         raise CheckpointKeysError.of(path, "file", missing, extra)
-    if wrong := [key for key, value in tensors.items() if not _same(found[key], value)]:
+    if wrong := [key for key, value in tensors.items() if not _same(read[key], value)]:
         raise ValueError(
             f"{path}: reads back other than it was written ({', '.join(wrong[:3])}); is the disk "
             "all right? The checkpoints beside it hold the training state."
@@ -255,9 +255,9 @@ def _seal(folder: Path, manifest: dict[str, Any]) -> None:
 def _unseal(folder: Path) -> dict[str, Any]:
     manifest = json.loads((folder / _MANIFEST).read_text())
     for name, size in manifest["files"].items():
-        found = (folder / name).stat().st_size
-        if found != size:
-            raise ValueError(f"{name} has {found} bytes instead of {size}")
+        length = (folder / name).stat().st_size
+        if length != size:
+            raise ValueError(f"{name} has {length} bytes instead of {size}")
     return manifest
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import subprocess
@@ -13,7 +14,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from diff_restorer.checkpoint import EPSILON, CheckpointInfo, read_checkpoint
+from diff_restorer.checkpoint import (
+    BASE_PREFIXES,
+    EPSILON,
+    Checkpoint,
+    CheckpointInfo,
+    read_checkpoint,
+)
 from diff_restorer.degradations import ALL_KINDS, KINDS
 from diff_restorer.native import has_native_bf16
 from diff_restorer.prompt_processor import DEFAULT_TYPES
@@ -111,42 +118,56 @@ def open_models(
         FileNotFoundError: A file does not exist.
         ValueError: A file is of another kind, or a needed part is in none of the files.
     """
+    return load_models(config, [read_checkpoint(path, ()) for path in config.init], needed, seed)
+
+
+def load_models(
+    config: ModelConfig, files: Sequence[Checkpoint], needed: tuple[str, ...] = (), seed: int = 0
+) -> tuple[Models, set[str]]:
+    """`open_models` with the files of `config.init` that somebody has opened."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     torch.manual_seed(seed)
-    for path in config.init:
-        check_base(read_checkpoint(path, required=()), SD15 if config.sd15.checkpoint else NANO)
-    if config.sd15.checkpoint is None:
-        models, found = Models(_sizes(config, config.sizes), _types(config, KINDS)), set()
+    has_base = config.sd15.checkpoint is not None
+    for file in files:
+        check_base(file, SD15 if has_base else NANO)
+    sizes = _sizes(config, files, config.sd15.sizes() if has_base else config.sizes)
+    types = _types(config, files, DEFAULT_TYPES if has_base else KINDS)
+    loaded = set[str]()
+    if has_base:
+        base = open_base(config.sd15, sizes)
+        models = Models(base.sizes, types, EPSILON, WHOLE, base)
+        loaded |= set(BASE_PREFIXES)
     else:
-        base = open_base(config.sd15, _sizes(config, config.sd15.sizes()))
-        models = Models(base.sizes, _types(config, DEFAULT_TYPES), EPSILON, WHOLE, base)
-        found = {"base.unet.", "base.vae.", "base.clip_vision."}
-    for path in config.init:
-        found |= models.load(path, decoder=not config.fresh_decoder)
-    if missing := [prefix for prefix in needed if prefix not in found]:
-        raise ValueError(f"--model.init: {missing} not found in {list(map(str, config.init))}")
-    return models.to(home()), found
+        models = Models(sizes, types)
+    for file in files:
+        loaded |= models.load(file, decoder=not config.fresh_decoder)
+    if missing := [prefix for prefix in needed if prefix not in loaded]:
+        raise ValueError(f"--model.init: {missing} not found in {[str(f.path) for f in files]}")
+    return models.to(home()), loaded
 
 
-def _sizes(config: ModelConfig, sizes: Sizes) -> Sizes:
-    found = sizes
-    for path in config.init:
-        found = sizes_of(path, found)
+def _sizes(config: ModelConfig, files: Sequence[Checkpoint], given: Sizes) -> Sizes:
+    """Of the networks that the files hold, else those given."""
+    sizes = functools.reduce(lambda known, file: sizes_of(file, known), files, given)
     if config.fresh_decoder:
         names = [f.name for f in fields(Sizes) if f.name.startswith(("detail_", "fusion_"))]
-        found = replace(found, **{name: getattr(sizes, name) for name in names})
-    return found
+        sizes = replace(sizes, **{name: getattr(given, name) for name in names})
+    return sizes
 
 
-def _types(config: ModelConfig, default: tuple[str, ...]) -> tuple[str, ...]:
+def _types(
+    config: ModelConfig, files: Sequence[Checkpoint], default: tuple[str, ...]
+) -> tuple[str, ...]:
     """Those of the last file with a classifier, else the configured types, else `default`."""
     if unknown := set(config.types) - set(ALL_KINDS):
         raise ValueError(f"--model.types: unknown {sorted(unknown)}; known are {ALL_KINDS}")
-    opened = [read_checkpoint(path, required=()) for path in config.init]
-    written = [file.info.types for file in opened if file.has("prompt_processor.")]
-    if written and config.types and config.types != written[-1]:
-        log.info("--model.types: %s has its own, which stay: %s", config.init[-1], written[-1])
-    return written[-1] if written else config.types or default
+    classifiers = [file for file in files if file.has("prompt_processor.")]
+    if not classifiers:
+        return config.types or default
+    types = classifiers[-1].info.types
+    if config.types and config.types != types:
+        log.info("--model.types: %s has its own, which stay: %s", classifiers[-1].path, types)
+    return types
 
 
 def home() -> torch.device:
@@ -310,7 +331,7 @@ def checkpoint_info(models: Models, config: dict[str, Any]) -> CheckpointInfo:
 def git_revision() -> str:
     """Revision of the code, or `unknown` outside a checkout."""
     try:
-        found = subprocess.run(
+        done = subprocess.run(
             ["git", "rev-parse", "--short", "HEAD"],
             cwd=Path(__file__).parent,
             capture_output=True,
@@ -319,4 +340,4 @@ def git_revision() -> str:
         )
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-    return found.stdout.strip()
+    return done.stdout.strip()

@@ -115,8 +115,8 @@ def table_name(kind: type[Any]) -> str:
 
 def settings(config: Any) -> dict[str, Any]:
     """A config dataclass as nested tables that TOML and JSON can hold; None is left out."""
-    found = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
-    return {name: _plain(value) for name, value in found.items() if value is not None}
+    values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+    return {name: _plain(value) for name, value in values.items() if value is not None}
 
 
 def write(config: Any, path: Path) -> None:

@@ -8,17 +8,16 @@ from pathlib import Path
 
 import torch
 import tyro
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
 
 from diff_restorer.degradations import ALL_KINDS, degrade_chain
 from diff_restorer.similarity import psnr
+from tools import sheet
 
 from .config import exit_after
 from .evaluation.pictures import to_picture
 from .photos import UNREADABLE, read_photo
-
-_MARGIN, _HEADER = 110, 24
 
 
 @dataclass(frozen=True)
@@ -51,23 +50,17 @@ def contact_sheet(config: SheetConfig) -> Image.Image:
         raise ValueError(f"--photo: {config.photo} cannot be read: {error}") from error
     photo.thumbnail((config.side, config.side), Image.Resampling.LANCZOS)
     image = pil_to_tensor(photo)[None].float() / 255
-    width, height = photo.size
-    columns, rows = len(config.severities), len(config.kinds)
-    size = (_MARGIN + columns * width, rows * (height + _HEADER))
-    sheet = Image.new("RGB", size, "white")
-    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(15)
+    rows = []
     for row, kind in enumerate(config.kinds):
-        top = row * (height + _HEADER)
-        pen.text((6, top + _HEADER), kind.replace("+", "\n+ "), "black", font)
+        cells = []
         for column, severity in enumerate(config.severities):
             generator = torch.Generator().manual_seed(config.seed + 1000 * row + column)
             degraded = degrade_chain(kind.split("+"), image, severity, generator)
-            found = float(psnr(degraded, image))
-            left = _MARGIN + column * width
-            label = f"{severity:.2f}   " + (f"{found:.1f} dB" if found < 80 else "identical")
-            pen.text((left + 6, top + 3), label, "black", font)
-            sheet.paste(to_picture(degraded[0]), (left, top + _HEADER))
-    return sheet
+            distance = float(psnr(degraded, image))
+            label = f"{severity:.2f}   " + (f"{distance:.1f} dB" if distance < 80 else "identical")
+            cells.append((label, to_picture(degraded[0])))
+        rows.append(sheet.row(kind.replace("+", " + "), cells))
+    return sheet.stack(rows)
 
 
 def main(config: SheetConfig) -> None:

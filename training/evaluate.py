@@ -48,10 +48,10 @@ from .evaluation.pictures import weights_digest, write_atomically
 from .evaluation.real_pairs import real
 from .evaluation.report import PhotoScore, Summary
 from .evaluation.restoring import (
-    Batch,
-    Job,
+    Task,
+    Workload,
     restored_path,
-    run_batch,
+    run_workload,
     vae_path,
     vae_round_trip,
 )
@@ -138,37 +138,37 @@ def open_cases(config: Config) -> Cases:
         "harm": (suites.harm, data.harm or clean, (data.limit_untouched, data.seed)),
         "pairs": (real, [data.pairs] if data.pairs else [], (data.limit,)),
     }
-    found = Cases()
+    total = Cases()
     for suite in data.suites:
         make, folders, arguments = sources[suite]
         for folder in folders:
-            found.add(make(folder, cache, *arguments))
-    if not found.cases:
+            total.add(make(folder, cache, *arguments))
+    if not total.cases:
         raise ValueError(
             f"no test photo can be used in the suites {', '.join(data.suites)}: "
-            f"{found.failed or dict(found.missing) or 'none of their folders is named'}"
+            f"{total.failed or dict(total.missing) or 'none of their folders is named'}"
         )
-    return found
+    return total
 
 
-def server_work(config: Config, cases: Sequence[Case]) -> list[Batch]:
+def server_work(config: Config, cases: Sequence[Case]) -> list[Workload]:
     """What the server has to do: restore every LQ, and send the clean photos of `own` and `pairs`
     through the stock VAE."""
     workflow, model = load_workflow(config.workflow), weights_digest(config.file)
     anchored = [case for case in cases if suite_of(case.set) in ("own", "pairs")]
     shared = {vae_path(config.out, case): case for case in anchored}
-    round_trips = tuple(Job(case.id, case.gt, path) for path, case in shared.items())
-    jobs = tuple(Job(case.id, case.lq, restored_path(config.out, case)) for case in cases)
+    round_trips = tuple(Task(case.id, case.gt, path) for path, case in shared.items())
+    tasks = tuple(Task(case.id, case.lq, restored_path(config.out, case)) for case in cases)
     return [
-        Batch("restore", workflow, jobs, model),
-        Batch("VAE round trip", vae_round_trip(workflow), round_trips, model, 8),
+        Workload("restore", workflow, tasks, model),
+        Workload("VAE round trip", vae_round_trip(workflow), round_trips, model, 8),
     ]
 
 
 def restore_all(config: Config, cases: Sequence[Case]) -> dict[str, str]:
     """Restores through the server what is not restored yet; returns failed photo -> reason."""
-    batches = server_work(config, cases)
-    pending = [batch.pending() for batch in batches]
+    workloads = server_work(config, cases)
+    pending = [workload.pending() for workload in workloads]
     failed: dict[str, str] = {}
     if not any(pending):
         return failed
@@ -178,8 +178,8 @@ def restore_all(config: Config, cases: Sequence[Case]) -> dict[str, str]:
         server = Host(cpu=not config.gpu, log=config.out / "host.log", nano=config.file)
     with server as host:
         client = Client(host.url if host else config.server or "")
-        for batch, todo in zip(batches, pending, strict=True):
-            failed |= run_batch(client, batch, todo)
+        for workload, todo in zip(workloads, pending, strict=True):
+            failed |= run_workload(client, workload, todo)
     return failed
 
 
@@ -198,8 +198,8 @@ def evaluate(config: Config) -> tuple[Summary, dict[str, str]]:
         raise ValueError("--file: name the file that --workflow loads; the report tells of it")
     base_model = read_checkpoint(config.file).info.base_model
     config.out.mkdir(parents=True, exist_ok=True)
-    found = open_cases(config)
-    cases, failed = found.cases, dict(found.failed)
+    opened = open_cases(config)
+    cases, failed = opened.cases, dict(opened.failed)
     failed |= restore_all(config, cases)
     tried, lost = run_baselines(cases, config.out / "baselines", config.workers)
     failed |= lost
@@ -213,7 +213,7 @@ def evaluate(config: Config) -> tuple[Summary, dict[str, str]]:
     summary["harm"] = summarize_harm(photos)
     add_fid(config.out, cases, learned, summary)
     missing |= learned.missing
-    for (package, reason), count in found.missing.items():
+    for (package, reason), count in opened.missing.items():
         missing[package] = f"{reason}; {count} photos left out"
     if reason := draw_features(config.file, config.sd15, cases, config.out / "tsne.png"):
         missing["tsne"] = reason

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from diff_restorer.checkpoint import CheckpointInfo, read_checkpoint, write_checkpoint
 
 from .checkpoints import compare_file, require_space
-from .common import DataConfig, ModelConfig, data_for, home, open_models, to_home
+from .common import DataConfig, ModelConfig, data_for, home, load_models, open_models, to_home
 from .config import run_program
 from .data import Batch, Mixing, RestorationBatches
 from .models import Models
@@ -64,14 +64,15 @@ def main(config: Config, until: float = math.inf) -> Path:
         DiskError: There is too little room for the file.
     """
     scores = _read_scores(config.scores) if config.scores else None
-    models, _ = open_models(config.model, ("prompt_processor.", "control."))
+    files = [read_checkpoint(path, ()) for path in config.model.init]
+    models, _ = load_models(config.model, files, ("prompt_processor.", "control."))
     if models.ablations:
         raise ValueError(
-            f"--model.init: {config.model.init[-1]} was trained as an ablation "
+            f"--model.init: {files[-1].path} was trained as an ablation "
             f"({', '.join(sorted(models.ablations))}), which the nodes do not run; evaluate it "
             "with training's own programs"
         )
-    source = read_checkpoint(config.model.init[-1])
+    source = files[-1]
     scores = source.info.scores if scores is None else scores
     parts = sorted({_part(key) for key in source.keys})
     fixed, written = write(models, parts, replace(source.info, scores=scores), config, until=until)

@@ -162,20 +162,20 @@ def find_pairs(source: Path, layout: str | None = None, kind: str | None = None)
         return _pairs_of_shards(shards, kind, source)
     names = (layout,) if layout else tuple(LAYOUTS)
     matched = {name: _match(LAYOUTS[name], source, files) for name in names}
-    found = {name: match for name, match in matched.items() if match.pairs}
-    if not found:
+    fitting = {name: match for name, match in matched.items() if match.pairs}
+    if not fitting:
         forms = "; ".join(f"{name} ({LAYOUTS[name].form})" for name in names)
         raise ValueError(
             f"pairs: found no pair among the {len(files)} photos of {source}; looked for {forms}; "
             "and for tar shards with <key>.lq.png, <key>.gt.png and <key>.cls"
         )
-    if len(found) > 1:
-        counts = ", ".join(f"{name} ({len(match.pairs)} pairs)" for name, match in found.items())
+    if len(fitting) > 1:
+        counts = ", ".join(f"{name} ({len(match.pairs)} pairs)" for name, match in fitting.items())
         raise ValueError(
-            f"pairs: {source} looks like {counts}; name one as {next(iter(found))}={source}, or "
+            f"pairs: {source} looks like {counts}; name one as {next(iter(fitting))}={source}, or "
             "give the folder of each set"
         )
-    ((name, match),) = found.items()
+    ((name, match),) = fitting.items()
     lonely, unused = match.lonely, match.unused
     for file in lonely[:_MOST_NAMED] + unused[:_MOST_NAMED]:
         log.warning("pairs: left out %s: found no partner (%s)", file, LAYOUTS[name].form)
@@ -209,7 +209,7 @@ def _match(layout: Layout, source: Path, files: Sequence[Path]) -> _Match:
             degraded.append((file, place))
         if place and place.half != "lq":
             clean[place.shared, file.stem].append((place.inside, file))
-    found = _Match([], [], [])
+    match = _Match([], [], [])
     used: set[Path] = set()
     for file, place in degraded:
         # A file that its name alone tells apart is no partner of itself.
@@ -225,35 +225,35 @@ def _match(layout: Layout, source: Path, files: Sequence[Path]) -> _Match:
         used.add(file)
         if len(exact) == 1:
             used.add(exact[0][1])
-            found.pairs.append((file, exact[0][1], place.shared.name or source.resolve().name))
+            match.pairs.append((file, exact[0][1], place.shared.name or source.resolve().name))
         else:
-            found.lonely.append(file)
-    found.unused.extend(f for several in clean.values() for _, f in several if f not in used)
-    return found
+            match.lonely.append(file)
+    match.unused.extend(f for several in clean.values() for _, f in several if f not in used)
+    return match
 
 
 def _with_kinds(
-    found: Sequence[tuple[PhotoFile, PhotoFile, str]], kind: str | None, source: Path
+    named: Sequence[tuple[PhotoFile, PhotoFile, str]], kind: str | None, source: Path
 ) -> list[Pair]:
     """Pairs of the given kind, or of the kinds that their own names say."""
     pairs: list[Pair] = []
     unknown: dict[str, int] = defaultdict(int)
-    for lq, gt, name in found:
+    for lq, gt, name in named:
         if own := kind or kind_of(name):
             pairs.append(Pair(lq, gt, own))
         else:
             unknown[name] += 1
-    told = ", ".join(f"{name!r} ({count} pairs)" for name, count in unknown.items())
+    foreign = ", ".join(f"{name!r} ({count} pairs)" for name, count in unknown.items())
     hint = f"known are {', '.join(ALL_KINDS)} and names such as hazy; or give them as KIND={source}"
     if unknown and not pairs:
-        raise ValueError(f"pairs: {told} in {source} names no kind; {hint}")
+        raise ValueError(f"pairs: {foreign} in {source} names no kind; {hint}")
     if unknown:
-        log.warning("pairs: left out %s of %s, which name no kind; %s", told, source, hint)
+        log.warning("pairs: left out %s of %s, which name no kind; %s", foreign, source, hint)
     return pairs
 
 
 def _pairs_of_shards(shards: Sequence[Path], kind: str | None, source: Path) -> list[Pair]:
-    found: list[tuple[PhotoFile, PhotoFile, str]] = []
+    pairs: list[tuple[PhotoFile, PhotoFile, str]] = []
     incomplete: list[str] = []
     for shard in shards:
         samples: dict[str, dict[str, ShardMember]] = defaultdict(dict)
@@ -267,13 +267,13 @@ def _pairs_of_shards(shards: Sequence[Path], kind: str | None, source: Path) -> 
             name = kind or parts["cls"].open().read().decode("utf-8", "replace").strip()
             if name.isdecimal() and int(name) < len(KINDS):
                 name = KINDS[int(name)]
-            found.append((parts["lq"], parts["gt"], name))
+            pairs.append((parts["lq"], parts["gt"], name))
     for text in incomplete[:_MOST_NAMED]:
         log.warning("pairs: left out %s; a pair needs lq.png, gt.png and cls", text)
     if incomplete:
         log.warning("pairs: left out %d incomplete samples of %s", len(incomplete), source)
-    if not found:
+    if not pairs:
         raise ValueError(
             f"pairs: {source} has no sample of <key>.lq.png, <key>.gt.png and <key>.cls"
         )
-    return _with_kinds(found, kind, source)
+    return _with_kinds(pairs, kind, source)

@@ -25,7 +25,7 @@ from .course import GAP_SECONDS, Course, Rhythm, StepCourse, TimeCourse, require
 from .data import Batch, Batches, BatchNumbers, load
 from .interruption import Interruption
 from .plots import draw_curves
-from .progress import Progress, peak_memory
+from .progress import RunLog, peak_memory
 from .stepping import Loss, Signs, Stepper
 
 log = logging.getLogger(__name__)
@@ -225,7 +225,7 @@ class _Run:
         config = count_steps(config, len(data), accelerator.num_processes)
         self.stage, self.data, self.config = stage, data, config
         settings = record.settings(program)
-        self.told = {record.table_name(type(program)): settings}  # in the exported file
+        self.provenance = {record.table_name(type(program)): settings}  # in the exported file
         self.exported = config.out / "export.safetensors"
         size = state_bytes(stage.trainable)
         checkpoints = Checkpoints(accelerator, config.out, size, settings) if in_files else None
@@ -258,7 +258,7 @@ class _Run:
         start, extra = self.checkpoints.resume() if self.checkpoints is not None else (0, {})
         self.course = course = _course(config, start, extra, began)
         self.stepper.means.state = extra.get("means", {})
-        self.progress = Progress(
+        self.log = RunLog(
             config.out,
             main=self.accelerator.is_main_process,
             course=course,
@@ -279,7 +279,7 @@ class _Run:
             if self.checkpoints is None:
                 self.average.adopt(self.kept)
             raise
-        self.progress.close()
+        self.log.close()
         if self.checkpoints is None:
             self.average.adopt()
         return Spent(
@@ -309,7 +309,7 @@ class _Run:
                     continue
                 signs, last = taken, course.finished
                 if done % config.log_every == 0 or last:
-                    self.progress.log(self.stepper.lr)
+                    self.log.log(self.stepper.lr)
                 # Before the checkpoint: a run that goes on from it has this row already.
                 if signs.look or last or (signs.stop and self.checkpoints is None):
                     self._validate()
@@ -318,11 +318,11 @@ class _Run:
                     self._save()
                     saves.done()
                 if signs.stop and not last:
-                    told = f"is saved in {config.out}: the same command goes on from there"
+                    saved = f"is saved in {config.out}: the same command goes on from there"
                     log.warning(
                         "interrupted at %s, which %s",
                         course,
-                        told if self.checkpoints is not None else "is kept",
+                        saved if self.checkpoints is not None else "is kept",
                     )
                     raise SystemExit(128 + (interruption.signal or signal.SIGTERM))
 
@@ -338,7 +338,7 @@ class _Run:
                 raise
         else:
             course.advance(signs.ends, place)
-            self.progress.advance()
+            self.log.advance()
             return signs
         stepper.split()  # out of `except`, whose traceback holds the batch
         torch.cuda.empty_cache()
@@ -356,7 +356,7 @@ class _Run:
             return
         extra = {"means": self.stepper.means.state, "course": self.course.state}
         timed = self.clock.part("checkpoint")
-        with self.progress.paused(), self.course.closing("checkpoint"), timed:
+        with self.log.paused(), self.course.closing("checkpoint"), timed:
             self.checkpoints.save(self.course.step, extra)
 
     def _batches(self) -> Iterator[Batch]:
@@ -369,7 +369,7 @@ class _Run:
     def _validate(self, *, again: bool = False) -> None:
         """Validate and export with averaged weights, on the main process."""
         out, step = self.config.out, self.course.step
-        with self.progress.paused(), self.course.closing("validation"), self.average.applied():
+        with self.log.paused(), self.course.closing("validation"), self.average.applied():
             if self.accelerator.is_main_process:
                 with self.clock.part("validation"), self.accelerator.autocast():
                     scores = self.stage.validate(step, out / "sheets")
@@ -378,7 +378,7 @@ class _Run:
                         self._export(self.checkpoints)
                 if not again:
                     with self.clock.part("validation"):
-                        self.progress.validated(step, scores)
+                        self.log.validated(step, scores)
                         draw_curves([out], out / "curves.png")
             self.accelerator.wait_for_everyone()
         if self.checkpoints is None:
@@ -388,7 +388,7 @@ class _Run:
         exported = self.exported
         try:
             with checkpoints.writing() as folder:
-                self.stage.export(folder / exported.name, self.told)
+                self.stage.export(folder / exported.name, self.provenance)
                 if self.stage.check is not None:
                     self.stage.check(folder / exported.name)
                 (folder / exported.name).replace(exported)

@@ -58,12 +58,12 @@ def kind_loss(
     visible = torch.where(severities > 0, visible, 1.0).clamp(max=1) * present
     strongest = visible.amax(dim=1, keepdim=True)
     if classification == "bce":
-        each = F.binary_cross_entropy_with_logits(logits, batch["kinds"], reduction="none")
+        terms = F.binary_cross_entropy_with_logits(logits, batch["kinds"], reduction="none")
         weight = torch.where(present, visible, strongest)
     else:
-        each = F.cross_entropy(logits, batch["label"], reduction="none")[:, None]
+        terms = F.cross_entropy(logits, batch["label"], reduction="none")[:, None]
         weight = strongest
-    return (weight * each).sum() / weight.sum()
+    return (weight * terms).sum() / weight.sum()
 
 
 def kind_scores(logits: Tensor, kinds: Tensor, classification: Classification) -> dict[str, Tensor]:
@@ -118,8 +118,8 @@ def spectral_distance(image: Tensor, reference: Tensor, window: int = 16) -> Ten
         step = window // 2
         pieces = picture.float().unfold(2, window, step).unfold(3, window, step)
         # The floor keeps the gradient of the amplitude finite where a frequency is absent.
-        found = torch.fft.rfft2(pieces, norm="ortho")
-        return (found.real.square() + found.imag.square() + 1e-8).sqrt()
+        spectrum = torch.fft.rfft2(pieces, norm="ortho")
+        return (spectrum.real.square() + spectrum.imag.square() + 1e-8).sqrt()
 
     return F.l1_loss(spectra(image), spectra(reference))
 
@@ -141,10 +141,10 @@ class Perceptual(nn.Module):
         cached = Path(torch.hub.get_dir()) / "checkpoints" / VGG_FILE
         if weights is not None and not weights.is_file():
             raise FileNotFoundError(f"--lpips-weights: {weights} does not exist")
-        found = weights or (cached if cached.is_file() else None)
-        self.lpips: Any = _open_lpips(found) if found else None
-        if found:
-            log.info("perceptual loss: LPIPS (VGG16 of %s)", found)
+        file = weights or (cached if cached.is_file() else None)
+        self.lpips: Any = _open_lpips(file) if file else None
+        if file:
+            log.info("perceptual loss: LPIPS (VGG16 of %s)", file)
         else:
             log.warning(
                 "perceptual loss: the L1 distance of local spectra, because LPIPS's backbone is "

@@ -28,15 +28,15 @@ from diff_restorer.checkpoint import (
     V_PREDICTION,
     Checkpoint,
     CheckpointInfo,
-    read_checkpoint,
     write_checkpoint,
 )
 from diff_restorer.decoder import decoder_levels
 from diff_restorer.detail import SLOW
-from diff_restorer.ldm_keys import from_ldm, tiny_vae_keys, to_ldm, unet_keys, vae_keys
 from diff_restorer.similarity import psnr
 from diff_restorer.views import NATIVE, WHOLE
+from diff_restorer.weights import check_fit
 
+from .ldm_keys import from_ldm, tiny_vae_keys, to_ldm, unet_keys, vae_keys
 from .networks import (
     Sizes,
     build_control,
@@ -46,22 +46,8 @@ from .networks import (
     build_vae,
     build_vision,
     memory_format,
-    sizes_of,
 )
 from .pretrained import Base
-
-__all__ = [
-    "Models",
-    "Sizes",
-    "build_control",
-    "build_unet",
-    "build_vae",
-    "build_vision",
-    "clip_tokens",
-    "psnr",
-    "sizes_of",
-    "to_pixels",
-]
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -207,8 +193,8 @@ class Models(nn.Module):
         features = self._features_at(latent, path.levels[-1])
         wanted = F.avg_pool2d(self.decode(latent), 8)
         rows = F.pad(features.movedim(1, -1).flatten(0, 2), (0, 1), value=1.0).double()
-        found = torch.linalg.lstsq(rows.cpu(), wanted.movedim(1, -1).flatten(0, 2).double().cpu())
-        weight = found.solution.T.to(path.color.weight) / SLOW
+        fitted = torch.linalg.lstsq(rows.cpu(), wanted.movedim(1, -1).flatten(0, 2).double().cpu())
+        weight = fitted.solution.T.to(path.color.weight) / SLOW
         path.color.weight.copy_(weight[:, :-1, None, None])
         path.color.bias.copy_(weight[:, -1])
 
@@ -217,8 +203,8 @@ class Models(nn.Module):
         trunk = VaeTrunk.of(self.vae)
         with own_precision(self.vae):
             raw = suited(self.vae, latent / self.latent_scale)
-            found = next(h for each, h in decoder_levels(trunk, raw) if each == level)
-        return found.float()
+            features = next(h for number, h in decoder_levels(trunk, raw) if number == level)
+        return features.float()
 
     def start_control(self) -> None:
         """Copy the UNet's encoder into the control module (start of stage 1)."""
@@ -405,79 +391,63 @@ class Models(nn.Module):
         """Write the parts in `prefixes` as one Diff-Restorer file."""
         write_checkpoint(path, self.file_tensors(prefixes, dtype), info)
 
-    def load(self, path: Path, decoder: bool = True) -> set[str]:
-        """Read every part that `path` holds, but for its decoder if so told; returns the prefixes
+    def load(self, checkpoint: Checkpoint, decoder: bool = True) -> set[str]:
+        """Read every part that a file holds, but for its decoder if so told; returns the prefixes
         read."""
-        checkpoint = read_checkpoint(path, required=())
         check_base(checkpoint, self.base_model)
         self.leave_out(*checkpoint.info.config.get("ablations", ()))
         if "loop" not in checkpoint.info.config:  # once the last program's alone, without its name
             self.history |= checkpoint.info.config
-        found: set[str] = set()
+        loaded: set[str] = set()
         unwanted = () if decoder else self.decoder_parts
         for prefix, module in self.parts().items():
-            if prefix not in unwanted and (state := checkpoint.state(prefix)):
-                _load_strictly(module, _as_float(state), prefix, path)
-                found.add(prefix)
+            if prefix not in unwanted and (state := checkpoint.state(prefix, torch.float32)):
+                _load_strictly(module, state, prefix, checkpoint.path)
+                loaded.add(prefix)
         for prefix, module, keys in self._renamed_parts():
-            if prefix not in unwanted and (state := checkpoint.state(prefix)):
-                _load_strictly(module, from_ldm(_as_float(state), keys), prefix, path)
-                found.add(prefix)
-        if "base.vae." in found:
+            if prefix not in unwanted and (state := checkpoint.state(prefix, torch.float32)):
+                _load_strictly(module, from_ldm(state, keys), prefix, checkpoint.path)
+                loaded.add(prefix)
+        if "base.vae." in loaded:
             self.latent_scale = checkpoint.info.latent_scale
-        if "base.unet." in found:
+        if "base.unet." in loaded:
             self.prediction = checkpoint.info.prediction
-        if "prompt_processor." in found:
+        if "prompt_processor." in loaded:
             self.degradation_view = checkpoint.info.clip.get("degradation_view", WHOLE)
             self.classification = checkpoint.info.classification
             self.abstention = checkpoint.info.abstention
-        return found
+        return loaded
 
 
 def _color_fields() -> Tensor:
     """Pictures of smooth and rough colours, (32, 3, 64, 64) in [-1, 1], always the same."""
     generator = torch.Generator().manual_seed(0)
-    found = torch.zeros(32, 3, 64, 64)
+    fields = torch.zeros(32, 3, 64, 64)
     for cells in (1, 2, 4, 8, 32):
         field = torch.rand(32, 3, cells, cells, generator=generator)
         weight = torch.rand(32, 1, 1, 1, generator=generator)
-        found += weight * F.interpolate(field, size=(64, 64), mode="bilinear")
-    low, high = (end[:, None, None, None] for end in found.flatten(1).aminmax(dim=1))
+        fields += weight * F.interpolate(field, size=(64, 64), mode="bilinear")
+    low, high = (end[:, None, None, None] for end in fields.flatten(1).aminmax(dim=1))
     ends = torch.rand(2, 32, 1, 1, 1, generator=generator)
-    return torch.lerp(ends[0] - 1, 1 - ends[1], (found - low) / (high - low))
+    return torch.lerp(ends[0] - 1, 1 - ends[1], (fields - low) / (high - low))
 
 
 def check_base(checkpoint: Checkpoint, base_model: str) -> None:
     """Raise a ValueError where a file belongs to another base than `base_model`."""
-    found = checkpoint.info.base_model
-    if found != base_model:
-        remedy = "needs" if found == SD15 else "goes without"
+    own = checkpoint.info.base_model
+    if own != base_model:
+        remedy = "needs" if own == SD15 else "goes without"
         raise ValueError(
-            f"{checkpoint.path}: belongs to a {found!r} base, not to a {base_model!r} one; it "
+            f"{checkpoint.path}: belongs to a {own!r} base, not to a {base_model!r} one; it "
             f"{remedy} --model.sd15.checkpoint and --model.sd15.clip"
         )
 
 
-def _as_float(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {key: value.float() for key, value in state.items()}
-
-
 def _load_strictly(module: nn.Module, state: dict[str, Tensor], prefix: str, path: Path) -> None:
-    own = module.state_dict()
-    state = {key: value for key, value in state.items() if key in own or "position_ids" not in key}
-    missing = [key for key in own if key not in state and not key.endswith("position_ids")]
-    unexpected = [key for key in state if key not in own]
-    misfits = [
-        f"{key} {tuple(value.shape)} instead of {tuple(own[key].shape)}"
-        for key, value in state.items()
-        if key in own and value.shape != own[key].shape
-    ]
-    if missing or unexpected or misfits:
-        raise ValueError(
-            f"{path}: part {prefix!r} does not fit the configured sizes (--model); "
-            f"missing {missing[:3]}, unexpected {unexpected[:3]}, of other size {misfits[:3]}"
-        )
-    module.load_state_dict(state, strict=False)
+    state = {key: value for key, value in state.items() if not key.endswith("position_ids")}
+    remedy = "Give --model the sizes that the file was trained with."
+    check_fit(module, state, path, f"part {prefix!r}", remedy)
+    module.load_state_dict(state)
 
 
 def to_pixels(image: Tensor) -> Tensor:

@@ -6,7 +6,6 @@ import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,7 +28,7 @@ from diff_restorer import (
     VaeTrunk,
     make_hint_conv,
 )
-from diff_restorer.checkpoint import DETAIL_PREFIX, read_checkpoint
+from diff_restorer.checkpoint import DETAIL_PREFIX, Checkpoint
 from diff_restorer.control import zero_init
 
 HEADS = 8
@@ -66,7 +65,7 @@ class Sizes:
     fusion_pixel_width: int = 32
 
 
-SD15 = Sizes(
+SD15_SIZES = Sizes(
     vae_channels=(128, 256, 512, 512),
     vae_layers=2,
     unet_channels=(320, 640, 1280, 1280),
@@ -193,16 +192,14 @@ def build_vision(sizes: Sizes) -> CLIPVisionModelWithProjection:
     )
 
 
-def sizes_of(path: Path, default: Sizes = Sizes()) -> Sizes:
+def sizes_of(checkpoint: Checkpoint, default: Sizes = Sizes()) -> Sizes:
     """Sizes of the parts that a Diff-Restorer file holds; what it does not tell is `default`'s.
 
     Heads of the vision encoder leave no trace in its tensors: `vision_head_width` is `default`'s.
 
     Raises:
-        CheckpointError: It is no Diff-Restorer file.
         ValueError: A tensor that carries a size is missing.
     """
-    checkpoint = read_checkpoint(path, required=())
     readers = {
         "base.unet.": unet_sizes,
         "base.vae.": vae_sizes,
@@ -211,14 +208,14 @@ def sizes_of(path: Path, default: Sizes = Sizes()) -> Sizes:
         "decoder.fusion.": _fusion_sizes,
         DETAIL_PREFIX: _detail_sizes,
     }
-    found: dict[str, Any] = {}
+    sizes: dict[str, Any] = {}
     for prefix, read in readers.items():
-        if state := checkpoint.state(prefix):
+        if shapes := checkpoint.shapes(prefix):
             try:
-                found |= read(state)
+                sizes |= read(shapes)
             except KeyError as error:
-                raise ValueError(f"{path}: part {prefix!r} lacks {error}") from error
-    return replace(default, **found)
+                raise ValueError(f"{checkpoint.path}: part {prefix!r} lacks {error}") from error
+    return replace(default, **sizes)
 
 
 def unet_sizes(state: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -269,28 +266,28 @@ def vision_sizes(state: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def _prompt_sizes(state: Mapping[str, Tensor]) -> dict[str, Any]:
-    found = PromptProcessorConfig.from_state_dict(state)
+    config = PromptProcessorConfig.from_state_dict(state)
     return {
-        "vision_width": found.clip_width,
-        "prompt_hidden": found.hidden_width,
-        "context_width": found.context_width,
+        "vision_width": config.clip_width,
+        "prompt_hidden": config.hidden_width,
+        "context_width": config.context_width,
     }
 
 
 def _fusion_sizes(state: Mapping[str, Tensor]) -> dict[str, Any]:
-    found = FusionConfig.from_state_dict(state)
+    config = FusionConfig.from_state_dict(state)
     return {
         "detail_widths": (),
-        "fusion_levels": tuple(level for level, _ in found.channels),
-        "fusion_growth": found.growth,
-        "fusion_depth": found.depth,
-        "fusion_pixel_width": found.pixels[1] if found.pixels else 0,
+        "fusion_levels": tuple(level for level, _ in config.channels),
+        "fusion_growth": config.growth,
+        "fusion_depth": config.depth,
+        "fusion_pixel_width": config.pixels[1] if config.pixels else 0,
     }
 
 
 def _detail_sizes(state: Mapping[str, Tensor]) -> dict[str, Any]:
-    found = DetailConfig.from_state_dict(state)
-    return {"detail_widths": found.widths, "detail_depths": found.depths}
+    config = DetailConfig.from_state_dict(state)
+    return {"detail_widths": config.widths, "detail_depths": config.depths}
 
 
 def _count(state: Mapping[str, Tensor], key: str) -> int:

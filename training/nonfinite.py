@@ -28,8 +28,8 @@ def describe(
     """
 
     def bad(tensors: Iterator[tuple[str, Tensor | None]]) -> list[str]:
-        found = [n for n, t in tensors if t is not None and not torch.isfinite(t).all()]
-        return [*found[:3], *(["..."] if len(found) > 3 else [])]
+        bad = [n for n, t in tensors if t is not None and not torch.isfinite(t).all()]
+        return [*bad[:3], *(["..."] if len(bad) > 3 else [])]
 
     wrong = [n for n in parts[0] if not all(torch.isfinite(part[n]).all() for part in parts)]
     terms = [name for name in wrong if name in learned]

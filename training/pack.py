@@ -98,25 +98,25 @@ def main(config: Config) -> Path:
         DiskError: There is too little room for the pack.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    told = _source_qualities(config)
+    qualities = _source_qualities(config)
     files = sorted({file for source in config.photos for file in list_photos(source)}, key=str)
 
     def look(file: PhotoFile) -> Candidate | None:
         try:
-            return _candidate(file, told.get(str(file), 100), config)
+            return _candidate(file, qualities.get(str(file), 100), config)
         except UNREADABLE as error:
             log.warning("left out %s: %s", file, error)
             return None
 
     with ThreadPoolExecutor() as pool:
-        found = [candidate for candidate in pool.map(look, files) if candidate is not None]
-    found.sort(key=lambda candidate: -candidate.worth)
-    chosen = list(_fitting(found, round(config.megabytes * 2**20)))
+        candidates = [candidate for candidate in pool.map(look, files) if candidate is not None]
+    candidates.sort(key=lambda candidate: -candidate.worth)
+    chosen = list(_fitting(candidates, round(config.megabytes * 2**20)))
     if not chosen:
         raise ValueError(
-            f"{', '.join(map(str, config.photos))}: of {len(files)} photos {len(found)} are good "
-            f"enough (quality {config.least_quality}, {config.least_side} pixels) and none fits "
-            f"into --megabytes {config.megabytes:g}; give more photos or a larger pack"
+            f"{', '.join(map(str, config.photos))}: of {len(files)} photos {len(candidates)} are "
+            f"good enough (quality {config.least_quality}, {config.least_side} pixels) and none "
+            f"fits into --megabytes {config.megabytes:g}; give more photos or a larger pack"
         )
     _write(config.out, chosen)
     log.info(
@@ -137,13 +137,13 @@ def jpeg_quality(picture: Image.Image) -> int:
     tables: dict[int, Sequence[int]] = getattr(picture, "quantization", None) or {}
     if not tables:
         return 100
-    found = sum(tables[0])
+    own = sum(tables[0])
 
     def total(quality: int) -> int:
         scale = 5000 // quality if quality < 50 else 200 - 2 * quality
         return sum(min(255, max(1, (entry * scale + 50) // 100)) for entry in LUMINANCE_TABLE)
 
-    return min(range(1, 101), key=lambda quality: abs(total(quality) - found))
+    return min(range(1, 101), key=lambda quality: abs(total(quality) - own))
 
 
 def sharpness(grey: Tensor) -> float:
@@ -163,12 +163,12 @@ def _octave(grey: Tensor) -> Tensor:
     return (grey - back).square().mean().sqrt()
 
 
-def _candidate(file: PhotoFile, told: int, config: Config) -> Candidate | None:
+def _candidate(file: PhotoFile, known: int, config: Config) -> Candidate | None:
     """The photo as it would be packed; None where it is not good enough."""
     with file.open("rb") as stream, Image.open(stream) as picture:
         reduced = picture.width * picture.height > LARGE
         own = WEBP_QUALITY if picture.format == "WEBP" else jpeg_quality(picture)
-    quality = REDUCED_QUALITY if reduced else min(told, own)
+    quality = REDUCED_QUALITY if reduced else min(known, own)
     if quality < config.least_quality:
         return None
     content = packed(file)
@@ -198,7 +198,7 @@ def packed(file: PhotoFile) -> bytes:
 
 def _source_qualities(config: Config) -> dict[str, int]:
     """Photo -> quality of its source, from the manifests."""
-    told: dict[str, int] = {}
+    qualities: dict[str, int] = {}
     for source in config.photos:
         if not config.source_quality or source.suffix.lower() != ".csv":
             continue
@@ -210,8 +210,8 @@ def _source_qualities(config: Config) -> dict[str, int]:
                         f"but {', '.join(row)}"
                     )
                 if value := row[config.source_quality]:
-                    told[str(source.parent / row["path"])] = int(float(value))
-    return told
+                    qualities[str(source.parent / row["path"])] = int(float(value))
+    return qualities
 
 
 def _fitting(ranked: Sequence[Candidate], room: int) -> Iterator[Candidate]:

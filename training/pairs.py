@@ -64,17 +64,17 @@ class PairedPhotos(Sequence[tuple[Tensor, Tensor]]):
         self.pairs: list[Pair] = []
         for given in sources:
             path, layout, kind = parse_source(given)
-            found = find_pairs(path, layout, kind)
-            wanted = [pair for pair in found if pair.kind in kinds]
-            if len(wanted) < len(found):
-                others = ", ".join(sorted({pair.kind for pair in found} - set(kinds)))
-                told = (
-                    f"pairs: {len(found) - len(wanted)} pairs of {path} are of the kind {others}, "
+            listed = find_pairs(path, layout, kind)
+            wanted = [pair for pair in listed if pair.kind in kinds]
+            if len(wanted) < len(listed):
+                others = ", ".join(sorted({pair.kind for pair in listed} - set(kinds)))
+                reason = (
+                    f"pairs: {len(listed) - len(wanted)} pairs of {path} are of the kind {others}, "
                     f"which is not trained ({', '.join(kinds)}); KIND={path} gives them another"
                 )
                 if not wanted:
-                    raise ValueError(told)
-                log.warning("%s; left out", told)
+                    raise ValueError(reason)
+                log.warning("%s; left out", reason)
             self.pairs += self._store.usable("pairs", wanted, self._read, _decoded_bytes)
 
     def _read(self, pair: Pair) -> tuple[Tensor, Tensor]:

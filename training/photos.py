@@ -55,11 +55,11 @@ PhotoFile = Path | ShardMember
 
 def fingerprint(files: Iterable[PhotoFile]) -> str:
     """Short hash of the files' names and sizes, in their order."""
-    told = hashlib.blake2b(digest_size=6)
+    total = hashlib.blake2b(digest_size=6)
     for file in files:
         size = file.size if isinstance(file, ShardMember) else file.stat().st_size
-        told.update(f"{Path(file.name).name} {size}\n".encode())
-    return told.hexdigest()
+        total.update(f"{Path(file.name).name} {size}\n".encode())
+    return total.hexdigest()
 
 
 def shard_key(member: ShardMember) -> tuple[str, str]:
@@ -127,10 +127,10 @@ def list_photos(source: Path) -> Sequence[PhotoFile]:
             "tar shard"
         )
     if source.is_dir():
-        found = [p for p in source.rglob("*") if is_photo(p.name) and p.is_file()]
+        files = [p for p in source.rglob("*") if is_photo(p.name) and p.is_file()]
         accepted = f"a folder with photos ({', '.join(sorted(PHOTO_SUFFIXES))}) or tar shards"
     elif source.suffix.lower() in SHARD_SUFFIXES:
-        found = []
+        files = []
         accepted = "a tar shard with photos (<key>.jpg, not the pairs <key>.lq.* and <key>.gt.*)"
     elif source.suffix.lower() == ".csv":
         with source.open(newline="", encoding="utf-8") as file:
@@ -140,14 +140,14 @@ def list_photos(source: Path) -> Sequence[PhotoFile]:
                     f"photos: {source} has the columns {reader.fieldnames}; a manifest needs `path`"
                 )
             rows = [row for row in reader if row.get("part", "train") == "train"]
-        found = [source.parent / row["path"] for row in rows]
+        files = [source.parent / row["path"] for row in rows]
         accepted = "a CSV manifest with rows (of part `train`, where it has that column)"
     else:
         lines = (line.strip() for line in source.read_text(encoding="utf-8").splitlines())
-        found = [source.parent / line for line in lines if line and not line.startswith("#")]
+        files = [source.parent / line for line in lines if line and not line.startswith("#")]
         accepted = "a text list with one path per line"
-    if found:
-        return sorted(found)
+    if files:
+        return sorted(files)
     if packed := _photos_in(list_shards(source)):
         return sorted(packed)
     raise ValueError(f"photos: found no photo in {source}; give {accepted}")
@@ -245,8 +245,8 @@ class PhotoStore:
                     return None
 
             bar = tqdm(pool.map(one, places), what, len(places), leave=False, delay=3, disable=None)
-            found = zip(places, bar, strict=True)
-            return {place: value for place, value in found if value is not None}
+            results = zip(places, bar, strict=True)
+            return {place: value for place, value in results if value is not None}
 
         faults: dict[int, Exception] = {}
         free = self._limit - sum(photo.nbytes for photo in self._kept.values())

@@ -63,8 +63,8 @@ def draw_curves(runs: Sequence[Path], out: Path) -> None:
     Raises:
         ValueError: A folder holds no table.
     """
-    found = {run: read_curves(run) for run in runs}
-    panels = list(dict.fromkeys(key for curves in found.values() for key in curves))
+    tables = {run: read_curves(run) for run in runs}
+    panels = list(dict.fromkeys(key for curves in tables.values() for key in curves))
     panels.sort(key=lambda key: _TABLES.index(key[0]))
     height = max(1, math.ceil(len(panels) / _COLUMNS))
     figure = Figure(figsize=(4.5 * _COLUMNS, 2.6 * height), dpi=90)
@@ -74,7 +74,7 @@ def draw_curves(runs: Sequence[Path], out: Path) -> None:
     axes = figure.subplots(height, _COLUMNS, squeeze=False).ravel()
     for panel, axis in zip(panels, axes, strict=False):
         table, name = panel
-        for index, (run, curves) in enumerate(found.items()):
+        for index, (run, curves) in enumerate(tables.items()):
             steps, values = curves.get(panel, ([], []))
             style = {"color": f"C{index % 10}", "label": run.name}
             if table == "validation" or len(steps) < 50:
@@ -83,7 +83,7 @@ def draw_curves(runs: Sequence[Path], out: Path) -> None:
                 axis.plot(steps, values, linewidth=0.5, alpha=0.35, color=style["color"])
                 axis.plot(steps, _smooth(values), **style)
         if name in _LOGARITHMIC and all(
-            value > 0 for curves in found.values() for value in curves.get(panel, ([], []))[1]
+            value > 0 for curves in tables.values() for value in curves.get(panel, ([], []))[1]
         ):
             axis.set_yscale("log")
         axis.set_title(name if table == "metrics" else f"validation: {name}", fontsize=10)

@@ -15,10 +15,11 @@ from huggingface_hub import try_to_load_from_cache
 from torch import Tensor, nn
 
 from diff_restorer.checkpoint import open_safetensors
-from diff_restorer.ldm_keys import from_ldm, to_ldm, unet_keys, vae_keys
+from diff_restorer.weights import check_fit
 
+from .ldm_keys import from_ldm, to_ldm, unet_keys, vae_keys
 from .networks import (
-    SD15,
+    SD15_SIZES,
     Sizes,
     build_unet,
     build_vae,
@@ -33,6 +34,7 @@ State = dict[str, Tensor]
 _OTHER_UNETS = {1024: "Stable Diffusion 2", 2048: "SDXL"}
 _OTHER_TOWERS = {768: "ViT-B", 1280: "ViT-H", 1408: "ViT-g", 1664: "ViT-bigG"}
 _ACCEPTED = "a Stable Diffusion 1.5 checkpoint (.safetensors) or a diffusers folder (unet/, vae/)"
+_ACCEPTED_VAE = "an SD 1.5 AutoencoderKL"
 _ACCEPTED_CLIP = (
     "OpenAI's ViT-L/14: a Hugging Face folder, its model.safetensors, or an open_clip .safetensors"
 )
@@ -53,21 +55,21 @@ class Sd15Config:
     clip: str | None = None
     """OpenAI's ViT-L/14: a Hugging Face folder, its model.safetensors, an open_clip .safetensors,
     or a name in open_clip's local cache such as ViT-L-14-quickgelu/openai."""
-    prompt_hidden: int = SD15.prompt_hidden
+    prompt_hidden: int = SD15_SIZES.prompt_hidden
     """Width of the Prompt Processor's hidden layers."""
-    fusion_levels: tuple[int, ...] = SD15.fusion_levels
+    fusion_levels: tuple[int, ...] = SD15_SIZES.fusion_levels
     """VAE levels (0 is full size, 1 is 1/2, ...) whose encoder features the decoder sees."""
-    fusion_growth: int = SD15.fusion_growth
+    fusion_growth: int = SD15_SIZES.fusion_growth
     """Channels that each conv of a residual dense block adds."""
-    fusion_depth: int = SD15.fusion_depth
+    fusion_depth: int = SD15_SIZES.fusion_depth
     """Convs of a residual dense block."""
-    fusion_pixel_width: int = SD15.fusion_pixel_width
+    fusion_pixel_width: int = SD15_SIZES.fusion_pixel_width
     """Width of the block that fuses the photo's own pixels; 0 is none. Ours."""
 
     def sizes(self) -> Sizes:
         """SD 1.5's sizes with these choices."""
         return replace(
-            SD15,
+            SD15_SIZES,
             prompt_hidden=self.prompt_hidden,
             fusion_levels=self.fusion_levels,
             fusion_growth=self.fusion_growth,
@@ -107,21 +109,25 @@ def open_base(config: Sd15Config, sizes: Sizes) -> Base:
     if config.vae is not None:
         vae = _open_vae(config.vae)
     vision = _open_vision(config.clip)
-    found = _told(unet_sizes, unet, config.checkpoint, _ACCEPTED)
-    found |= _told(vae_sizes, vae, config.vae or config.checkpoint, "an SD 1.5 AutoencoderKL")
-    found |= _told(vision_sizes, vision, Path(config.clip), _ACCEPTED_CLIP)
-    sizes = replace(sizes, **found)
+    vae_file, clip_file = config.vae or config.checkpoint, Path(config.clip)
+    sizes = replace(
+        sizes,
+        **_read_sizes(unet_sizes, unet, config.checkpoint, _ACCEPTED),
+        **_read_sizes(vae_sizes, vae, vae_file, _ACCEPTED_VAE),
+        **_read_sizes(vision_sizes, vision, clip_file, _ACCEPTED_CLIP),
+    )
     with init_empty_weights():
-        built = build_unet(sizes), build_vae(sizes), build_vision(sizes)
-    _fill(built[0], _renamed(unet, built[0], unet_keys), config.checkpoint, "UNet")
-    _fill(built[1], _renamed(vae, built[1], vae_keys), config.vae or config.checkpoint, "VAE")
+        networks = build_unet(sizes), build_vae(sizes), build_vision(sizes)
     if "visual_projection.weight" not in vision:  # a bare tower; P_CLIP is taken before it
         vision["visual_projection.weight"] = torch.eye(sizes.vision_width)
     else:
         width = vision["visual_projection.weight"].shape[0]
-        built[2].visual_projection = nn.Linear(sizes.vision_width, width, bias=False)
-    _fill(built[2], vision, Path(config.clip), "vision tower")
-    return Base(sizes, *(module.eval().requires_grad_(False) for module in built))
+        networks[2].visual_projection = nn.Linear(sizes.vision_width, width, bias=False)
+    unet, vae = _renamed(unet, networks[0], unet_keys), _renamed(vae, networks[1], vae_keys)
+    _fill(networks[0], unet, config.checkpoint, "UNet", _ACCEPTED)
+    _fill(networks[1], vae, vae_file, "VAE", _ACCEPTED_VAE)
+    _fill(networks[2], vision, clip_file, "vision tower", _ACCEPTED_CLIP)
+    return Base(sizes, *(network.eval().requires_grad_(False) for network in networks))
 
 
 def _open_checkpoint(path: Path, with_vae: bool) -> tuple[State, State]:
@@ -131,8 +137,8 @@ def _open_checkpoint(path: Path, with_vae: bool) -> tuple[State, State]:
         vae = _from_folder(AutoencoderKL, path / "vae", vae_keys) if with_vae else {}
     else:
         prefixes = ("model.diffusion_model.", "first_stage_model.")[: 1 + with_vae]
-        found = dict(zip(prefixes, _read(path, *prefixes, expected=_ACCEPTED), strict=True))
-        unet, vae = found["model.diffusion_model."], found.get("first_stage_model.", {})
+        parts = dict(zip(prefixes, _read(path, *prefixes, expected=_ACCEPTED), strict=True))
+        unet, vae = parts["model.diffusion_model."], parts.get("first_stage_model.", {})
     _check_unet(unet, path)
     return unet, vae
 
@@ -140,15 +146,15 @@ def _open_checkpoint(path: Path, with_vae: bool) -> tuple[State, State]:
 def _check_unet(state: Mapping[str, Tensor], path: Path) -> None:
     """Structure tells the families apart, so that a small SD 1.5 of any width is accepted."""
     context = state.get("middle_block.1.transformer_blocks.0.attn2.to_k.weight")
-    found = _OTHER_UNETS.get(context.shape[1]) if context is not None else "no SD UNet"
+    other = _OTHER_UNETS.get(context.shape[1]) if context is not None else "no SD UNet"
     entry = state.get("input_blocks.0.0.weight")
-    if found is None and entry is not None and entry.shape[1] != 4:
-        found = f"a UNet with {entry.shape[1]} input channels (inpainting or editing)"
+    if other is None and entry is not None and entry.shape[1] != 4:
+        other = f"a UNet with {entry.shape[1]} input channels (inpainting or editing)"
     projection = state.get("middle_block.1.proj_in.weight")
-    if found is None and projection is not None and projection.ndim == 2:
-        found = "a UNet with linear projections (SD 2 or SDXL family)"
-    if found is not None:
-        raise PretrainedError(f"{path}: found {found}; accepted is {_ACCEPTED}")
+    if other is None and projection is not None and projection.ndim == 2:
+        other = "a UNet with linear projections (SD 2 or SDXL family)"
+    if other is not None:
+        raise PretrainedError(f"{path}: found {other}; accepted is {_ACCEPTED}")
 
 
 def _open_vae(path: Path) -> State:
@@ -212,8 +218,8 @@ def _open_vision(source: str) -> State:
         state = {key: value for key, value in state.items() if key.startswith(parts)}
     width = state.get("vision_model.embeddings.class_embedding", torch.empty(0)).shape[0]
     if not width or width in _OTHER_TOWERS:
-        found = f"{_OTHER_TOWERS[width]} (width {width})" if width else "no CLIP vision tower"
-        raise PretrainedError(f"{path}: found {found}; accepted is {_ACCEPTED_CLIP}")
+        other = f"{_OTHER_TOWERS[width]} (width {width})" if width else "no CLIP vision tower"
+        raise PretrainedError(f"{path}: found {other}; accepted is {_ACCEPTED_CLIP}")
     return {key: value for key, value in state.items() if not key.endswith("position_ids")}
 
 
@@ -222,10 +228,11 @@ def _check_activation(config: Path) -> None:
     if not config.is_file():
         return
     settings = json.loads(config.read_text(encoding="utf-8"))
-    found = settings.get("vision_config", settings).get("hidden_act", "quick_gelu")
-    if found != "quick_gelu":
+    activation = settings.get("vision_config", settings).get("hidden_act", "quick_gelu")
+    if activation != "quick_gelu":
         raise PretrainedError(
-            f"{config}: a vision tower with {found}; accepted is {_ACCEPTED_CLIP}, with quick_gelu"
+            f"{config}: a vision tower with {activation}; accepted is {_ACCEPTED_CLIP}, with "
+            "quick_gelu"
         )
 
 
@@ -237,9 +244,9 @@ def _cached_open_clip(name: str) -> Path:
     entry = open_clip.get_pretrained_cfg(model, tag) if tag else {}
     repository = str(entry.get("hf_hub", "")).rpartition("/")[0]
     if repository:
-        found = try_to_load_from_cache(repository, "open_clip_model.safetensors")
-        if isinstance(found, str):
-            return Path(found)
+        cached = try_to_load_from_cache(repository, "open_clip_model.safetensors")
+        if isinstance(cached, str):
+            return Path(cached)
     known = f", and {repository} is not in the local cache" if repository else ""
     raise PretrainedError(
         f"--model.sd15.clip {name}: no such file or folder{known}; accepted is {_ACCEPTED_CLIP}"
@@ -299,7 +306,7 @@ def _read(path: Path, *prefixes: str, expected: str) -> list[State]:
         ]
 
 
-def _told(read: Any, state: State, path: Path, expected: str) -> dict[str, Any]:
+def _read_sizes(read: Any, state: State, path: Path, expected: str) -> dict[str, Any]:
     try:
         return read(state)
     except KeyError as error:
@@ -312,19 +319,11 @@ def _renamed(state: State, module: nn.Module, names: Any) -> State:
     return from_ldm(state, {name: ldm for name, ldm in keys.items() if ldm in state})
 
 
-def _fill(module: nn.Module, state: State, path: Path, part: str) -> None:
-    """Assign fp32 weights to a module that has none yet."""
+def _fill(module: nn.Module, state: State, path: Path, part: str, accepted: str) -> None:
+    """Assign fp32 weights to a module that has none yet; what else the file holds is left out."""
     own = module.state_dict()
-    missing = sorted(set(own) - set(state))
-    misfits = [
-        f"{key} {tuple(state[key].shape)} instead of {tuple(own[key].shape)}"
-        for key in own
-        if key in state and state[key].shape != own[key].shape
-    ]
-    if missing or misfits:
-        raise PretrainedError(
-            f"{path}: the {part} does not fit; missing {missing[:3]}, of other size {misfits[:3]}"
-        )
+    state = {key: value for key, value in state.items() if key in own}
+    check_fit(module, state, path, part, f"Accepted is {accepted}.")
     # Copies: a mapped file that is written over would end the run, or change its networks.
-    copies = {key: state[key].to(torch.float32, copy=True) for key in own}
+    copies = {key: value.to(torch.float32, copy=True) for key, value in state.items()}
     module.load_state_dict(copies, assign=True)

@@ -89,7 +89,7 @@ class Means:
         return means
 
 
-class Progress:
+class RunLog:
     """The logs of one run; does nothing on processes that are not the main one."""
 
     def __init__(

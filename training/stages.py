@@ -60,5 +60,5 @@ def run_stage(
         began: When its time box began, of `time.perf_counter`; now.
     """
     began = began or time.perf_counter()
-    models, found = open_models(config.model, needed, config.loop.seed)
-    return run(*build(models, found, config), config.loop, config, began)
+    models, loaded = open_models(config.model, needed, config.loop.seed)
+    return run(*build(models, loaded, config), config.loop, config, began)

@@ -152,17 +152,17 @@ class Stepper:
         with self.clock.part("optimizer"):
             self._accelerator.unscale_gradients()
             norms = [_gradient_norm(side) for side in self._sides]
-            told = _Reading(self._row(parts, norms, signs, reached))
+            reading = _Reading(self._row(parts, norms, signs, reached))
             if self._ahead:
                 self._update(norms)
         if self._ahead:
             self._next = self._batch(batches)
         names, count = list(parts[0]), len(parts) * self._accelerator.num_processes
-        values, counts, norm_now, signs, place = self._read(told.wait(), names)
+        values, counts, norm_now, signs, place = self._read(reading.wait(), names)
         scaled = self._accelerator.scaler is not None  # fp16 overflows now and then, and skips
         if counts["loss"] < count or not (math.isfinite(norm_now) or scaled):
-            told = describe(step, parts, learned, batch, self._trainable, updated=self._ahead)
-            raise NonFiniteError(told)
+            reason = describe(step, parts, learned, batch, self._trainable, updated=self._ahead)
+            raise NonFiniteError(reason)
         if not self._ahead:
             with self.clock.part("optimizer"):
                 self._update(norms)
@@ -234,10 +234,10 @@ class Stepper:
         terms = torch.stack([torch.stack([part[n].float() for n in names]) for part in parts])
         known = terms.isfinite()
         place = reached() if self._accelerator.is_main_process else 0.0
-        told = torch.tensor([*signs, place])
-        told = to_device(told.pin_memory() if terms.is_cuda else told, terms.device)
+        wishes = torch.tensor([*signs, place])
+        wishes = to_device(wishes.pin_memory() if terms.is_cuda else wishes, terms.device)
         row = torch.cat(
-            [torch.where(known, terms, 0).sum(dim=0), known.sum(dim=0), norm[None], told]
+            [torch.where(known, terms, 0).sum(dim=0), known.sum(dim=0), norm[None], wishes]
         )
         return cast(Tensor, self._accelerator.reduce(row, "sum"))
 

@@ -189,20 +189,20 @@ def read_sampled(batches: RestorationBatches, latents: Path) -> Sampled:
             belong together; or the file does not tell.
     """
     with open_safetensors(latents) as file:
-        told = json.loads((file.metadata() or {}).get("origin", "null"))
-    if told is None:
+        origin = json.loads((file.metadata() or {}).get("origin", "null"))
+    if origin is None:
         raise ValueError(
             f"--latents: {latents} does not tell what its photos were; make it anew with "
             "training.sample_decoder_data"
         )
-    for name, found in batches.with_seed(told["seed"]).origin().items():
-        if told.get(name) != found:
+    for name, value in batches.with_seed(origin["seed"]).origin().items():
+        if origin.get(name) != value:
             raise ValueError(
-                f"--latents: {latents} was sampled with {name} {told.get(name)}, this run has "
-                f"{found}; give both programs the same --data and batch size"
+                f"--latents: {latents} was sampled with {name} {origin.get(name)}, this run has "
+                f"{value}; give both programs the same --data and batch size"
             )
     held = load_file(latents)
-    return Sampled(held["numbers"].tolist(), held["latents"], told["seed"])
+    return Sampled(held["numbers"].tolist(), held["latents"], origin["seed"])
 
 
 def doubted(pooled: Tensor, share: float, generator: torch.Generator) -> Tensor:
@@ -279,8 +279,8 @@ class DecoderLoss:
             statistics: `photo_statistics` of the whole degraded photos, (B, 51).
         """
         raw, condition = latent / self.models.latent_scale, self.extension.condition
-        told = condition(pooled, statistics)
-        return aware_decode(self.trunk, self.extension, raw, features, told)
+        modulation = condition(pooled, statistics)
+        return aware_decode(self.trunk, self.extension, raw, features, modulation)
 
     @torch.no_grad()
     def restored(self, batch: Batch, steps: int, generator: torch.Generator) -> Tensor:
@@ -355,6 +355,52 @@ class DecoderLoss:
         return terms["gan_weight"] * terms["gan"] + terms["discriminator"]
 
 
+@dataclass(frozen=True)
+class Validation:
+    """Restores photos that training never sees, draws and scores them."""
+
+    models: Models
+    loss: DecoderLoss
+    batch: Batch
+    config: Config
+    samples: bool
+    """Whether stage 1 samples the latents; else they are the degraded photos' own."""
+
+    @torch.no_grad()
+    def restored(self) -> Tensor:
+        """(B, 3, H, W), around [0, 1]."""
+        generator = torch.Generator().manual_seed(0)
+        steps = self.config.validation_steps if self.samples else 0
+        some = in_batches(self.batch, self.config.loop.batch_size)
+        return torch.cat([self.loss.restored(batch, steps, generator) for batch in some])
+
+    def psnr(self) -> Tensor:
+        """Mean over all photos, dB."""
+        return psnr(self.restored(), self.batch["gt"]).mean()
+
+    def __call__(self, step: int, folder: Path) -> dict[str, float]:
+        """Draws the sheet of a step; scores, with the mean gain of each kind."""
+        lq, gt, image = self.batch["lq"], self.batch["gt"], self.restored()
+        before, after = psnr(lq, gt), psnr(image, gt)
+        labels = [self.models.types[label] for label in self.batch["label"]]
+        captions = [
+            f"{kind} {a:.1f} -> {b:.1f} dB"
+            for kind, a, b in zip(labels, before, after, strict=True)
+        ]
+        columns = {"degraded": lq, "restored": image, "clean": gt}
+        save_sheet(folder / f"{step:07d}.jpg", columns, captions)
+        degraded = torch.tensor([label != "clean" for label in labels])
+        scores = {
+            "psnr_lq": float(before[degraded].mean()),
+            "psnr": float(after[degraded].mean()),
+        }
+        for kind in self.models.types:
+            rows = torch.tensor([label == kind for label in labels])
+            score = after if kind == "clean" else after - before
+            scores[kind] = float(score[rows].mean())
+        return scores
+
+
 def prepare(models: Models, config: Config) -> None:
     """Freeze everything but the decoder, and leave out what is left out.
 
@@ -371,7 +417,7 @@ def prepare(models: Models, config: Config) -> None:
     models.decoder.requires_grad_(True)
 
 
-def _check_sampling(models: Models, config: Config, found: set[str]) -> None:
+def _check_sampling(models: Models, config: Config, loaded: set[str]) -> None:
     if config.fusion_first and models.decoder.decoder is None:
         raise ValueError("--fusion-first: this decoder has a detail path and no fusion blocks")
     if not config.sample_steps:
@@ -379,7 +425,7 @@ def _check_sampling(models: Models, config: Config, found: set[str]) -> None:
     if config.latents or config.without_diffusion:
         other = "--latents" if config.latents else "--without-diffusion"
         raise ValueError(f"--sample-steps: latents come from {other} already; leave out one")
-    if missing := {"control.", "base.unet."} - found:
+    if missing := {"control.", "base.unet."} - loaded:
         raise ValueError(f"--sample-steps: no file of --model.init has {sorted(missing)}")
 
 
@@ -404,7 +450,7 @@ def main(config: Config) -> Path:
 
 def build(
     models: Models,
-    found: set[str],
+    loaded: set[str],
     config: Config,
     store: PhotoStore | None = None,
     sampled: Sampled | None = None,
@@ -413,7 +459,7 @@ def build(
 
     Args:
         models: Are changed.
-        found: File prefixes that they have.
+        loaded: File prefixes that they have.
         config: Settings of the program.
         store: Photos that are decoded already.
         sampled: Latents of stage 1, where they are in no file.
@@ -421,16 +467,15 @@ def build(
     Raises:
         ValueError: As `prepare` and `read_sampled`.
     """
-    fresh = not found & set(models.decoder_parts)
+    fresh = not loaded & set(models.decoder_parts)
     if fresh:
         models.start_decoder()
     prepare(models, config)
-    _check_sampling(models, config, found)
+    _check_sampling(models, config, loaded)
     reads = {"gt", "lq", "statistics", models.degradation_key}
     if config.sample_steps:
         reads.add("clip_view")
     train, fixed = data_for(models, config.data, config.loop.seed, reads, store)
-    validation = to_home(fixed)
     train = train.sized(config.loop.batch_size)
     if config.latents is not None:
         sampled = read_sampled(train, config.latents)
@@ -438,46 +483,17 @@ def build(
     batches = DecoderBatches(train, sampled, share, config.own_share)
     loss = DecoderLoss(models, config)
 
-    samples = "control." in found and not config.without_diffusion
-    steps = config.validation_steps if samples else 0
-
-    def restored() -> Tensor:
-        generator = torch.Generator().manual_seed(0)
-        some = in_batches(validation, config.loop.batch_size)
-        return torch.cat([loss.restored(batch, steps, generator) for batch in some])
-
-    @torch.no_grad()
-    def validate(step: int, folder: Path) -> dict[str, float]:
-        image = restored()
-        before = psnr(validation["lq"], validation["gt"])
-        after = psnr(image, validation["gt"])
-        labels = [models.types[label] for label in validation["label"]]
-        captions = [
-            f"{kind} {a:.1f} -> {b:.1f} dB"
-            for kind, a, b in zip(labels, before, after, strict=True)
-        ]
-        columns = {"degraded": validation["lq"], "restored": image, "clean": validation["gt"]}
-        save_sheet(folder / f"{step:07d}.jpg", columns, captions)
-        degraded = torch.tensor([label != "clean" for label in labels])
-        scores = {
-            "psnr_lq": float(before[degraded].mean()),
-            "psnr": float(after[degraded].mean()),
-        }
-        for kind in models.types:
-            rows = torch.tensor([label == kind for label in labels])
-            score = after if kind == "clean" else after - before
-            scores[kind] = float(score[rows].mean())
-        return scores
-
+    samples = "control." in loaded and not config.without_diffusion
+    validation = Validation(models, loss, to_home(fixed), config, samples)
     path = models.decoder.extension
     hidden = path.hidden() if isinstance(path, DetailPath) else ()
     if fresh and isinstance(path, DetailPath) and not config.trust_tone:
-        _doubt_tone(path, lambda: psnr(restored(), validation["gt"]).mean())
-    others = {prefix for prefix in found if not prefix.startswith("decoder.")}
+        _doubt_tone(path, validation.psnr)
+    others = {prefix for prefix in loaded if not prefix.startswith("decoder.")}
     parts = (*sorted(others | {"prompt_processor."}), *models.decoder_parts)
     sides = () if loss.discriminator is None else (models.decoder, loss.discriminator)
     return (
-        stage_of(models, parts, loss.trainable, loss, validate, loss.begin_step, sides, hidden),
+        stage_of(models, parts, loss.trainable, loss, validation, loss.begin_step, sides, hidden),
         batches,
     )
 

@@ -80,8 +80,8 @@ def degrade(
     if kind not in _FUNCTIONS:
         raise ValueError(f"kind: unknown degradation {kind!r}; known are {', '.join(ALL_KINDS)}")
     if image.ndim != 4 or image.shape[1] != 3 or image.dtype != torch.float32:
-        found = f"{tuple(image.shape)} {image.dtype}"
-        raise ValueError(f"image: expected (B, 3, H, W) float32 in [0, 1], found {found}")
+        given = f"{tuple(image.shape)} {image.dtype}"
+        raise ValueError(f"image: expected (B, 3, H, W) float32 in [0, 1], found {given}")
     level = torch.as_tensor(severity, dtype=torch.float32).cpu()
     if level.ndim > 1 or (level.ndim == 1 and len(level) != len(image)):
         raise ValueError(

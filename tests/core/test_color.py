@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
-from skimage import data
 from torch import Tensor
 from torch.nn import functional as F
 
 from diff_restorer import color
 from diff_restorer.color import METHODS, match_colors
+from tests import photos
 
 
 @pytest.fixture(scope="module")
 def photo() -> Tensor:
-    return torch.from_numpy(data.coffee()[:300, :400].copy()).permute(2, 0, 1)[None].float() / 255
+    return photos.photo("coffee")[..., :300, :400]
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from skimage import data
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -10,15 +9,16 @@ from diff_restorer.degradations import jpeg_codec
 from diff_restorer.degradations.compression import compress_jpeg
 from diff_restorer.degradations.draw import Draw
 from diff_restorer.degradations.resampling import rescale
+from tests.photos import photo
 
 
 @pytest.fixture(scope="module")
 def photos() -> Tensor:
     """A cup, a cat and an astronaut, (3, 3, 240, 320) in steps of 1/255."""
-    images = []
-    for load in (data.coffee, data.chelsea, data.astronaut):
-        image = torch.from_numpy(load()).permute(2, 0, 1)[None].float() / 255
-        images.append(F.interpolate(image, size=(240, 320), mode="bicubic", antialias=True))
+    images = [
+        F.interpolate(photo(name), size=(240, 320), mode="bicubic", antialias=True)
+        for name in ("coffee", "chelsea", "astronaut")
+    ]
     return (torch.cat(images).clamp(0, 1) * 255).round() / 255
 
 

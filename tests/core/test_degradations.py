@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from skimage import data, filters
+from skimage import filters
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -22,6 +22,7 @@ from diff_restorer.degradations.filters import convolve, gaussian_blur
 from diff_restorer.degradations.kernels import disk_kernels
 from diff_restorer.degradations.optics import _uneven
 from diff_restorer.degradations.sensor import _developed
+from tests import photos
 
 DEGRADING = tuple(kind for kind in ALL_KINDS if kind != "clean")
 
@@ -29,7 +30,7 @@ DEGRADING = tuple(kind for kind in ALL_KINDS if kind != "clean")
 @pytest.fixture(scope="module")
 def photo() -> Tensor:
     """The coffee cup, (1, 3, 120, 180) in [0, 1]."""
-    image = torch.from_numpy(data.coffee()).permute(2, 0, 1)[None].float() / 255
+    image = photos.photo("coffee")
     return F.interpolate(image, size=(120, 180), mode="bicubic", antialias=True).clamp(0, 1)
 
 

@@ -4,11 +4,11 @@ from collections import Counter
 
 import pytest
 import torch
-from skimage import data
 from torch import Tensor
 from torch.nn import functional as F
 
 from diff_restorer.degradations import ALL_KINDS, KINDS, MIXES, draw_mix, random_look
+from tests import photos
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -18,7 +18,7 @@ def seeded(seed: int = 0) -> torch.Generator:
 @pytest.fixture(scope="module")
 def looks() -> tuple[Tensor, Tensor]:
     """The coffee cup, (1, 3, 40, 60), and 400 looks of it."""
-    image = torch.from_numpy(data.coffee()).permute(2, 0, 1)[None].float() / 255
+    image = photos.photo("coffee")
     image = F.interpolate(image, size=(40, 60), mode="area")
     return image, random_look(image.expand(400, -1, -1, -1), seeded())
 

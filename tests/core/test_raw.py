@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from skimage import data
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -15,6 +14,7 @@ from diff_restorer.degradations.raw import (
     _mosaic,
     camera_noise,
 )
+from tests import photos
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -24,7 +24,7 @@ def seeded(seed: int = 0) -> torch.Generator:
 @pytest.fixture(scope="module")
 def photo() -> Tensor:
     """The coffee cup in grey, whose colours JPEG does not smooth, (1, 3, 240, 360) in [0, 1]."""
-    image = torch.from_numpy(data.coffee()).permute(2, 0, 1)[None].float() / 255
+    image = photos.photo("coffee")
     image = image.mean(1, keepdim=True).expand(-1, 3, -1, -1)
     return F.interpolate(image, size=(240, 360), mode="bicubic", antialias=True).clamp(0, 1)
 

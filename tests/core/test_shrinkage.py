@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
-from skimage import data
 from torch import Tensor
 
 from diff_restorer import photo_statistics
 from diff_restorer.photo_statistics import NOISE_LEVELS
 from diff_restorer.shrinkage import THRESHOLDS, opponent, shrink
 from diff_restorer.tone import guided_tone, no_change, with_tone
+from tests.photos import photo
 
 
 def astronaut(side: int = 128) -> Tensor:
     """(1, 3, side, side) in [0, 1]."""
-    pixels = torch.from_numpy(data.astronaut()[:side, 150 : 150 + side].copy())
-    return pixels.permute(2, 0, 1)[None] / 255
+    return photo("astronaut")[..., :side, 150 : 150 + side].contiguous()
 
 
 def noisy(photo: Tensor, sigma: float) -> Tensor:

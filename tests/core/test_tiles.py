@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from skimage import data
 from torch import Tensor, nn
 
 from diff_restorer import (
@@ -25,8 +24,10 @@ from diff_restorer import (
     encoder_features,
     photo_statistics,
 )
+from diff_restorer.maps import Cut, Map, Window
 from diff_restorer.tiled_vae import plan_decode, plan_encode, plan_features
-from diff_restorer.tiles import Cut, HiddenNormError, Map, Plan, Stage, Window
+from diff_restorer.tiles import HiddenNormError, Plan, Stage
+from tests.photos import photo
 from training.networks import Sizes, build_vae
 
 KINDS = {"kl": Sizes(vae_channels=(32, 32, 64, 64), vae_layers=2), "tiny": Sizes(vae_channels=())}
@@ -34,7 +35,7 @@ KINDS = {"kl": Sizes(vae_channels=(32, 32, 64, 64), vae_layers=2), "tiny": Sizes
 
 def photo_of(height: int, width: int) -> Tensor:
     """(1, 3, height, width) in [-1, 1]: the cat, mirrored where it is too small."""
-    cat = torch.from_numpy(data.chelsea().copy()).permute(2, 0, 1)[None].float() / 127.5 - 1
+    cat = 2 * photo("chelsea") - 1
     while cat.shape[-2] < height or cat.shape[-1] < width:
         cat = torch.cat([cat, cat.flip(-1)], dim=-1)
         cat = torch.cat([cat, cat.flip(-2)], dim=-2)

@@ -13,8 +13,8 @@ from pathlib import Path
 from random import Random
 from typing import Any, Protocol
 
-from tools.client import PromptRejectedError
 from tools.environment import ROOT
+from tools.errors import PromptRejectedError
 
 FOUND = Path(__file__).parent / "found"
 Case = dict[str, Any]

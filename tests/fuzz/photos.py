@@ -79,7 +79,7 @@ class Photos:
                 raise FaultError("the record is another one")
         except photo.PhotoError as error:
             failed = error
-        check_picture(self.pack.nodes.folders.read_photo(path))
+        check_picture(self.pack.nodes.folders.load_photo(path))
         if failed is not None:
             raise failed
 

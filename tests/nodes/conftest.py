@@ -98,6 +98,26 @@ def prepare(toy: SimpleNamespace, run: Callable[..., tuple[Any, ...]]) -> Callab
 
 
 @pytest.fixture(scope="session")
+def decode_with(
+    toy: SimpleNamespace, run: Callable[..., tuple[Any, ...]], prepare: Callable[..., Any]
+) -> Callable[..., torch.Tensor]:
+    """The Aware VAE Decode of a file on a photo's own latent."""
+
+    def make(restorer: Any, image: torch.Tensor, **inputs: Any) -> torch.Tensor:
+        restoration = prepare(image, diff_restorer=restorer)
+        entries = {
+            "samples": restoration.latent,
+            "vae": toy.vae,
+            "diff_restorer": restorer,
+            "degradation": restoration.degradation,
+            "image": image,
+        }
+        return run("DiffRestorerAwareVAEDecode", **(entries | inputs))[0]
+
+    return make
+
+
+@pytest.fixture(scope="session")
 def sample(toy: SimpleNamespace) -> Callable[..., torch.Tensor]:
     """KSampler of the host."""
     host_nodes = importlib.import_module("nodes")
@@ -124,13 +144,14 @@ def calls() -> Iterator[Callable[..., list[Any]]]:
 
     def record(owner: Any, name: str) -> list[Any]:
         original, seen = getattr(owner, name), []
+        own = vars(owner).get(name)  # of a class; an object has its class's
 
         def recorded(*args: Any, **kwargs: Any) -> Any:
             seen.append((args, kwargs))
             return original(*args, **kwargs)
 
         setattr(owner, name, recorded)
-        undo.append(lambda: delattr(owner, name))
+        undo.append(lambda: delattr(owner, name) if own is None else setattr(owner, name, own))
         return seen
 
     yield record

@@ -11,6 +11,7 @@ import torch
 from skimage import data
 
 from diff_restorer.degradations import degrade
+from tests import photos
 
 pytestmark = pytest.mark.comfy
 
@@ -67,7 +68,7 @@ def test_what_is_not_evident_is_not_acted_on(restore) -> None:
 @pytest.fixture(scope="module")
 def photo() -> torch.Tensor:
     """The astronaut, (1, 3, 256, 512)."""
-    return torch.from_numpy(data.astronaut()[:256].copy()).permute(2, 0, 1)[None].float() / 255
+    return photos.photo("astronaut")[:, :, :256].contiguous()
 
 
 @pytest.mark.parametrize(("kind", "severity"), [("noise", 0.6), ("low_light", 0.6), ("haze", 0.9)])

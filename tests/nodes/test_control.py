@@ -210,22 +210,14 @@ def test_other_tools_may_crop_the_hint(toy, prepare, photo, calls) -> None:
 
 def test_stale_hint_after_an_interrupt(toy, prepare, photo, sample) -> None:
     """The host does not clean up after an interrupt; the next run is right nevertheless."""
-    import comfy.model_management
+    from .faults import interrupted_at
 
     restoration = prepare(photo())
     args = (restoration.positive, restoration.negative, restoration.latent)
     expected = sample(*args)
 
-    def interrupt(*_: Any) -> None:
-        comfy.model_management.interrupt_current_processing()
-
-    handle = restoration.control.network.register_forward_hook(interrupt)
-    try:
-        with pytest.raises(comfy.model_management.InterruptProcessingException):
-            sample(*args)
-    finally:
-        handle.remove()
-        comfy.model_management.interrupt_current_processing(False)
+    with interrupted_at(restoration.control.network):
+        sample(*args)
     assert restoration.control.cond_hint is not None, "nothing stale: this test tests nothing"
     restoration.control.cond_hint.zero_()
     assert torch.equal(sample(*args), expected)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 from typing import Any
 
 import pytest
@@ -15,20 +16,11 @@ pytestmark = pytest.mark.comfy
 
 
 @pytest.fixture
-def decode(toy, run, prepare, photo) -> Any:
+def decode(toy, decode_with, photo) -> Any:
     """The node on a photo's own latent, as if nothing had been restored."""
 
     def execute(image: torch.Tensor | None = None, **inputs: Any) -> torch.Tensor:
-        image = photo() if image is None else image
-        restoration = prepare(image)
-        entries = {
-            "samples": restoration.latent,
-            "vae": toy.vae,
-            "diff_restorer": toy.restorer,
-            "degradation": restoration.degradation,
-            "image": image,
-        }
-        return run("DiffRestorerAwareVAEDecode", **(entries | inputs))[0]
+        return decode_with(toy.restorer, photo() if image is None else image, **inputs)
 
     return execute
 
@@ -90,14 +82,14 @@ def test_large_photos_are_encoded_in_exact_tiles(
 
     image = photo(200, 300, batch=2)
     expected, passes = prepare(image).latent, calls(toy.vae.first_stage_model.encoder, "forward")
-    host_vae = pack.nodes.host_vae
-    monkeypatch.setattr(host_vae, "AUTO_TILE", 128)
+    host_encode = pack.nodes.host_encode
+    monkeypatch.setattr(host_encode, "AUTO_TILE", 128)
     if cause == "out of memory":
 
         def fail(*_: Any) -> None:
             raise comfy.model_management.OOM_EXCEPTION("toy")
 
-        monkeypatch.setattr(host_vae, "_encode_whole", fail)
+        monkeypatch.setattr(host_encode, "_encode_whole", fail)
     else:
         monkeypatch.setattr(comfy.model_management, "get_free_memory", lambda *_, **__: 2**22)
     with caplog.at_level(logging.INFO):
@@ -108,7 +100,7 @@ def test_large_photos_are_encoded_in_exact_tiles(
     spread = expected["samples"].std()
     assert (found["samples"] - expected["samples"]).abs().max() < 0.05 * spread
     assert found["samples"].dtype == expected["samples"].dtype
-    key = host_vae.PhotoFeatures.KEY
+    key = host_encode.PhotoFeatures.KEY
     for level, features in expected[key].by_level.items():
         error = (found[key].by_level[level].float() - features).abs()
         assert error.max() < 0.05 * features.std()
@@ -116,7 +108,7 @@ def test_large_photos_are_encoded_in_exact_tiles(
 
 def test_features_that_are_too_large_stay_behind(pack, decode, prepare, photo, monkeypatch) -> None:
     expected = decode(photo())
-    monkeypatch.setattr(pack.nodes.host_vae, "MOST_FEATURES", 1000)
+    monkeypatch.setattr(pack.nodes.host_encode, "MOST_FEATURES", 1000)
     latent = prepare(photo()).latent
     assert set(latent) == {"samples"}
     assert torch.equal(decode(photo(), samples=latent), expected)
@@ -124,10 +116,12 @@ def test_features_that_are_too_large_stay_behind(pack, decode, prepare, photo, m
 
 def test_features_of_many_photos_are_bounded(toy, pack, prepare, photo, monkeypatch) -> None:
     """As of a folder, whose latents the host keeps all at once."""
-    key = pack.nodes.host_vae.PhotoFeatures.KEY
+    key = pack.nodes.host_encode.PhotoFeatures.KEY
     first = prepare(photo()).latent
     carried = sum(each.get_ram_usage() for each in toy.restorer.carried)
-    monkeypatch.setattr(pack.nodes.host_vae, "MOST_FEATURES", carried + first[key].get_ram_usage())
+    monkeypatch.setattr(
+        pack.nodes.host_encode, "MOST_FEATURES", carried + first[key].get_ram_usage()
+    )
     second = prepare(photo(seed=1)).latent
     assert key in second
     assert key not in prepare(photo(seed=2)).latent
@@ -259,9 +253,9 @@ def test_norms_that_exact_tiles_cannot_reach_make_them_fast(
     fast = decode(image, tile_size=64, overlap=16, tiling="fast")
     assert torch.equal(decode(image, tile_size=64, overlap=16), fast)
     assert "Using fast tiles" in caplog.text
-    monkeypatch.setattr(pack.nodes.host_vae, "AUTO_TILE", 64)
-    monkeypatch.setattr(pack.nodes.host_vae, "at_once", lambda *_: 0)
-    assert pack.nodes.host_vae.PhotoFeatures.KEY not in prepare(image).latent
+    monkeypatch.setattr(pack.nodes.host_encode, "AUTO_TILE", 64)
+    monkeypatch.setattr(pack.nodes.host_encode, "at_once", lambda *_: 0)
+    assert pack.nodes.host_encode.PhotoFeatures.KEY not in prepare(image).latent
     assert "Using the host's tiles" in caplog.text
 
 
@@ -329,43 +323,23 @@ def test_without_a_decoder_in_the_file(toy, pack, decode, prepare, photo, toy_fo
 
 
 def test_out_of_memory_falls_back_to_tiles_once(toy, decode, calls, caplog, photo) -> None:
-    import comfy.model_management
+    from .faults import out_of_memory_at
 
-    decoder, failures = toy.vae.first_stage_model.decoder.conv_in, []
-
-    def fail_once(*_: Any) -> None:
-        if not failures:
-            failures.append(1)
-            raise comfy.model_management.OOM_EXCEPTION("toy")
-
-    handle = decoder.register_forward_pre_hook(fail_once)
-    try:
-        with caplog.at_level(logging.WARNING):
-            found = decode(photo(64, 72))
-    finally:
-        handle.remove()
+    decoder = toy.vae.first_stage_model.decoder
+    with out_of_memory_at(decoder.conv_in), caplog.at_level(logging.WARNING):
+        found = decode(photo(64, 72))
     assert "out of memory, trying again in tiles" in caplog.text
     torch.testing.assert_close(found, decode(photo(64, 72)), rtol=0, atol=4 / 255)
 
 
 @pytest.mark.parametrize("tiling", ["exact", "fast"])
 def test_out_of_memory_in_tiles_takes_smaller_ones(toy, decode, caplog, photo, tiling: str) -> None:
-    import comfy.model_management
+    from .faults import out_of_memory_at
 
-    decoder, failures = toy.vae.first_stage_model.decoder.conv_out, []
-
-    def fail_once(*_: Any) -> None:
-        if not failures:
-            failures.append(1)
-            raise comfy.model_management.OOM_EXCEPTION("toy")
-
+    decoder = toy.vae.first_stage_model.decoder
     expected = decode(photo(64, 300), tile_size=128, tiling=tiling)
-    handle = decoder.register_forward_pre_hook(fail_once)
-    try:
-        with caplog.at_level(logging.WARNING):
-            found = decode(photo(64, 300), tile_size=256, tiling=tiling)
-    finally:
-        handle.remove()
+    with out_of_memory_at(decoder.conv_out), caplog.at_level(logging.WARNING):
+        found = decode(photo(64, 300), tile_size=256, tiling=tiling)
     assert caplog.text.count("out of memory, trying tiles of 128 px") == 1
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
 
@@ -373,15 +347,13 @@ def test_out_of_memory_in_tiles_takes_smaller_ones(toy, decode, caplog, photo, t
 def test_out_of_memory_in_tiles_goes_to_the_host(toy, decode) -> None:
     import comfy.model_management
 
-    def fail(*_: Any) -> None:
-        raise comfy.model_management.OOM_EXCEPTION("toy")
+    from .faults import out_of_memory_at
 
-    handle = toy.vae.first_stage_model.decoder.conv_in.register_forward_pre_hook(fail)
-    try:
-        with pytest.raises(comfy.model_management.OOM_EXCEPTION):
-            decode()
-    finally:
-        handle.remove()
+    with (
+        out_of_memory_at(toy.vae.first_stage_model.decoder.conv_in, math.inf),
+        pytest.raises(comfy.model_management.OOM_EXCEPTION),
+    ):
+        decode()
 
 
 def test_too_large_for_memory_uses_tiles_at_once(decode, photo, monkeypatch, caplog) -> None:

@@ -108,8 +108,6 @@ def test_wrong_edits(edit, inputs: dict, message: str) -> None:
 
 
 def test_prototypes_are_needed(edit, degradation) -> None:
-    from dataclasses import replace
-
     bare = replace(degradation, prototypes=torch.zeros_like(degradation.prototypes))
     with pytest.raises(ValueError, match="holds no class prototypes"):
         edit(degradation=bare)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
@@ -21,19 +22,8 @@ def restorer(pack, toy_folder) -> Any:
 
 
 @pytest.fixture
-def decode(toy, run, prepare, restorer) -> Any:
-    def execute(image: torch.Tensor, **inputs: Any) -> torch.Tensor:
-        restoration = prepare(image, diff_restorer=restorer)
-        entries = {
-            "samples": restoration.latent,
-            "vae": toy.vae,
-            "diff_restorer": restorer,
-            "degradation": restoration.degradation,
-            "image": image,
-        }
-        return run("DiffRestorerAwareVAEDecode", **(entries | inputs))[0]
-
-    return execute
+def decode(decode_with, restorer) -> Any:
+    return functools.partial(decode_with, restorer)
 
 
 def test_fidelity_goes_from_the_stock_decode_to_the_detail_path(

@@ -146,8 +146,7 @@ def test_unexpected_and_misshapen_tensors(folder: Path, pack: ModuleType, tmp_pa
     tensors = toy_weights.restorer_tensors()
     tensors["control.surprise"] = torch.zeros(1)
     tensors["control.time_embed.2.bias"] = torch.zeros(7)
-    path = tmp_path / "odd.safetensors"
-    pack.diff_restorer.checkpoint.write_checkpoint(path, tensors, toy_weights.info())
+    path = toy_weights.write(tmp_path / "odd.safetensors", tensors)
     message = r"unexpected: surprise, time_embed\.2\.bias \(7,\) instead of \(128,\)"
     with pytest.raises(ValueError, match=message):
         pack.nodes.host_models.load_restorer(path)
@@ -171,8 +170,7 @@ def test_parts_of_two_models(pack: ModuleType, tmp_path: Path, prefix: str, part
     """Each of which is whole."""
     tensors, other = toy_weights.restorer_tensors(), toy_weights.restorer_tensors(unet=WIDE)
     tensors |= {key: value for key, value in other.items() if key.startswith(prefix)}
-    path = tmp_path / "odd.safetensors"
-    pack.diff_restorer.checkpoint.write_checkpoint(path, tensors, toy_weights.info())
+    path = toy_weights.write(tmp_path / "odd.safetensors", tensors)
     message = rf"odd\.safetensors: the {part} does not fit: it takes P_D that is 64 wide, .* 32"
     with pytest.raises(ValueError, match=message):
         pack.nodes.host_models.load_restorer(path)
@@ -217,8 +215,7 @@ def test_damaged_nano(pack: ModuleType, tmp_path: Path, key: str, part: str) -> 
     """The host's own loaders would only log a missing tensor and go on with random numbers."""
     tensors = toy_weights.restorer_tensors() | toy_weights.base_tensors()
     del tensors[key]
-    path = tmp_path / "nano.safetensors"
-    pack.diff_restorer.checkpoint.write_checkpoint(path, tensors, toy_weights.info())
+    path = toy_weights.write(tmp_path / "nano.safetensors", tensors)
     with pytest.raises(ValueError, match=rf"nano\.safetensors: the {part} does not fit"):
         pack.nodes.host_nano.load_nano(path)
 
@@ -284,8 +281,7 @@ def test_odd_shapes_are_named_and_cost_nothing(
     tensors = toy_weights.restorer_tensors() | toy_weights.base_tensors()
     assert key in tensors
     tensors[key] = torch.zeros(shape, dtype=torch.float16)
-    path = tmp_path / "odd.safetensors"
-    pack.diff_restorer.checkpoint.write_checkpoint(path, tensors, toy_weights.info())
+    path = toy_weights.write(tmp_path / "odd.safetensors", tensors)
     with pytest.raises(ValueError, match=rf"odd\.safetensors: the {SHAPES[key]} does not fit"):
         pack.nodes.host_nano.load_nano(path)
 
@@ -295,8 +291,7 @@ def test_weights_that_are_no_numbers(pack: ModuleType, tmp_path: Path, key: str)
     tensors = toy_weights.restorer_tensors() | toy_weights.base_tensors()
     tensors[key] = tensors[key].clone()
     tensors[key].view(-1)[-1] = float("nan")
-    path = tmp_path / "odd.safetensors"
-    pack.diff_restorer.checkpoint.write_checkpoint(path, tensors, toy_weights.info())
+    path = toy_weights.write(tmp_path / "odd.safetensors", tensors)
     with pytest.raises(ValueError, match=rf"odd\.safetensors: tensor {key} holds NaN"):
         pack.nodes.host_nano.load_nano(path)
 

@@ -330,23 +330,15 @@ def test_a_latent_of_another_size(tiled, prepare, photo, sample_on) -> None:
 
 
 def test_interrupt_leaves_nothing_behind(toy, tiled, prepare, photo, sample_on) -> None:
-    import comfy.model_management
+    from .faults import interrupted_at
 
     image = photo(64, 200)
     restoration = prepare(image)
     patched = tiled(image).model
     expected = sample_on(patched, restoration)
 
-    def cancel(*_: Any) -> None:
-        comfy.model_management.interrupt_current_processing()
-
-    handle = restoration.control.network.register_forward_pre_hook(cancel)
-    try:
-        with pytest.raises(comfy.model_management.InterruptProcessingException):
-            sample_on(patched, restoration)
-    finally:
-        handle.remove()
-        comfy.model_management.interrupt_current_processing(False)
+    with interrupted_at(restoration.control.network):
+        sample_on(patched, restoration)
     (wrapper,) = patched.get_wrappers("calc_cond_batch", "diff_restorer_tiles")
     assert not wrapper.__self__._controls
     assert torch.equal(sample_on(patched, restoration), expected)

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from skimage import data
 
 from diff_restorer.degradations import add_gaussian_noise
+from tests.photos import photo
 
 pytestmark = pytest.mark.comfy
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.comfy
 @pytest.fixture(scope="module")
 def halves() -> tuple[torch.Tensor, torch.Tensor]:
     """The astronaut with noise on the left half, and without: (1, 256, 512, 3) each."""
-    clean = torch.from_numpy(data.astronaut()[:256].copy()).permute(2, 0, 1)[None].float() / 255
+    clean = photo("astronaut")[:, :, :256]
     noisy = add_gaussian_noise(clean, torch.tensor([50 / 255]), torch.Generator().manual_seed(0))
     mixed = torch.cat([noisy[..., :256], clean[..., 256:]], dim=-1)
     return mixed.movedim(1, -1).contiguous(), clean.movedim(1, -1).contiguous()

@@ -10,18 +10,19 @@ import pytest
 import scipy.stats
 import torch
 from PIL import Image
-from skimage import data
 
 from diff_restorer.checkpoint import V_PREDICTION
 from diff_restorer.degradations import KINDS
+from tests import photos as test_photos
 from training import ablate
 from training.ablate import AblationData, Config, difference, mean_difference, verdict
 from training.common import checkpoint_info
 from training.diffusion import sample
-from training.evaluation.reading import open_file, read_photo, views
+from training.evaluation.reading import open_file, read_prompt, views
 from training.evaluation.testsets import make_lq
 from training.evaluation.variants import VARIANTS, Photo
-from training.models import Models, Sizes, to_pixels
+from training.models import Models, to_pixels
+from training.networks import Sizes
 
 TOY = Sizes(
     unet_channels=(32, 64), unet_attention=(False, True),
@@ -54,10 +55,7 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("clean")
-    for name in ("astronaut", "coffee"):
-        Image.fromarray(getattr(data, name)()).resize((43, 36)).save(folder / f"{name}.png")
-    return folder
+    return test_photos.write(tmp_path_factory.mktemp("clean"), ("astronaut", "coffee"), (43, 36))
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +76,7 @@ def report(config: Config) -> dict:
 
 @pytest.fixture(scope="module")
 def photo(file: Path) -> Photo:
-    gt = torch.from_numpy(data.chelsea()[:36, :43]).permute(2, 0, 1)[None].float() / 255
+    gt = test_photos.photo("chelsea")[..., :36, :43]
     lq, _ = make_lq("noise", gt, "chelsea", 0)
     with torch.no_grad():
         return Photo(open_file(file), lq, gt, (0, "chelsea"))
@@ -99,7 +97,7 @@ def test_the_photo_is_read_as_the_nodes_do(photo: Photo):
     assert seen["native_view"].shape == (2 * 6, 3, 32, 32)
     windows = [image[0, :, y : y + 32, x : x + 32] for y in (0, 18) for x in (0, 19, 38)]
     assert torch.allclose(seen["native_view"][:6], torch.stack(windows), atol=0.5 / 255)
-    prompt, tokens = read_photo(photo.models, image)
+    prompt, tokens = read_prompt(photo.models, image)
     again = photo.models.prompt(tokens)
     assert torch.allclose(prompt.pooled[0], again.pooled[:6].mean(dim=0), atol=1e-6)
     whole = photo.models.tokens(seen)[0]

@@ -5,23 +5,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from skimage import data
 
+from tests.photos import picture
 from training.contact_sheet import SheetConfig, contact_sheet
 
 
 def test_rows_are_kinds_and_columns_severities(tmp_path: Path) -> None:
-    photo = Image.fromarray(data.coffee()).resize((90, 60))
+    photo = picture("coffee").resize((90, 60))
     photo.save(tmp_path / "photo.png")
     config = SheetConfig(
         tmp_path / "photo.png", tmp_path / "sheet.png", ("clean", "haze+noise"), (0.2, 0.9)
     )
-    sheet = np.asarray(contact_sheet(config)).astype(float)
-    left, header = sheet.shape[1] - 2 * 90, sheet.shape[0] // 2 - 60
+    drawn = np.asarray(contact_sheet(config)).astype(float)
+    margin, bottom = (drawn.shape[1] - 2 * 90) // 3, len(drawn) // 2
     cells = [
-        sheet[row + header : row + header + 60, column : column + 90]
-        for row in (0, header + 60)
-        for column in (left, left + 90)
+        row[bottom - margin - 60 : bottom - margin, left : left + 90]
+        for row in np.split(drawn, 2)
+        for left in (margin, 90 + 2 * margin)
     ]
     errors = [np.abs(cell - np.asarray(photo)).mean() for cell in cells]
     assert errors[0] == errors[1] == 0

@@ -1,9 +1,7 @@
 """Photos and batches: what is read, what is left out, and that a batch is (seed, number)."""
 
-import io
 import json
 import shutil
-import tarfile
 from collections import Counter
 from dataclasses import replace
 from itertools import islice
@@ -14,26 +12,27 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
-from skimage import data
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from diff_restorer.degradations import KINDS
+from tests.photos import picture
 from training.common import DataConfig, in_batches, open_data
 from training.data import (
     PICTURES,
-    Batches,
     BatchNumbers,
     Mixing,
     RestorationBatches,
     clip_view,
     load,
 )
-from training.models import Sizes
+from training.networks import Sizes
 from training.parts import cut_clean
 from training.photos import CleanPhotos, PhotoStore, photo_size, read_photo
 from training.train_decoder import OWN, SAMPLED, DecoderBatches, read_sampled
+
+from .toys import drawn, same, write_tar
 
 NAMES = ("astronaut", "chelsea", "coffee")
 
@@ -44,18 +43,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("photos")
     (root / "more").mkdir()
     for name, sub in zip(NAMES, (".", ".", "more"), strict=True):
-        picture = Image.fromarray(getattr(data, name)())
-        picture.resize((150, 100)).save(root / sub / f"{name}.png")
+        picture(name).resize((150, 100)).save(root / sub / f"{name}.png")
     return root
 
 
 def make(folder: Path, **changes: object) -> RestorationBatches:
     settings = {"part": 80, "crop": 64, "clip_size": 48, "seed": 0} | changes
     return RestorationBatches(CleanPhotos(folder), **settings)  # type: ignore[arg-type]
-
-
-def drawn(batches: Batches, number: int) -> dict[str, Tensor]:
-    return batches.finish(batches[number], torch.device("cpu"))
 
 
 def occurs(crop: Tensor, photo: Tensor) -> bool:
@@ -66,10 +60,6 @@ def occurs(crop: Tensor, photo: Tensor) -> bool:
     found = (places[:, :-reach, :-reach] == first[:, None, None]).all(-1).all(-1).all(0)
     ends = (places[:, reach:, reach:] == last[:, None, None]).all(-1).all(-1).all(0)
     return bool((found & ends).any())
-
-
-def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
 def test_a_folder_a_list_and_a_manifest_name_the_same_photos(folder: Path, tmp_path: Path) -> None:
@@ -113,19 +103,11 @@ def test_a_source_without_photos_is_a_clear_error(tmp_path: Path) -> None:
         CleanPhotos(tmp_path)
 
 
-def add_to_tar(shard: Path, **files: bytes) -> None:
-    """Appends files; a double underscore in a name stands for a dot."""
-    with tarfile.open(shard, "a") as tar:
-        for name, content in files.items():
-            info = tarfile.TarInfo(f"some/{name.replace('__', '.')}")
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
-
-
 def test_shards_hold_photos_at_random_access(folder: Path, tmp_path: Path) -> None:
     images = [Path(str(file)).read_bytes() for file in CleanPhotos(folder).paths]
-    add_to_tar(tmp_path / "b.tar", z__png=images[2], z__json=b"{}", pair__lq__png=images[0])
-    add_to_tar(tmp_path / "a.tar", x__png=images[0], y__png=images[1])
+    files = {"some/z.png": images[2], "some/z.json": b"{}", "some/pair.lq.png": images[0]}
+    write_tar(tmp_path / "b.tar", files)
+    write_tar(tmp_path / "a.tar", {"some/x.png": images[0], "some/y.png": images[1]})
     shards = CleanPhotos(tmp_path)
     names = [str(file).removeprefix(str(tmp_path)) for file in shards.paths]
     assert names == ["/a.tar:some/x.png", "/a.tar:some/y.png", "/b.tar:some/z.png"]
@@ -139,8 +121,7 @@ def test_a_faulty_shard_is_named(tmp_path: Path) -> None:
     (tmp_path / "bad.tar").write_bytes(b"no tar at all" * 100)
     with pytest.raises(ValueError, match=r"bad\.tar is no whole, uncompressed tar"):
         CleanPhotos(tmp_path / "bad.tar")
-    with tarfile.open(tmp_path / "empty.tar", "w"):
-        pass
+    write_tar(tmp_path / "empty.tar", {})
     with pytest.raises(ValueError, match=r"no photo in .*empty\.tar; give a tar shard with"):
         CleanPhotos(tmp_path / "empty.tar")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 import socket
@@ -15,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from .toys import train
+from .toys import train, untimed
 
 ROOT = Path(__file__).parents[2]
 
@@ -65,10 +64,7 @@ def launch(settings: dict[str, Any], nodes: int = 1) -> subprocess.CompletedProc
 
 def table(path: Path) -> list[dict[str, float]]:
     """What a clock and the machine have no say in."""
-    timed = ("samples_per_s", "wait_share", "peak_gb", "eta_s")
-    with path.open() as file:
-        rows = list(csv.DictReader(file))
-    return [{k: float(v) for k, v in row.items() if v and k not in timed} for row in rows]
+    return [{k: float(v) for k, v in row.items() if v} for row in untimed(path)]
 
 
 def test_two_processes_equal_accumulation(tmp_path: Path) -> None:

@@ -13,10 +13,10 @@ import pytest
 import torch
 from PIL import Image, ImageEnhance
 from safetensors.torch import save_file
-from skimage import data
 from torchvision.models import alexnet
 
 from diff_restorer.degradations import KINDS
+from tests import photos as test_photos
 from tools.client import Client
 from tools.errors import ServerUnreachableError, WorkflowError
 from tools.host import Host, free_port
@@ -38,15 +38,14 @@ from training.evaluation.pictures import (
     to_picture,
 )
 from training.evaluation.report import PhotoScore
-from training.evaluation.restoring import Job, run_batch, vae_round_trip
+from training.evaluation.restoring import Task, run_workload, vae_round_trip
 from training.evaluation.testsets import synthetic
 from training.layouts import kind_of
 from training.loop import LoopConfig
 
 
 def small_photo(name: str, width: int, height: int) -> Image.Image:
-    picture = Image.fromarray(getattr(data, name)())
-    return picture.resize((width, height), Image.Resampling.LANCZOS)
+    return test_photos.picture(name).resize((width, height), Image.Resampling.LANCZOS)
 
 
 @pytest.fixture(scope="module")
@@ -242,13 +241,13 @@ def offline(photos: Path, pairs: Path, tmp_path_factory: pytest.TempPathFactory)
     )  # fmt: skip
     cases = {case.id: case for case in evaluate.open_cases(config).cases}
     restored, round_trips = evaluate.server_work(config, list(cases.values()))
-    for job, key in restored.pending():
-        case = cases[job.name]
+    for task, key in restored.pending():
+        case = cases[task.name]
         seen = dict.fromkeys(KINDS, 0.02) | {case.kind or "noise": 0.9}
         note = {"key": key, "probabilities": seen, "seconds": 1.5}
-        save_picture(job.result, halfway(case.lq, case.gt), note)
-    for job, key in round_trips.pending():
-        save_picture(job.result, to_picture(read_image(job.photo) * 0.9), {"key": key})
+        save_picture(task.result, halfway(case.lq, case.gt), note)
+    for task, key in round_trips.pending():
+        save_picture(task.result, to_picture(read_image(task.photo) * 0.9), {"key": key})
     return config
 
 
@@ -468,8 +467,8 @@ def test_a_second_run_does_only_what_is_missing(run: Config):
 @pytest.mark.comfy
 def test_another_model_file_makes_every_result_stale(run: Config, photos: Path, tmp_path: Path):
     cases = evaluate.open_cases(replace(run, data=PhotoSets(photos, suites=("own",)))).cases
-    batch, _ = evaluate.server_work(run, cases)
-    assert batch.pending() == []
+    workload, _ = evaluate.server_work(run, cases)
+    assert workload.pending() == []
     save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors")
     other, _ = evaluate.server_work(replace(run, file=tmp_path / "other.safetensors"), cases)
     assert len(other.pending()) == len(cases)
@@ -480,13 +479,15 @@ def test_a_failed_photo_does_not_stop_the_others(run: Config, host: Host, tmp_pa
     good = evaluate.open_cases(run).cases[0]
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"no picture")
-    jobs = (Job("bad", broken, tmp_path / "1.png"), Job("good", good.lq, tmp_path / "2.png"))
-    batch = replace(evaluate.server_work(run, [good])[0], jobs=jobs)
-    failed = run_batch(Client(host.url), batch, batch.pending())
+    tasks = (Task("bad", broken, tmp_path / "1.png"), Task("good", good.lq, tmp_path / "2.png"))
+    workload = replace(evaluate.server_work(run, [good])[0], tasks=tasks)
+    failed = run_workload(Client(host.url), workload, workload.pending())
     assert list(failed) == ["bad"]
     assert read_note(tmp_path / "2.png")["probabilities"]
     with pytest.raises(ServerUnreachableError):
-        run_batch(Client(f"127.0.0.1:{free_port()}"), replace(batch, model="x"), [(jobs[1], "")])
+        run_workload(
+            Client(f"127.0.0.1:{free_port()}"), replace(workload, model="x"), [(tasks[1], "")]
+        )
 
 
 @pytest.mark.comfy

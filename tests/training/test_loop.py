@@ -27,13 +27,7 @@ from training.loop import Stage, run
 from training.plots import draw_curves, read_curves
 from training.progress import Means, Table, read_table
 
-from .toys import Points, config, same, stage
-
-TIMED = ("samples_per_s", "wait_share", "peak_gb", "eta_s")
-
-
-def untimed(path: Path) -> list[dict[str, str]]:
-    return [{k: v for k, v in row.items() if k not in TIMED} for row in read_table(path)]
+from .toys import TIMED, Points, config, same, stage, untimed
 
 
 def checkpoints(out: Path) -> list[str]:

@@ -9,11 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file
-from skimage import data
 
 from diff_restorer.checkpoint import read_checkpoint
+from tests.photos import write
 from training import pack
 from training.errors import NonFiniteError
 from training.nano.__main__ import Recipe, main
@@ -70,10 +69,8 @@ samples = 256
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("photos")
-    for name in ("astronaut", "chelsea", "coffee", "rocket"):
-        Image.fromarray(getattr(data, name)()).resize((96, 80)).save(folder / f"{name}.png")
-    return folder
+    names = ("astronaut", "chelsea", "coffee", "rocket")
+    return write(tmp_path_factory.mktemp("photos"), names, (96, 80))
 
 
 @pytest.fixture(scope="module")

@@ -13,13 +13,14 @@ import torch
 from PIL import Image, ImageFilter
 from skimage import data
 
+from tests.photos import picture
 from training.pack import Config, jpeg_quality, main, sharpness
 from training.photos import CleanPhotos, list_photos
 
 
 @pytest.fixture(scope="module")
 def photo() -> Image.Image:
-    return Image.fromarray(data.astronaut())
+    return picture("astronaut")
 
 
 @pytest.fixture

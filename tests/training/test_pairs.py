@@ -1,7 +1,6 @@
 """Paired sets: published layouts are recognised, faulty pairs are named, samples stay exact."""
 
 import io
-import tarfile
 from collections import Counter
 from dataclasses import replace
 from itertools import islice
@@ -11,29 +10,30 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from skimage import data
 from torch import Tensor
 
 from diff_restorer.degradations import KINDS
+from tests.photos import picture, write
 from training.common import DataConfig, open_data
 from training.data import UNKNOWN_SEVERITY, BatchNumbers, Mixing, RestorationBatches, load
 from training.layouts import LAYOUTS, find_pairs, kind_of
-from training.models import Sizes
+from training.networks import Sizes
 from training.pairs import PairedPhotos
 from training.photos import CleanPhotos, PhotoStore
 
-PHOTO = Image.fromarray(data.chelsea()).resize((96, 72))
+from .toys import drawn, same, write_tar
+
+PHOTO = picture("chelsea").resize((96, 72))
 
 
-def shaded(picture: Image.Image, shade: float) -> Image.Image:
-    return Image.fromarray((np.asarray(picture) * shade).round().astype(np.uint8))
+def shaded(photo: Image.Image, shade: float) -> Image.Image:
+    return Image.fromarray((np.asarray(photo) * shade).round().astype(np.uint8))
 
 
 def save(path: Path, shade: float = 1.0, size: tuple[int, int] | None = None) -> None:
     """A photo, darkened and resized."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    picture = PHOTO.resize(size) if size else PHOTO
-    shaded(picture, shade).save(path)
+    shaded(PHOTO.resize(size) if size else PHOTO, shade).save(path)
 
 
 def make_set(root: Path, *pairs: str) -> Path:
@@ -193,8 +193,8 @@ def test_faulty_pairs_are_named_counted_and_left_out(
     save(root / "low" / "lonely.png")
     save(root / "high" / "unused.png")
     pairs = PairedPhotos([root], PhotoStore(limit_mb))
-    drawn = [pairs[index] for index in range(len(pairs))]
-    assert all(lq.shape == gt.shape and not torch.equal(lq, gt) for lq, gt in drawn)
+    halves = [pairs[index] for index in range(len(pairs))]
+    assert all(lq.shape == gt.shape and not torch.equal(lq, gt) for lq, gt in halves)
     found = {name: caplog.text.count(f"low/{name}.png") for name in "abcdef"}
     assert found == {"a": 0, "b": 1, "c": 1, "d": 1, "e": 1, "f": 0}
     assert caplog.text.count("both halves have the same content") == 2
@@ -221,21 +221,13 @@ def encoded(shade: float) -> bytes:
     return stream.getvalue()
 
 
-def write_shard(path: Path, files: dict[str, bytes]) -> None:
-    with tarfile.open(path, "w") as tar:
-        for name, content in files.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
-
-
 def test_shards_hold_pairs(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     pair = {"lq.png": encoded(0.5), "gt.png": encoded(1)}
     files = {f"x/0001.{end}": content for end, content in (pair | {"cls": b"hazy\n"}).items()}
     files |= {f"x/0002.{end}": content for end, content in (pair | {"cls": b"5"}).items()}
     files |= {"x/0003.lq.png": encoded(0.5), "x/0004.jpg": encoded(1)}
-    write_shard(tmp_path / "a.tar", files)
-    write_shard(tmp_path / "b.tar", {f"0001.{end}": content for end, content in pair.items()})
+    write_tar(tmp_path / "a.tar", files)
+    write_tar(tmp_path / "b.tar", {f"0001.{end}": content for end, content in pair.items()})
     pairs = PairedPhotos([tmp_path / "a.tar"])
     assert [pair.kind for pair in pairs.pairs] == ["haze", "rain"]
     lq, gt = pairs[0]
@@ -256,10 +248,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_set(folder / "daclip", *low, "snowy/LQ/1.png <-> snowy/GT/1.png")
     hazy = [f"hazy/{n % 3}_0.{n}.png <-> clear/{n % 3}.png" for n in range(1, 13)]
     make_set(folder / "reside", *hazy)
-    for name in ("coffee", "astronaut", "rocket"):
-        picture = Image.fromarray(getattr(data, name)()).resize((96, 72))
-        (folder / "photos").mkdir(exist_ok=True)
-        picture.save(folder / "photos" / f"{name}.png")
+    write(folder / "photos", ("coffee", "astronaut", "rocket"), (96, 72))
     return folder
 
 
@@ -272,14 +261,6 @@ def make(root: Path, **changes: object) -> RestorationBatches:
         "pairs": PairedPhotos([root / "daclip", root / "reside"]),
     } | changes
     return RestorationBatches(CleanPhotos(root / "photos"), **settings)  # type: ignore[arg-type]
-
-
-def drawn(batches: RestorationBatches, number: int) -> dict[str, Tensor]:
-    return batches.finish(batches[number], torch.device("cpu"))
-
-
-def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
 def paired_kinds(labels: dict[str, Tensor]) -> Counter[str]:

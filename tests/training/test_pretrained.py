@@ -11,12 +11,12 @@ import torch
 from open_clip.transformer import QuickGELU, VisionTransformer
 from safetensors.torch import load_file, save_file
 
-from diff_restorer.checkpoint import CheckpointError
+from diff_restorer.checkpoint import CheckpointError, read_checkpoint
 from tests import toy_weights
 from tests.training import toy_sd15
 from training.common import ModelConfig, open_models
 from training.models import clip_tokens
-from training.networks import SD15, sizes_of
+from training.networks import SD15_SIZES, sizes_of
 from training.pretrained import PretrainedError, Sd15Config, from_open_clip, open_base
 
 
@@ -35,7 +35,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def opened(checkpoint: Path, clip: Path, vae: Path | None = None) -> Any:
-    return open_base(Sd15Config(checkpoint, vae, str(clip)), SD15)
+    return open_base(Sd15Config(checkpoint, vae, str(clip)), SD15_SIZES)
 
 
 def states(base: Any) -> dict[str, torch.Tensor]:
@@ -182,7 +182,7 @@ WRONG = {
     "no VAE": (changed(without("first_stage_model.")), r"no tensor first_stage_model\."),
     "a hole": (
         changed(without("model.diffusion_model.out.2.weight")),
-        r"the UNet does not fit; missing \['conv_out\.weight'\]",
+        r"the UNet does not fit \(missing: conv_out\.weight\)",
     ),
     "no middle": (
         changed(without("model.diffusion_model.middle_block.")),
@@ -243,7 +243,7 @@ def test_files_of_the_other_base_are_refused(tmp_path: Path) -> None:
 
 
 def test_sizes_are_read_from_a_self_contained_file(tmp_path: Path) -> None:
-    sizes = sizes_of(toy_weights.write_nano(tmp_path / "nano.safetensors"))
+    sizes = sizes_of(read_checkpoint(toy_weights.write_nano(tmp_path / "nano.safetensors")))
     assert sizes.unet_channels == (32, 64)
     assert sizes.unet_attention == (False, True)
     assert (sizes.unet_layers, sizes.vae_layers, sizes.vision_layers) == (1, 1, 2)

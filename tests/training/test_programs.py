@@ -9,27 +9,28 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
-from skimage import data
 
 from diff_restorer import VaeTrunk, aware_decode, encoder_features, photo_statistics
 from diff_restorer.abstention import Abstention
 from diff_restorer.checkpoint import read_checkpoint, write_checkpoint
 from diff_restorer.degradations import degrade
 from diff_restorer.prompt_processor import DEFAULT_TYPES
+from tests.photos import photo, write
 from tests.training import toy_sd15
 from training import ablate, export, sample_decoder_data, train_control, train_decoder
 from training.common import DataConfig, ModelConfig, home, open_models
 from training.data import clip_view
 from training.diffusion import sample
 from training.loop import LoopConfig
-from training.models import Models, Sizes, psnr_gain, to_pixels
+from training.models import Models, psnr_gain, to_pixels
 from training.nano import autoencoder, vision
+from training.networks import Sizes
 
 TOY = Sizes(
     unet_channels=(32, 64),
@@ -48,59 +49,58 @@ TOY = Sizes(
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("photos")
-    for name in ("astronaut", "chelsea", "coffee"):
-        Image.fromarray(getattr(data, name)()).resize((96, 80)).save(folder / f"{name}.png")
-    return folder
+    return write(tmp_path_factory.mktemp("photos"), ("astronaut", "chelsea", "coffee"), (96, 80))
+
+
+def loop(out: Path, **changes: Any) -> LoopConfig:
+    """A step or two."""
+    return replace(LoopConfig(out, steps=1, batch_size=1, warmup=1, workers=0), **changes)
+
+
+def shots(photos: Path, **changes: Any) -> DataConfig:
+    """Small parts of `photos`."""
+    config = DataConfig(photos, part=48, crop=32, held_out=3, validation_samples=9)
+    return replace(config, **changes)
+
+
+def nano(*files: Path, **changes: Any) -> ModelConfig:
+    """The toy networks, from files."""
+    return replace(ModelConfig(init=files, sizes=TOY), **changes)
 
 
 @pytest.fixture(scope="module")
 def files(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """What each stage wrote."""
-    out = tmp_path_factory.mktemp("runs")
-
-    def loop(name: str) -> LoopConfig:
-        return LoopConfig(
-            out=out / name, steps=2, batch_size=2, warmup=1, workers=0, ema=0.5,
-            checkpoint_every=2, validate_every=2,
-        )  # fmt: skip
-
-    shots = DataConfig(photos, part=48, crop=32, held_out=3, validation_samples=9)
-    made = {
-        "base": autoencoder.main(
-            autoencoder.Config(loop("base"), shots, ModelConfig(sizes=TOY)),
-        ),
-        "eyes": vision.main(vision.Config(loop("eyes"), shots, ModelConfig(sizes=TOY))),
-    }
-    made["control"] = train_control.main(
+    out, data = tmp_path_factory.mktemp("runs"), shots(photos)
+    two = {"steps": 2, "batch_size": 2, "ema": 0.5, "checkpoint_every": 2, "validate_every": 2}
+    base = autoencoder.main(autoencoder.Config(loop(out / "base", **two), data, nano()))
+    eyes = vision.main(vision.Config(loop(out / "eyes", **two), data, nano()))
+    control = train_control.main(
         train_control.Config(
-            loop("control"),
-            shots,
-            ModelConfig(init=(made["eyes"], made["base"]), sizes=TOY),
+            *(loop(out / "control", **two), data, nano(eyes, base)),
             train_unet=True,
             validation_steps=2,
         )
     )
-    stage1 = ModelConfig(init=(made["control"],), sizes=TOY)
-    made["latents"] = sample_decoder_data.main(
+    latents = sample_decoder_data.main(
         sample_decoder_data.Config(
-            shots, out / "latents.safetensors", stage1, samples=3, batch_size=2, steps=2
+            *(data, out / "latents.safetensors", nano(control)), samples=3, batch_size=2, steps=2
         )
     )
-    made["decoder"] = train_decoder.main(
+    decoder = train_decoder.main(
         train_decoder.Config(
-            loop("decoder"), shots, stage1, latents=made["latents"], validation_steps=2
+            *(loop(out / "decoder", **two), data, nano(control)),
+            latents=latents,
+            validation_steps=2,
         )
     )
-    made["release"] = export.main(
-        export.Config(
-            shots,
-            out / "release.safetensors",
-            ModelConfig(init=(made["decoder"],), sizes=TOY),
-            samples=128,
-        )
+    release = export.main(
+        export.Config(data, out / "release.safetensors", nano(decoder), samples=128)
     )
-    return made
+    return {
+        "base": base, "eyes": eyes, "control": control, "latents": latents, "decoder": decoder,
+        "release": release,
+    }  # fmt: skip
 
 
 def changed(before: Path, after: Path, prefix: str) -> set[bool]:
@@ -130,9 +130,9 @@ def test_stage_2_samples_latents_where_no_file_has_them(
     files: dict[str, Path], photos: Path, tmp_path: Path
 ) -> None:
     settings = train_decoder.Config(
-        LoopConfig(out=tmp_path, steps=2, batch_size=2, warmup=1, workers=0),
-        DataConfig(photos, part=48, crop=32, held_out=3, validation_samples=9),
-        ModelConfig(init=(files["control"],), sizes=TOY),
+        loop(tmp_path, steps=2, batch_size=2),
+        shots(photos),
+        nano(files["control"]),
         sample_steps=2,
         sampled_share=1.0,
         validation_steps=2,
@@ -141,9 +141,8 @@ def test_stage_2_samples_latents_where_no_file_has_them(
     assert made["out.weight"].any()
     with pytest.raises(ValueError, match="--sample-steps: latents come from --latents already"):
         train_decoder.main(replace(settings, latents=files["latents"]))
-    eyes = ModelConfig(init=(files["base"], files["eyes"]), sizes=TOY)
     with pytest.raises(ValueError, match=r"--sample-steps: no file of --model.init has \['base"):
-        train_decoder.main(replace(settings, model=eyes))
+        train_decoder.main(replace(settings, model=nano(files["base"], files["eyes"])))
 
 
 def test_the_release_is_complete_and_in_half_precision(files: dict[str, Path]) -> None:
@@ -174,11 +173,10 @@ def test_a_weight_that_fp16_cannot_hold_is_named(
     state = source.state("")
     state["decoder.detail.out.weight"] = state["decoder.detail.out.weight"] + 1e5
     write_checkpoint(tmp_path / "large.safetensors", state, source.info)
-    config = ModelConfig(init=(tmp_path / "large.safetensors",), sizes=TOY)
-    shots = DataConfig(photos, part=48, crop=32, held_out=3, validation_samples=9)
+    large, never = nano(tmp_path / "large.safetensors"), tmp_path / "never.safetensors"
     with pytest.raises(ValueError, match=r"decoder\.detail\.out\.weight is not finite in fp16"):
-        export.main(export.Config(shots, tmp_path / "never.safetensors", config, samples=128))
-    assert not (tmp_path / "never.safetensors").exists()
+        export.main(export.Config(shots(photos), never, large, samples=128))
+    assert not never.exists()
 
 
 @pytest.mark.parametrize(
@@ -204,8 +202,8 @@ def test_what_is_wrong_with_the_settings_is_one_line(
 def test_scores_that_are_no_json_are_named_at_the_start(photos: Path, tmp_path: Path) -> None:
     for text, message in (("{", "is not JSON"), ("[1]", "holds a list")):
         (tmp_path / "scores.json").write_text(text)
-        config = ModelConfig(init=(tmp_path / "not even opened",), sizes=TOY)
-        settings = export.Config(DataConfig(photos), tmp_path / "never", config)
+        unopened = nano(tmp_path / "not even opened")
+        settings = export.Config(DataConfig(photos), tmp_path / "never", unopened)
         with pytest.raises(ValueError, match=f"--scores: .*{message}"):
             export.main(replace(settings, scores=tmp_path / "scores.json"))
 
@@ -214,20 +212,19 @@ def test_a_classifier_of_several_kinds_is_told_apart(
     files: dict[str, Path], photos: Path, tmp_path: Path
 ) -> None:
     settings = train_control.Config(
-        LoopConfig(out=tmp_path, steps=1, batch_size=1, warmup=1, workers=0),
-        DataConfig(photos, part=48, crop=32, held_out=3, validation_samples=9),
-        ModelConfig(init=(files["eyes"], files["base"]), sizes=TOY),
+        loop(tmp_path),
+        shots(photos),
+        nano(files["eyes"], files["base"]),
         train_unet=True,
         classification="bce",
         validation_steps=1,
     )
     made = train_control.main(settings)
     assert read_checkpoint(made).info.classification == "bce"
-    assert open_models(ModelConfig(init=(made,), sizes=TOY))[0].classification == "bce"
+    assert open_models(nano(made))[0].classification == "bce"
     # A run that leaves the classifier alone, with the default of `classification`.
-    later = replace(settings, train_degradation=False, classification="ce")
-    later = replace(later, model=replace(settings.model, init=(made,)))
-    later = replace(later, loop=replace(settings.loop, out=tmp_path / "later"))
+    later = replace(settings, loop=loop(tmp_path / "later"), model=nano(made))
+    later = replace(later, train_degradation=False, classification="ce")
     assert read_checkpoint(train_control.main(later)).info.classification == "bce"
     assert read_checkpoint(files["release"]).info.classification == "ce"
 
@@ -236,9 +233,9 @@ def test_a_weight_of_a_loss_that_trains_nothing_is_refused(
     files: dict[str, Path], photos: Path, tmp_path: Path
 ) -> None:
     settings = train_control.Config(
-        LoopConfig(out=tmp_path, steps=1),
-        DataConfig(photos, part=48, crop=32, held_out=3),
-        ModelConfig(init=(files["control"],), sizes=TOY),
+        loop(tmp_path),
+        shots(photos),
+        nano(files["control"]),
         ce_weight=0.0,
         train_degradation=False,
     )
@@ -250,33 +247,32 @@ def test_a_decoder_without_diffusion_is_an_ablation(
     files: dict[str, Path], photos: Path, tmp_path: Path
 ) -> None:
     settings = train_decoder.Config(
-        LoopConfig(out=tmp_path, steps=1, batch_size=2, warmup=1, workers=0),
-        DataConfig(photos, part=48, crop=32, held_out=3, validation_samples=9),
-        ModelConfig(init=(files["control"],), sizes=TOY),
+        loop(tmp_path, batch_size=2),
+        shots(photos),
+        nano(files["control"]),
         without_diffusion=True,
     )
-    assert open_models(ModelConfig(init=(train_decoder.main(settings),), sizes=TOY))[
-        0
-    ].ablations == {"without_diffusion"}
+    models, _ = open_models(nano(train_decoder.main(settings)))
+    assert models.ablations == {"without_diffusion"}
     with pytest.raises(ValueError, match="--without-diffusion: it decodes no sampled latents"):
         train_decoder.main(replace(settings, latents=files["latents"]))
 
 
 def test_the_release_loads_into_other_models(files: dict[str, Path]) -> None:
-    models = Models(TOY, read_checkpoint(files["release"]).info.types)
-    assert models.load(files["release"]) >= {"base.unet.", "control.", "decoder.detail."}
-    with pytest.raises(ValueError, match="does not fit the configured sizes"):
-        Models(Sizes(), models.types).load(files["release"])
+    release = read_checkpoint(files["release"])
+    models = Models(TOY, release.info.types)
+    assert models.load(release) >= {"base.unet.", "control.", "decoder.detail."}
+    with pytest.raises(ValueError, match=r"does not fit .* Give --model the sizes"):
+        Models(Sizes(), models.types).load(release)
 
 
 def test_a_finished_nano_can_be_given_another_decoder(files: dict[str, Path]) -> None:
     fusion = replace(TOY, detail_widths=(), fusion_levels=(1,), fusion_growth=4, fusion_depth=1)
-    models, found = open_models(ModelConfig(init=(files["release"],), sizes=fusion))
-    assert "decoder.detail." in found
+    models, loaded = open_models(nano(files["release"], sizes=fusion))
+    assert "decoder.detail." in loaded
     assert models.sizes.detail_widths == TOY.detail_widths
-    config = ModelConfig(init=(files["release"],), sizes=fusion, fresh_decoder=True)
-    models, found = open_models(config)
-    assert not {prefix for prefix in found if prefix.startswith("decoder.")}
+    models, loaded = open_models(nano(files["release"], sizes=fusion, fresh_decoder=True))
+    assert not {prefix for prefix in loaded if prefix.startswith("decoder.")}
     assert models.decoder_parts == ("decoder.fusion.", "decoder.vae.")
     assert models.sizes.fusion_levels == (1,)
 
@@ -291,27 +287,19 @@ def test_thresholds_stay_with_the_classifier_they_were_fitted_to(
     )
     fitted = tmp_path / "fitted.safetensors"
     write_checkpoint(fitted, source.state(""), replace(source.info, abstention=abstention))
-    shots = DataConfig(photos, part=48, crop=32, held_out=3, validation_samples=9)
-    model = ModelConfig(init=(fitted,), sizes=TOY)
-
-    def loop(name: str) -> LoopConfig:
-        return LoopConfig(out=tmp_path / name, steps=1, batch_size=2, warmup=1, workers=0)
-
-    decoder = train_decoder.main(train_decoder.Config(loop("decoder"), shots, model))
+    data, model = shots(photos), nano(fitted)
+    decoder = train_decoder.main(
+        train_decoder.Config(loop(tmp_path / "decoder", batch_size=2), data, model)
+    )
     assert read_checkpoint(decoder).info.abstention == abstention
-    eyes = vision.main(vision.Config(loop("eyes"), shots, model))
+    eyes = vision.main(vision.Config(loop(tmp_path / "eyes", batch_size=2), data, model))
     assert read_checkpoint(eyes, required=()).info.abstention is None
 
 
 def test_a_missing_part_is_named(files: dict[str, Path], photos: Path) -> None:
+    never = loop(files["base"].parent / "never")
     with pytest.raises(ValueError, match=r"base\.clip_vision\."):
-        train_control.main(
-            train_control.Config(
-                LoopConfig(out=files["base"].parent / "never"),
-                DataConfig(photos, crop=32),
-                ModelConfig(init=(files["base"],), sizes=TOY),
-            )
-        )
+        train_control.main(train_control.Config(never, shots(photos), nano(files["base"])))
 
 
 def test_toy_photos_are_shared_out_to_training_and_validation(photos: Path) -> None:
@@ -321,9 +309,9 @@ def test_toy_photos_are_shared_out_to_training_and_validation(photos: Path) -> N
 
 def test_nano_s_sizes_need_not_be_repeated(files: dict[str, Path]) -> None:
     given = Sizes(vision_head_width=16)  # the one thing that tensors do not tell
-    models, found = open_models(ModelConfig(init=(files["release"],), sizes=given))
+    models, loaded = open_models(nano(files["release"], sizes=given))
     assert models.sizes == TOY
-    assert {"base.unet.", "base.vae.", "base.clip_vision.", "control."} <= found
+    assert {"base.unet.", "base.vae.", "base.clip_vision.", "control."} <= loaded
     assert models.types[-1] == "clean"
 
 
@@ -339,44 +327,32 @@ def sd15_files(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
         ),
     )
 
-    def loop(name: str) -> LoopConfig:
-        return LoopConfig(
-            out=out / name, steps=2, batch_size=1, warmup=1, workers=0, ema=0.5,
-            checkpoint_every=2, validate_every=2,
-        )  # fmt: skip
-
-    shots = DataConfig(photos, part=48, crop=32, held_out=3, validation_samples=8)
-    made = {
-        "control": train_control.main(
-            train_control.Config(loop("control"), shots, single, validation_steps=2)
-        )
-    }
-    stage1 = replace(single, init=(made["control"],))
-    sampled = sample_decoder_data.Config(
-        shots, out / "latents.safetensors", stage1, samples=3, steps=2, batch_size=1
+    two = {"steps": 2, "ema": 0.5, "checkpoint_every": 2, "validate_every": 2}
+    data = shots(photos, validation_samples=8)
+    control = train_control.main(
+        train_control.Config(loop(out / "control", **two), data, single, validation_steps=2)
     )
-    made["latents"] = sample_decoder_data.main(sampled)
-    made["decoder"] = train_decoder.main(
+    latents = sample_decoder_data.main(
+        sample_decoder_data.Config(
+            *(data, out / "latents.safetensors", replace(single, init=(control,))),
+            samples=3,
+            steps=2,
+            batch_size=1,
+        )
+    )
+    decoder = train_decoder.main(
         train_decoder.Config(
-            loop("decoder"),
-            shots,
-            replace(folder, init=(made["control"],)),
-            latents=made["latents"],
+            *(loop(out / "decoder", **two), data, replace(folder, init=(control,))),
+            latents=latents,
             fusion_first=1,
             lpips_weight=1.0,
             gan=train_decoder.GanConfig(0.025, start=1, width=8),
             validation_steps=2,
         )
     )
-    made["release"] = export.main(
-        export.Config(
-            shots,
-            out / "release.safetensors",
-            replace(single, init=(made["decoder"],)),
-            samples=96,
-        )
-    )
-    return made
+    finished = replace(single, init=(decoder,))
+    release = export.main(export.Config(data, out / "release.safetensors", finished, samples=96))
+    return {"control": control, "latents": latents, "decoder": decoder, "release": release}
 
 
 def test_an_sd15_file_holds_what_the_nodes_ask_for_and_no_base(
@@ -438,7 +414,7 @@ def test_a_killed_sampling_goes_on_to_the_same_latents(
 ) -> None:
     folder = sd15_files["control"].parents[1]
     config = sample_decoder_data.Config(
-        DataConfig(photos, part=48, crop=32, held_out=3, validation_samples=8),
+        shots(photos, validation_samples=8),
         tmp_path / "latents.safetensors",
         toy_sd15.model_config(folder, init=(sd15_files["control"],)),
         samples=6,
@@ -474,33 +450,27 @@ def test_a_killed_sampling_goes_on_to_the_same_latents(
 def test_an_ablation_says_so_and_is_refused_for_release(
     files: dict[str, Path], photos: Path, tmp_path: Path
 ) -> None:
-    shots = DataConfig(photos, part=48, crop=32, held_out=3, validation_samples=9)
     ablated = train_control.main(
         train_control.Config(
-            LoopConfig(out=tmp_path, steps=1, batch_size=1, warmup=1, workers=0),
-            shots,
-            ModelConfig(init=(files["eyes"], files["base"]), sizes=TOY),
+            *(loop(tmp_path), shots(photos), nano(files["eyes"], files["base"])),
             train_unet=True,
             without_semantic=True,
             degradation_in_control="time",
             validation_steps=1,
         )
     )
-    config = ModelConfig(init=(ablated,), sizes=TOY)
-    models, _ = open_models(config)
+    models, _ = open_models(nano(ablated))
     assert models.ablations == {"without_semantic", "control_time"}
     assert read_checkpoint(ablated).has("control.label_emb.0.2.")
     with pytest.raises(ValueError, match=r"trained as an ablation .control_time, without_semantic"):
-        export.main(export.Config(shots, tmp_path / "never.safetensors", config))
+        export.main(export.Config(shots(photos), tmp_path / "never.safetensors", nano(ablated)))
 
 
 def test_sd15_s_unet_cannot_train(photos: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"--train-unet: a file for SD 1\.5 holds no UNet"):
         train_control.main(
             train_control.Config(
-                LoopConfig(out=tmp_path / "run"),
-                DataConfig(photos, crop=32),
-                toy_sd15.model_config(tmp_path),
+                *(loop(tmp_path / "run"), shots(photos), toy_sd15.model_config(tmp_path)),
                 train_unet=True,
             )
         )
@@ -513,16 +483,16 @@ def test_a_fresh_detail_path_restores_before_it_is_trained(kind: str, gain: floa
     models, _ = open_models(ModelConfig(init=(shipped,), fresh_decoder=True))
     models.start_decoder()
     generator = torch.Generator().manual_seed(0)
-    clean = torch.from_numpy(data.astronaut()[:256, 100:356].copy()).permute(2, 0, 1)[None] / 255
-    photo = degrade(kind, clean, 0.6, generator).clamp(0, 1)
-    view = clip_view(photo, models.sizes.vision_image)
-    near = photo[..., :192, :192].contiguous()
+    clean = photo("astronaut")[..., :256, 100:356].contiguous()
+    lq = degrade(kind, clean, 0.6, generator).clamp(0, 1)
+    view = clip_view(lq, models.sizes.vision_image)
+    near = lq[..., :192, :192].contiguous()
     prompt = models.read({"clip_view": view, "native_view": near})
-    path, pixels = models.decoder.extension, to_pixels(photo)
+    path, pixels = models.decoder.extension, to_pixels(lq)
     trunk, hint = VaeTrunk.of(models.vae), models.encode(pixels)
     with torch.no_grad():
         latent = sample(models, hint, prompt.semantic, prompt.degradation, 5, generator)
         features = encoder_features(trunk, pixels, path.levels)
-        condition = path.condition(prompt.pooled, photo_statistics(photo))
+        condition = path.condition(prompt.pooled, photo_statistics(lq))
         restored = aware_decode(trunk, path, latent / models.latent_scale, features, condition)
-    assert psnr_gain((restored + 1) / 2, photo, clean) > gain
+    assert psnr_gain((restored + 1) / 2, lq, clean) > gain

@@ -12,12 +12,12 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
-from skimage import data
 from skimage.metrics import peak_signal_noise_ratio
 from torchmetrics.functional.image import structural_similarity_index_measure
 
 from diff_restorer.degradations import KINDS
 from diff_restorer.similarity import IDENTICAL
+from tests.photos import picture
 from tools.host import free_port
 from training import evaluate
 from training.evaluate import Config, PhotoSets
@@ -35,15 +35,15 @@ from training.evaluation.report import PhotoScore
 from training.evaluation.testsets import Case
 
 EVERY = [
-    pytest.param(kind, variant, id=f"{kind}-{'-'.join(variant.steps)}-{index}")
-    for kind, variants in independent.VARIANTS.items()
-    for index, variant in enumerate(variants)
+    pytest.param(kind, corruption, id=f"{kind}-{'-'.join(corruption.steps)}-{index}")
+    for kind, corruptions in independent.CORRUPTIONS.items()
+    for index, corruption in enumerate(corruptions)
 ]
 
 
 @pytest.fixture(scope="module")
 def photo() -> Image.Image:
-    return Image.fromarray(data.astronaut()).crop((150, 40, 262, 136))
+    return picture("astronaut").crop((150, 40, 262, 136))
 
 
 @pytest.fixture
@@ -73,12 +73,12 @@ def test_photos_that_guided_decisions_are_told_apart(cbsd68: Path, tmp_path: Pat
 # Degradations that others wrote
 
 
-@pytest.mark.parametrize(("kind", "variant"), EVERY)
+@pytest.mark.parametrize(("kind", "corruption"), EVERY)
 def test_a_variant_of_others_degrades_and_is_a_function_of_its_seed(
-    kind: str, variant: independent.Variant, photo: Image.Image
+    kind: str, corruption: independent.Corruption, photo: Image.Image
 ):
     try:
-        independent.open_package(variant.package)
+        independent.open_package(corruption.package)
     except testsets.MissingPackageError as error:
         pytest.skip(": ".join(error.args))
     levels = np.asarray(photo)
@@ -86,7 +86,7 @@ def test_a_variant_of_others_degrades_and_is_a_function_of_its_seed(
     np.random.seed(3)
     expected = np.random.rand()
     np.random.seed(3)
-    first, again = (independent.apply(variant, levels, 5) for _ in range(2))
+    first, again = (independent.apply(corruption, levels, 5) for _ in range(2))
     assert np.array_equal(first, again)
     assert np.array_equal(levels, before), "the photo was changed in place"
     assert np.random.rand() == expected, "NumPy's own generator moved"
@@ -105,11 +105,11 @@ def test_a_photo_that_is_too_small_is_named(tmp_path: Path, photo: Image.Image):
 
 
 def test_every_kind_has_variants_and_photos_draw_different_ones():
-    assert set(independent.VARIANTS) == set(KINDS[:-1])
+    assert set(independent.CORRUPTIONS) == set(KINDS[:-1])
     drawn = [independent.draw("noise", name, 0) for name in "abcdefghijkl"]
     assert drawn == [independent.draw("noise", name, 0) for name in "abcdefghijkl"]
     assert len({seed for _, seed in drawn}) == 12
-    assert len({str(variant) for variant, _ in drawn}) >= 4
+    assert len({str(corruption) for corruption, _ in drawn}) >= 4
 
 
 def test_a_missing_package_is_named_and_breaks_nothing(
@@ -279,13 +279,13 @@ def test_the_report_has_a_section_for_every_suite(cbsd68: Path, tmp_path: Path):
         tmp_path / "out", server=f"http://127.0.0.1:{free_port()}", workers=1, weights=tmp_path,
     )  # fmt: skip
     cases = evaluate.open_cases(config).cases
-    batch, round_trips = evaluate.server_work(config, cases)
-    assert round_trips.jobs == ()
-    for job, key in batch.pending():
-        image = read_image(job.photo)
-        result = torch.zeros_like(image) if job.name.startswith("harm/grey") else image
+    workload, round_trips = evaluate.server_work(config, cases)
+    assert round_trips.tasks == ()
+    for task, key in workload.pending():
+        image = read_image(task.photo)
+        result = torch.zeros_like(image) if task.name.startswith("harm/grey") else image
         note = {"key": key, "probabilities": {"haze": 0.7, "clean": 0.3}, "seconds": 1.0}
-        save_picture(job.result, to_picture(result), note)
+        save_picture(task.result, to_picture(result), note)
     assert evaluate.main(config) == 0
     metrics = json.loads((config.out / "metrics.json").read_text())
     assert len(metrics["photos"]) == len(cases) >= 8 + 7

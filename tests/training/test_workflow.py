@@ -18,8 +18,8 @@ from diff_restorer.checkpoint import write_checkpoint
 from tests import toy_weights
 from tests.training import toy_sd15
 from tools import in_process
-from tools.client import Workflow, find_node, load_workflow
 from tools.environment import ROOT
+from tools.workflow import Workflow, find_node, load_workflow
 from training import sample_decoder_data, train_control, train_decoder
 from training.common import DataConfig, data_for, open_models, to_home
 from training.data import PICTURES

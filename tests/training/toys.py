@@ -5,9 +5,11 @@ As a program: python -m tests.training.toys '{"out": "folder", "steps": 6}'
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import sys
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from training.data import to_device
+from training.data import Batches, to_device
 from training.loop import LoopConfig, Stage, run
+from training.progress import read_table
 
 
 class Points(Dataset[dict[str, Tensor]]):
@@ -86,6 +89,28 @@ def stage(stop_at: int | None = None, scale: float = 1.0) -> Stage:
 
     hidden = (model.get_parameter("0.weight"),)
     return Stage(model, loss, validate, export, hidden=hidden, check=check)
+
+
+TIMED = ("samples_per_s", "wait_share", "peak_gb", "eta_s")
+
+
+def untimed(path: Path) -> list[dict[str, str]]:
+    """Rows of a table without what a clock and the machine have a say in."""
+    return [{k: v for k, v in row.items() if k not in TIMED} for row in read_table(path)]
+
+
+def drawn(batches: Batches, number: int) -> dict[str, Tensor]:
+    """A batch on the CPU."""
+    return batches.finish(batches[number], torch.device("cpu"))
+
+
+def write_tar(path: Path, files: dict[str, bytes]) -> None:
+    """An uncompressed tar of these files."""
+    with tarfile.open(path, "w") as tar:
+        for name, content in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
 
 
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from ..common import home
-from .competing import read_photo
+from .competing import read_pixels
 from .nafnet import load_network
-from .pictures import digest, file_digest, pixel_digest, read_image, read_note, save_picture
-from .pictures import to_picture as tensor_picture
+from .pictures import digest, file_digest, made_once, pixel_digest, read_image, to_picture
 from .smoothing import to_8_bit
 from .testsets import NOISE_SIGMA, Case
 
@@ -48,14 +48,14 @@ def anchor_path(out: Path, anchor: str, case: Case) -> Path:
 def run_nafnet(file: Path, out: Path, cases: Sequence[Case]) -> None:
     """Restores photos with the comparison network, as `load_network` opens it."""
     network, model = load_network(file), file_digest(file)
+
+    @torch.no_grad()
+    def restored(case: Case) -> Image.Image:
+        return to_picture(network(read_image(case.lq).to(home())))
+
     for case in tqdm(cases, desc=ANCHORS["nafnet"], unit="photo"):
-        path = anchor_path(out, "nafnet", case)
         key = digest(model, pixel_digest(case.lq))
-        if read_note(path).get("key") != key:
-            with torch.no_grad():
-                save_picture(
-                    path, tensor_picture(network(read_image(case.lq).to(home()))), {"key": key}
-                )
+        made_once(anchor_path(out, "nafnet", case), key, partial(restored, case))
 
 
 def run_bm3d(out: Path, cases: Sequence[Case]) -> str | None:
@@ -65,13 +65,14 @@ def run_bm3d(out: Path, cases: Sequence[Case]) -> str | None:
         package: Any = importlib.import_module("bm3d") if chosen else None
     except ImportError as error:
         return f"not available: {error}; its licence is for non-commercial use only"
-    for case in tqdm(chosen, desc="BM3D", unit="photo", disable=not chosen):
-        path = anchor_path(out, "bm3d", case)
-        key = digest("bm3d", str(NOISE_SIGMA), pixel_digest(case.lq))
-        if read_note(path).get("key") == key:
-            continue
+
+    def denoised(case: Case) -> Image.Image:
         profile = package.BM3DProfile()
         profile.num_threads = 1  # more give results that differ a little each time
-        found = package.bm3d_rgb(read_photo(case.lq), NOISE_SIGMA / 255, profile)
-        save_picture(path, Image.fromarray(to_8_bit(np.asarray(found))), {"key": key})
+        photo = package.bm3d_rgb(read_pixels(case.lq), NOISE_SIGMA / 255, profile)
+        return Image.fromarray(to_8_bit(np.asarray(photo)))
+
+    for case in tqdm(chosen, desc="BM3D", unit="photo", disable=not chosen):
+        key = digest("bm3d", str(NOISE_SIGMA), pixel_digest(case.lq))
+        made_once(anchor_path(out, "bm3d", case), key, partial(denoised, case))
     return None

@@ -17,7 +17,7 @@ from skimage import color, exposure, restoration
 
 from . import smoothing
 from .smoothing import (
-    Photo,
+    Pixels,
     gaussian,
     guided,
     guided_by,
@@ -29,12 +29,12 @@ from .smoothing import (
     total_variation,
 )
 
-Baseline = Callable[[Photo], Photo]
+Baseline = Callable[[Pixels], Pixels]
 
 # Sharpening
 
 
-def gaussian_psf(sigma: float) -> Photo:
+def gaussian_psf(sigma: float) -> Pixels:
     """Normalised Gaussian kernel; sigma in pixels."""
     reach = int(3 * sigma + 0.5)
     axis = np.arange(-reach, reach + 1, dtype=np.float32)
@@ -42,7 +42,7 @@ def gaussian_psf(sigma: float) -> Photo:
     return np.outer(line, line) / line.sum() ** 2
 
 
-def disk_psf(radius: float) -> Photo:
+def disk_psf(radius: float) -> Pixels:
     """Normalised disk, the kernel of defocus; radius in pixels."""
     reach = int(radius + 1)
     y, x = np.mgrid[-reach : reach + 1, -reach : reach + 1]
@@ -50,7 +50,7 @@ def disk_psf(radius: float) -> Photo:
     return disk / disk.sum()
 
 
-def richardson_lucy(photo: Photo, psf: Photo, steps: int = 8) -> Photo:
+def richardson_lucy(photo: Pixels, psf: Pixels, steps: int = 8) -> Pixels:
     """Richardson-Lucy with an assumed kernel, mirrored at the edges so that they ring less.
 
     Sources: Richardson (1972), Lucy (1974).
@@ -58,13 +58,13 @@ def richardson_lucy(photo: Photo, psf: Photo, steps: int = 8) -> Photo:
     pad = min(24, *(side - 1 for side in photo.shape[:2]))
     padded = np.pad(photo, ((pad, pad), (pad, pad), (0, 0)), "reflect")
 
-    def sharpen(channel: Photo) -> Photo:
+    def sharpen(channel: Pixels) -> Pixels:
         return restoration.richardson_lucy(channel, psf, steps, clip=False, filter_epsilon=1e-3)
 
     return per_channel(sharpen, padded)[pad:-pad, pad:-pad]
 
 
-def unsharp(photo: Photo, sigma: float = 2.0, amount: float = 0.5) -> Photo:
+def unsharp(photo: Pixels, sigma: float = 2.0, amount: float = 0.5) -> Pixels:
     """Unsharp mask: adds what a Gaussian of `sigma` pixels takes away."""
     return photo + amount * (photo - gaussian(photo, sigma))
 
@@ -72,18 +72,18 @@ def unsharp(photo: Photo, sigma: float = 2.0, amount: float = 0.5) -> Photo:
 # Light and colour
 
 
-def stretch(photo: Photo, low: float = 0.5, high: float = 99.5) -> Photo:
+def stretch(photo: Pixels, low: float = 0.5, high: float = 99.5) -> Pixels:
     """Spreads the range between two percentiles of each channel over [0, 1]."""
     darkest, lightest = np.percentile(photo, (low, high), axis=(0, 1))
     return ((photo - darkest) / (lightest - darkest).clip(1e-3)).astype(np.float32)
 
 
-def stretch_and_denoise(photo: Photo) -> Photo:
+def stretch_and_denoise(photo: Pixels) -> Pixels:
     """`stretch`, then `sliding_dct`."""
     return sliding_dct(stretch(photo).clip(0, 1), least=0.02)
 
 
-def equalize(photo: Photo) -> Photo:
+def equalize(photo: Pixels) -> Pixels:
     """Histogram equalisation of the HSV value."""
     hsv = color.rgb2hsv(photo)
     hsv[..., 2] = exposure.equalize_hist(hsv[..., 2])
@@ -93,7 +93,7 @@ def equalize(photo: Photo) -> Photo:
 # Haze
 
 
-def dark_channel(photo: Photo, omega: float = 0.95, window: int = 11) -> Photo:
+def dark_channel(photo: Pixels, omega: float = 0.95, window: int = 11) -> Pixels:
     """Dark-channel prior. Source: He, Sun and Tang (2009), with a guided filter (2010)."""
     dark = ndimage.minimum_filter(photo.min(-1), window)
     haziest = dark >= np.quantile(dark, 0.999)
@@ -106,17 +106,17 @@ def dark_channel(photo: Photo, omega: float = 0.95, window: int = 11) -> Photo:
 # Rain, snow, drops
 
 
-def opening(photo: Photo, height: int, width: int) -> Photo:
+def opening(photo: Pixels, height: int, width: int) -> Pixels:
     """Morphological opening of each channel: takes away what is bright and smaller."""
     return ndimage.grey_opening(photo, (height, width, 1))
 
 
-def darker_median(photo: Photo, height: int, width: int) -> Photo:
+def darker_median(photo: Pixels, height: int, width: int) -> Pixels:
     """The median where it is darker than the photo: takes away bright spots and streaks only."""
     return np.minimum(photo, median(photo, height, width))
 
 
-def inpaint_bright(photo: Photo, window: int, threshold: float = 0.2) -> Photo:
+def inpaint_bright(photo: Pixels, window: int, threshold: float = 0.2) -> Pixels:
     """Fills bright spots smaller than `window` from around them.
 
     Source: normalised convolution, Knutsson and Westin (1993).
@@ -166,7 +166,7 @@ def sources() -> tuple[Path, Path]:
     return Path(__file__), Path(smoothing.__file__)
 
 
-def restore(name: str, photo: Photo) -> Photo:
+def apply(name: str, photo: Pixels) -> Pixels:
     """Applies the baseline `name` to a photo; the result is finite, float32 and in [0, 1]."""
     result = np.nan_to_num(BASELINES[name](photo), nan=0.0, posinf=1.0, neginf=0.0)
     return result.clip(0, 1).astype(np.float32)

@@ -15,7 +15,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from . import baselines
-from .baselines import COMPETITORS, Photo
+from .baselines import COMPETITORS, Pixels
 from .pictures import digest, file_digest, pixel_digest, read_json, write_atomically
 from .testsets import Case
 
@@ -23,7 +23,7 @@ Tried = dict[str, dict[str, float]]
 """Baseline -> `psnr` and `seconds`, for one photo."""
 
 
-def read_photo(path: Path) -> Photo:
+def read_pixels(path: Path) -> Pixels:
     """A PNG of the test sets as (H, W, 3) float32 in [0, 1]."""
     with Image.open(path) as picture:
         return np.asarray(picture.convert("RGB"), np.float32) / 255
@@ -31,11 +31,11 @@ def read_photo(path: Path) -> Photo:
 
 def measure(lq: Path, gt: Path, names: Sequence[str]) -> Tried:
     """Baseline -> `psnr` (dB, of the result rounded to 8 bits) and `seconds`, for one photo."""
-    degraded, clean = read_photo(lq), read_photo(gt)
+    degraded, clean = read_pixels(lq), read_pixels(gt)
     scores = {}
     for name in names:
         begun = time.perf_counter()
-        restored = (baselines.restore(name, degraded) * 255).round() / 255
+        restored = (baselines.apply(name, degraded) * 255).round() / 255
         seconds = time.perf_counter() - begun
         error = float(np.square(restored - clean, dtype=np.float64).mean())
         scores[name] = {"psnr": -10 * np.log10(max(error, 1e-10)), "seconds": seconds}

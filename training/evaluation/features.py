@@ -14,7 +14,7 @@ from diff_restorer.degradations import KINDS
 from ..pretrained import Sd15Config
 from .pictures import read_image
 from .plots import draw_tsne
-from .reading import open_file, read_photo
+from .reading import open_file, read_prompt
 from .testsets import Case
 
 
@@ -37,7 +37,7 @@ def draw_features(file: Path, sd15: Sd15Config, cases: Sequence[Case], path: Pat
     clip: list[NDArray[np.float32]] = []
     degradation: list[NDArray[np.float32]] = []
     for case in tqdm(chosen, desc="features", unit="photo"):
-        prompt, tokens = read_photo(models, read_image(case.lq))
+        prompt, tokens = read_prompt(models, read_image(case.lq))
         clip.append(tokens.mean(dim=(0, 1)).cpu().numpy())
         degradation.append(prompt.pooled[0].cpu().numpy())
     features = {

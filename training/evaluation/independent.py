@@ -35,7 +35,7 @@ _SMALLEST = 32
 
 
 @dataclass(frozen=True)
-class Variant:
+class Corruption:
     """One degradation of a package."""
 
     package: Package
@@ -43,15 +43,17 @@ class Variant:
     """Name in the package -> settings; from ranges the package draws by itself."""
 
 
-def _a(**steps: Mapping[str, Any]) -> Variant:
-    return Variant("albumentations", steps)
+def _a(**steps: Mapping[str, Any]) -> Corruption:
+    return Corruption("albumentations", steps)
 
 
-def _i(name: str, *severities: int) -> tuple[Variant, ...]:
-    return tuple(Variant("imagecorruptions", {name: {"severity": level}}) for level in severities)
+def _i(name: str, *severities: int) -> tuple[Corruption, ...]:
+    return tuple(
+        Corruption("imagecorruptions", {name: {"severity": level}}) for level in severities
+    )
 
 
-VARIANTS: Mapping[str, tuple[Variant, ...]] = {
+CORRUPTIONS: Mapping[str, tuple[Corruption, ...]] = {
     "noise": (
         _a(GaussNoise={"std_range": (0.06, 0.2)}),
         _a(ShotNoise={"scale_range": (0.02, 0.1)}),
@@ -114,11 +116,11 @@ def open_package(package: Package) -> Any:
         raise MissingPackageError(package, reason) from error
 
 
-def apply(variant: Variant, photo: Levels, seed: int) -> Levels:
+def apply(corruption: Corruption, photo: Levels, seed: int) -> Levels:
     """Degrades a photo; the result is a function of the arguments and the package's version.
 
     Args:
-        variant: What to do.
+        corruption: What to do.
         photo: (H, W, 3) uint8; sides of at least 32 px.
         seed: Non-negative, below 2^32.
 
@@ -127,11 +129,11 @@ def apply(variant: Variant, photo: Levels, seed: int) -> Levels:
         ValueError: The photo is too small.
     """
     if min(photo.shape[:2]) < _SMALLEST:
-        found = f"{photo.shape[1]} x {photo.shape[0]}"
-        raise ValueError(f"others' degradations need {_SMALLEST} px on each side, found {found}")
-    package = open_package(variant.package)
-    if variant.package == "albumentations":
-        parts = [getattr(package, name)(**more, p=1) for name, more in variant.steps.items()]
+        size = f"{photo.shape[1]} x {photo.shape[0]}"
+        raise ValueError(f"others' degradations need {_SMALLEST} px on each side, found {size}")
+    package = open_package(corruption.package)
+    if corruption.package == "albumentations":
+        parts = [getattr(package, name)(**more, p=1) for name, more in corruption.steps.items()]
         return package.Compose(parts, seed=seed)(image=photo)["image"]
     before = np.random.get_state()  # it draws from NumPy's global generator
     np.random.seed(seed)
@@ -139,7 +141,7 @@ def apply(variant: Variant, photo: Levels, seed: int) -> Levels:
     if renamed := not hasattr(np, "float_"):
         numpy.float_ = np.float64  # the name of NumPy 1, which `fog` asks for
     try:
-        for name, settings in variant.steps.items():
+        for name, settings in corruption.steps.items():
             photo = package.corrupt(photo, corruption_name=name, **settings)
     finally:
         np.random.set_state(before)
@@ -148,30 +150,30 @@ def apply(variant: Variant, photo: Levels, seed: int) -> Levels:
     return photo
 
 
-def draw(kind: str, name: str, seed: int) -> tuple[Variant, int]:
-    """The variant that a photo gets, and its seed: a function of the arguments."""
+def draw(kind: str, name: str, seed: int) -> tuple[Corruption, int]:
+    """The corruption that a photo gets, and its seed: a function of the arguments."""
     generator = seeded(seed, zlib.crc32(f"independent/{kind}".encode()), zlib.crc32(name.encode()))
-    variant, own_seed = torch.randint(2**31, (2,), generator=generator).tolist()
-    return VARIANTS[kind][variant % len(VARIANTS[kind])], own_seed
+    corruption, own_seed = torch.randint(2**31, (2,), generator=generator).tolist()
+    return CORRUPTIONS[kind][corruption % len(CORRUPTIONS[kind])], own_seed
 
 
 def degrade_as_others(kind: str, image: Tensor, name: str, seed: int) -> tuple[Tensor, None]:
-    """Degrades (1, 3, H, W) in [0, 1] by one of `VARIANTS[kind]`; severity has no number here."""
+    """Degrades (1, 3, H, W) in [0, 1] by one of `CORRUPTIONS[kind]`, without a severity."""
     photo = (image[0].permute(1, 2, 0) * 255).round().byte().contiguous().numpy()
-    variant, own_seed = draw(kind, name, seed)
-    found = apply(variant, photo, own_seed)
-    return torch.from_numpy(found.copy()).permute(2, 0, 1)[None].float() / 255, None
+    corruption, own_seed = draw(kind, name, seed)
+    degraded = apply(corruption, photo, own_seed)
+    return torch.from_numpy(degraded.copy()).permute(2, 0, 1)[None].float() / 255, None
 
 
 def versions() -> dict[str, str | None]:
     """Package -> installed version, None where it is not."""
-    found: dict[str, str | None] = {}
+    known: dict[str, str | None] = {}
     for package in ("albumentations", "imagecorruptions"):
         try:
-            found[package] = importlib.metadata.version(package)
+            known[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
-            found[package] = None
-    return found
+            known[package] = None
+    return known
 
 
 def recipes() -> list[Recipe]:
@@ -179,5 +181,5 @@ def recipes() -> list[Recipe]:
     code = digest(file_digest(Path(__file__)), str(versions()))
     return [
         Recipe(f"independent/{kind}", kind, partial(degrade_as_others, kind), code)
-        for kind in VARIANTS
+        for kind in CORRUPTIONS
     ]

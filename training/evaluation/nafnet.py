@@ -23,7 +23,8 @@ from ..common import DataConfig, git_revision, home, open_data, to_home
 from ..config import run_program
 from ..loop import LoopConfig, Stage, maybe_compile, run
 from ..losses import psnr_loss
-from ..models import Sizes, psnr_gain
+from ..models import psnr_gain
+from ..networks import Sizes
 from ..sheets import save_sheet
 
 
@@ -59,12 +60,13 @@ def load_network(path: Path) -> nn.Module:
         ValueError: It is something else.
     """
     try:
-        found = ModelLoader(home()).load_from_file(path)
+        descriptor = ModelLoader(home()).load_from_file(path)
     except Exception as error:  # zip, pickle, safetensors, OS and spandrel's own errors alike
         raise ValueError(f"--nafnet: {path} is no network that spandrel reads ({error})") from error
-    if not isinstance(found, ImageModelDescriptor) or found.scale != 1:
-        raise ValueError(f"--nafnet: {path} is {found.architecture.name}, which does not keep size")
-    return found.model.eval().requires_grad_(False)
+    if not isinstance(descriptor, ImageModelDescriptor) or descriptor.scale != 1:
+        name = descriptor.architecture.name
+        raise ValueError(f"--nafnet: {path} is {name}, which does not keep size")
+    return descriptor.model.eval().requires_grad_(False)
 
 
 def main(config: Config) -> Path:
@@ -95,8 +97,8 @@ def main(config: Config) -> Path:
         save_file(tensors(), path, metadata=note)
 
     def check(path: Path) -> None:
-        found = {key: value.cpu() for key, value in load_network(path).state_dict().items()}
-        if wrong := [key for key, value in tensors().items() if not torch.equal(found[key], value)]:
+        stored = {key: value.cpu() for key, value in load_network(path).state_dict().items()}
+        if wrong := [k for k, value in tensors().items() if not torch.equal(stored[k], value)]:
             raise ValueError(f"{path}: reads back other than it was written ({wrong[0]})")
 
     return run(Stage(network, loss, validate, export, check=check), train, config.loop, config)

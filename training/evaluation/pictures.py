@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +37,7 @@ def file_digest(*paths: Path) -> str:
     total = hashlib.sha256()
     for path in paths:
         with path.open("rb") as file:
-            while block := file.read(2**20):
-                total.update(block)
+            hashlib.file_digest(file, lambda: total)
     return total.hexdigest()
 
 
@@ -54,9 +54,7 @@ def weights_digest(path: Path) -> str:
             raise ValueError(f"{path}: not a safetensors file ({error})") from error
         header.pop("__metadata__", None)
         total = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
-        while block := file.read(2**20):
-            total.update(block)
-    return total.hexdigest()
+        return hashlib.file_digest(file, lambda: total).hexdigest()
 
 
 def pixel_digest(path: Path) -> str:
@@ -83,6 +81,12 @@ def read_note(path: Path) -> dict[str, Any]:
             return json.loads(getattr(picture, "text", {}).get(NOTE, "{}"))
     except (OSError, ValueError, SyntaxError):
         return {}
+
+
+def made_once(path: Path, key: str, make: Callable[[], Image.Image]) -> None:
+    """Saves a picture under its key, unless it is there and still right."""
+    if read_note(path).get("key") != key:
+        save_picture(path, make(), {"key": key})
 
 
 def write_atomically(path: Path, text: str) -> None:

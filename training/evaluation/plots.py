@@ -199,8 +199,3 @@ def draw_sheet(
 def _centre(picture: Image.Image, window: tuple[int, int]) -> Image.Image:
     left, top = (max(0, have - want) // 2 for have, want in zip(picture.size, window, strict=True))
     return picture.crop((left, top, left + window[0], top + window[1]))
-
-
-def as_picture(photo: NDArray[np.float32]) -> Image.Image:
-    """(H, W, 3) in [0, 1] -> 8-bit picture."""
-    return Image.fromarray((photo * 255).round().clip(0, 255).astype(np.uint8))

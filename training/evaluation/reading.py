@@ -12,7 +12,7 @@ from diff_restorer import PromptOutput
 from diff_restorer.checkpoint import read_checkpoint
 from diff_restorer.views import native_views
 
-from ..common import ModelConfig, open_models
+from ..common import ModelConfig, load_models
 from ..data import clip_view
 from ..models import Models
 from ..pretrained import Sd15Config
@@ -30,13 +30,13 @@ def open_file(path: Path, sd15: Sd15Config | None = None) -> Models:
         CheckpointError: It is no Diff-Restorer file.
         ValueError: It has no base networks of its own and none are given, or a part does not fit.
     """
-    base = sd15 or Sd15Config()
-    if not read_checkpoint(path).self_contained and base.checkpoint is None:
+    base, file = sd15 or Sd15Config(), read_checkpoint(path)
+    if not file.self_contained and base.checkpoint is None:
         raise ValueError(
             f"{path}: holds no UNet, VAE and vision model; give SD 1.5's with --sd15.checkpoint "
             "and --sd15.clip"
         )
-    models, _ = open_models(ModelConfig(init=(path,), sd15=base))
+    models, _ = load_models(ModelConfig(sd15=base), [file])
     return models.eval().requires_grad_(False)
 
 
@@ -52,7 +52,7 @@ def views(models: Models, image: Tensor) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def read_photo(models: Models, image: Tensor) -> tuple[PromptOutput, Tensor]:
+def read_prompt(models: Models, image: Tensor) -> tuple[PromptOutput, Tensor]:
     """P_S, P_D and logits of photos (B, 3, H, W) in [0, 1], and the P_CLIP that P_D is made of.
 
     There is a P_CLIP for each view of a photo.

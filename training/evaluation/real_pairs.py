@@ -73,16 +73,16 @@ def from_pairs(name: str, kind: str | None, files: Mapping[str, Pictures], cache
 
 def _published_sets(pairs: Path) -> dict[tuple[str, str | None], dict[str, Pictures]]:
     """Likewise, of one published layout; photos of one name get the folders above it in front."""
-    found: dict[tuple[str, str | None], dict[str, Pictures]] = {}
+    sets: dict[tuple[str, str | None], dict[str, Pictures]] = {}
     every = find_pairs(pairs)
     names = Counter(Path(pair.lq.name).stem for pair in every)
     for pair in every:
         path = Path(pair.lq.name) if isinstance(pair.lq, ShardMember) else pair.lq
         inside = path.relative_to(pairs) if path.is_relative_to(pairs) else path
         parts = inside.with_suffix("").parts if names[path.stem] > 1 else (path.stem,)
-        files = found.setdefault((f"{pairs.resolve().name}_{pair.kind}", pair.kind), {})
+        files = sets.setdefault((f"{pairs.resolve().name}_{pair.kind}", pair.kind), {})
         files["_".join(parts)] = pair.lq, pair.gt
-    return found
+    return sets
 
 
 def _as_pair(lq: Tensor, gt: Tensor) -> tuple[Tensor, Tensor]:
@@ -94,8 +94,8 @@ def _as_pair(lq: Tensor, gt: Tensor) -> tuple[Tensor, Tensor]:
     if lq.shape != gt.shape:
         factors = {g / q for g, q in zip(gt.shape[-2:], lq.shape[-2:], strict=True)}
         if len(factors) != 1 or not (factor := factors.pop()).is_integer() or factor < 2:
-            found = " and ".join(f"{image.shape[-1]} x {image.shape[-2]}" for image in (lq, gt))
-            raise ValueError(f"LQ and GT do not match: {found} px")
+            sizes = " and ".join(f"{image.shape[-1]} x {image.shape[-2]}" for image in (lq, gt))
+            raise ValueError(f"LQ and GT do not match: {sizes} px")
         size = (gt.shape[-1], gt.shape[-2])
         lq = to_image(to_picture(lq).resize(size, Image.Resampling.BICUBIC))
     if torch.equal(lq, gt):

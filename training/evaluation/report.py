@@ -85,7 +85,7 @@ def summarize_set(photos: Sequence[PhotoScore]) -> Summary:
             summary[column] = {name: _mean([row[name] for row in rows]) for name in rows[0]}
     gains = [photo.gain for photo in photos]
     summary["gain"] = _mean(gains)
-    parts = {name: [p.gain for p in photos if p.decided_on is told] for name, told in STANDING}
+    parts = {name: [p.gain for p in photos if p.decided_on is on] for name, on in STANDING}
     summary["standing"] = {
         name: {"photos": len(part), "gain": _mean(part)} for name, part in parts.items() if part
     }
@@ -136,7 +136,7 @@ def summarize(photos: Sequence[PhotoScore]) -> Summary:
         "suites": suites,
         "confusion": {
             "kinds": list(KINDS),
-            "counts": [[counts[(truth, found)] for found in KINDS] for truth in KINDS],
+            "counts": [[counts[(truth, seen)] for seen in KINDS] for truth in KINDS],
         },
     }
 
@@ -145,22 +145,22 @@ def _mean_of_sets(rows: Sequence[Summary]) -> Summary:
     """Mean over sets, as one more row of their table; only what all of them have."""
     mean: Summary = {"gain": _mean([row["gain"] for row in rows]), "standing": standing(rows)}
     for column in ("lq", "restored", "nafnet", "best_baseline"):
-        found = [row[column] for row in rows if column in row]
-        if found and len(found) == len(rows):
-            names = [name for name, value in found[0].items() if isinstance(value, float)]
-            mean[column] = {name: _mean([row[name] for row in found]) for name in names}
+        values = [row[column] for row in rows if column in row]
+        if values and len(values) == len(rows):
+            names = [name for name, value in values[0].items() if isinstance(value, float)]
+            mean[column] = {name: _mean([row[name] for row in values]) for name in names}
     return mean
 
 
 def standing(rows: Sequence[Summary]) -> Summary:
     """Photos and mean gain of those decided on and those untouched, where every set has some."""
-    found: Summary = {}
+    means: Summary = {}
     for name, _ in STANDING:
         parts = [row["standing"][name] for row in rows if name in row["standing"]]
         if parts and len(parts) == len(rows):
             photos = sum(part["photos"] for part in parts)
-            found[name] = {"photos": photos, "gain": _mean([part["gain"] for part in parts])}
-    return found
+            means[name] = {"photos": photos, "gain": _mean([part["gain"] for part in parts])}
+    return means
 
 
 def quality_bars(summary: Summary) -> list[Bar]:
@@ -168,62 +168,55 @@ def quality_bars(summary: Summary) -> list[Bar]:
     sets, overall = summary["sets"], summary["overall"]
     rows = {kind: sets[kind] for kind in DEGRADED if kind in sets}
     complete = len(rows) == len(DEGRADED)
-    bars = [
-        Bar(
-            "mean PSNR over the eight kinds at least 5 dB above LQ",
-            f"{overall['gain']:+.2f} dB over {len(rows)} kinds" if rows else _UNKNOWN,
-            overall["gain"] >= 5 if complete else None,
-        )
-    ]
+    gain, accuracy = overall["gain"], overall["accuracy"]
     below = [f"{kind} {row['gain']:+.2f}" for kind, row in rows.items() if row["gain"] < 0]
-    bars.append(
-        Bar(
-            "no kind below LQ",
-            ", ".join(below) or ("none below" if rows else _UNKNOWN),
-            not below if complete else None,
-        )
-    )
     clean = sets.get("clean", {}).get("restored", {}).get("psnr")
-    bars.append(
-        Bar(
-            "clean input at least 30 dB to itself",
-            _UNKNOWN if clean is None else f"{clean:.2f} dB",
-            None if clean is None else clean >= 30,
-        )
-    )
     better = [
         kind
         for kind, row in rows.items()
         if "best_baseline" in row and row["restored"]["psnr"] > row["best_baseline"]["psnr"]
     ]
-    bars.append(
+    return [
+        Bar(
+            "mean PSNR over the eight kinds at least 5 dB above LQ",
+            f"{gain:+.2f} dB over {len(rows)} kinds" if rows else _UNKNOWN,
+            gain >= 5 if complete else None,
+        ),
+        Bar(
+            "no kind below LQ",
+            ", ".join(below) or ("none below" if rows else _UNKNOWN),
+            not below if complete else None,
+        ),
+        Bar(
+            "clean input at least 30 dB to itself",
+            _UNKNOWN if clean is None else f"{clean:.2f} dB",
+            None if clean is None else clean >= 30,
+        ),
         Bar(
             "better than the best classical baseline on at least six of eight kinds",
             f"{len(better)} of {len(rows)}: {', '.join(better) or 'none'}" if rows else _UNKNOWN,
             len(better) >= 6 if complete else None,
-        )
-    )
-    accuracy = overall["accuracy"]
-    bars.append(
+        ),
         Bar(
             "classifier at least 92 % over nine classes",
             _UNKNOWN if accuracy is None else f"{accuracy:.1%}",
             accuracy >= 0.92 if accuracy is not None and complete and "clean" in sets else None,
-        )
-    )
-    for kind, label in (("low_light", "low-light"), ("noise", "noise")):
-        pairs = [
-            (row["gain"], row["photos"])
-            for name, row in sets.items()
-            if name.startswith(REAL) and row["kind"] == kind and "synth" not in name
-        ]
-        total = sum(count for _, count in pairs)
-        gain = sum(gain * count for gain, count in pairs) / total if total else math.nan
-        text = f"{gain:+.2f} dB on {total} pairs" if total else _UNKNOWN
-        bars.append(
-            Bar(f"real {label} pairs improve on average", text, gain > 0 if total else None)
-        )
-    return bars
+        ),
+        _bar_of_pairs(sets, "low_light", "low-light"),
+        _bar_of_pairs(sets, "noise", "noise"),
+    ]
+
+
+def _bar_of_pairs(sets: Summary, kind: str, label: str) -> Bar:
+    pairs = [
+        (row["gain"], row["photos"])
+        for name, row in sets.items()
+        if name.startswith(REAL) and row["kind"] == kind and "synth" not in name
+    ]
+    total = sum(count for _, count in pairs)
+    gain = sum(gain * count for gain, count in pairs) / total if total else math.nan
+    text = f"{gain:+.2f} dB on {total} pairs" if total else _UNKNOWN
+    return Bar(f"real {label} pairs improve on average", text, gain > 0 if total else None)
 
 
 def goals(summary: Summary) -> list[Bar]:
@@ -236,19 +229,19 @@ def goals(summary: Summary) -> list[Bar]:
         "mean of eight kinds": 7.0, "jpeg": 1.3, "blur": 1.2, "raindrop": 1.5, "haze": 9.0,
         "snow": 8.0, "rain": 8.5, "low_light": 15.0, "mean of mixes": 6.0,
     }  # fmt: skip
-    found = [
+    bars = [
         Bar(f"{name}: at least {bar:+.1f} dB", f"{gains[name]:+.2f} dB", gains[name] >= bar)
         for name, bar in wanted.items()
         if not math.isnan(gains.get(name, math.nan))
     ]
     if "noise" in sets:
         noise = sets["noise"]["restored"]["psnr"]
-        found.append(Bar("noise: at least 27.2 dB", f"{noise:.2f} dB", noise >= 27.2))
+        bars.append(Bar("noise: at least 27.2 dB", f"{noise:.2f} dB", noise >= 27.2))
     if row := harm.get("all"):
         lose, low = row["lose"], row["below_30"] or 0.0
         text = "near-clean photos: under 2 % lose over 1 dB, none falls below 30 dB"
-        found.append(Bar(text, f"{lose:.1%}, {low:.1%}", lose < 0.02 and low == 0))
-    return found
+        bars.append(Bar(text, f"{lose:.1%}, {low:.1%}", lose < 0.02 and low == 0))
+    return bars
 
 
 def compact_scores(summary: Summary, about: Mapping[str, Any]) -> Summary:

@@ -39,7 +39,7 @@ def vae_path(out: Path, case: Case) -> Path:
 
 
 @dataclass(frozen=True)
-class Job:
+class Task:
     """One photo to send through a workflow."""
 
     name: str
@@ -49,25 +49,25 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Batch:
+class Workload:
     """A workflow and what it has to do."""
 
     title: str
     """Of the progress bar and in messages."""
     workflow: Workflow
     """In API format, with the titles of `tools.restore`."""
-    jobs: tuple[Job, ...]
+    tasks: tuple[Task, ...]
     model: str
     """Digest of the model file: results of another one are made again."""
     multiple: int = 1
     """Sides of a photo are padded to multiples of this and cut off again, in pixels."""
 
-    def pending(self) -> list[tuple[Job, str]]:
-        """Jobs without a valid result, and the key that it will have; other code makes others."""
+    def pending(self) -> list[tuple[Task, str]]:
+        """Tasks without a valid result, and the key that it will have; other code makes others."""
         code = file_digest(*(path for part in CODE for path in sorted((ROOT / part).glob("*.py"))))
         own = digest(json.dumps(self.workflow, sort_keys=True), self.model, code)
-        wanted = ((job, digest(own, pixel_digest(job.photo))) for job in self.jobs)
-        return [(job, key) for job, key in wanted if read_note(job.result).get("key") != key]
+        wanted = ((task, digest(own, pixel_digest(task.photo))) for task in self.tasks)
+        return [(task, key) for task, key in wanted if read_note(task.result).get("key") != key]
 
 
 COMPLETE = "DiffRestorerNanoLoader"
@@ -104,13 +104,15 @@ def vae_round_trip(workflow: Workflow) -> Workflow:
     return needed
 
 
-def run_batch(client: Client, batch: Batch, pending: Iterable[tuple[Job, str]]) -> dict[str, str]:
-    """Sends photos through the batch's workflow.
+def run_workload(
+    client: Client, workload: Workload, pending: Iterable[tuple[Task, str]]
+) -> dict[str, str]:
+    """Sends photos through the workload's workflow.
 
     Args:
         client: The server.
-        batch: What to run.
-        pending: From `batch.pending()`.
+        workload: What to run.
+        pending: From `workload.pending()`.
 
     Returns:
         Name of each photo that failed -> reason.
@@ -120,25 +122,27 @@ def run_batch(client: Client, batch: Batch, pending: Iterable[tuple[Job, str]]) 
     """
     failed: dict[str, str] = {}
     todo = list(pending)
-    done = len(batch.jobs) - len(todo)
-    bar = tqdm(todo, desc=batch.title, unit="photo", initial=done, total=len(batch.jobs))
-    for job, key in bar:
-        bar.set_postfix_str(job.name)
+    done = len(workload.tasks) - len(todo)
+    bar = tqdm(todo, desc=workload.title, unit="photo", initial=done, total=len(workload.tasks))
+    for task, key in bar:
+        bar.set_postfix_str(task.name)
         try:
-            with Image.open(job.photo) as opened:
+            with Image.open(task.photo) as opened:
                 photo = opened.convert("RGB")
-            result = restore(client, batch.workflow, _pad(photo, batch.multiple), batch.title)
+            result = restore(
+                client, workload.workflow, _pad(photo, workload.multiple), workload.title
+            )
             picture = result.image
             if picture.size != photo.size:
                 picture = picture.crop((0, 0, *photo.size))
         except ServerUnreachableError:
             raise
         except (ClientError, OSError) as error:
-            log.warning("%s: %s failed: %s", job.name, batch.title, error)
-            failed[job.name] = f"{batch.title}: {error}"
+            log.warning("%s: %s failed: %s", task.name, workload.title, error)
+            failed[task.name] = f"{workload.title}: {error}"
             continue
         note = {"key": key, "probabilities": result.probabilities, "seconds": result.seconds}
-        save_picture(job.result, picture, note)
+        save_picture(task.result, picture, note)
     return failed
 
 

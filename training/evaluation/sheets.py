@@ -11,10 +11,11 @@ from diff_restorer.degradations import KINDS
 from tools.sheet import Cell
 
 from . import baselines
-from .competing import best_baseline, read_photo
-from .plots import as_picture, draw_sheet
+from .competing import best_baseline, read_pixels
+from .plots import draw_sheet
 from .report import PhotoScore, Summary, decibel
 from .restoring import restored_path
+from .smoothing import to_8_bit
 from .testsets import Case
 
 Row = tuple[str, list[Cell]]
@@ -53,7 +54,7 @@ def _row(out: Path, case: Case, photo: PhotoScore, best: str | None) -> Row:
         (f"restored, {decibel(after)} dB", restored),
     ]
     if best:
-        found = as_picture(baselines.restore(best, read_photo(case.lq)))
-        cells.append((f"best baseline, {photo.baselines[best]:.2f} dB", found))
+        picture = Image.fromarray(to_8_bit(baselines.apply(best, read_pixels(case.lq))))
+        cells.append((f"best baseline, {photo.baselines[best]:.2f} dB", picture))
     seen = f", seen as {photo.predicted}" if photo.predicted else ""
     return f"{case.set}{seen}{f'; best baseline: {best}' if best else ''}", cells

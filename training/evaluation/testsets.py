@@ -25,7 +25,7 @@ from diff_restorer.degradations import (
 
 from ..data import seeded
 from ..photos import UNREADABLE, PhotoFile, list_photos, read_photo
-from .pictures import digest, file_digest, read_note, save_picture, to_picture
+from .pictures import digest, file_digest, made_once, read_note, save_picture, to_picture
 
 NOISE_SIGMA = 50
 """Standard deviation of the noise set, of 255 levels."""
@@ -225,9 +225,9 @@ def from_recipes(
 
 def keep(image: Tensor, path: Path) -> str:
     """Saves a picture where it is not there yet; returns the digest of its pixels."""
-    key = digest(to_picture(image).tobytes(), str(image.shape))
-    if read_note(path).get("key") != key:
-        save_picture(path, to_picture(image), {"key": key})
+    picture = to_picture(image)
+    key = digest(picture.tobytes(), str(image.shape))
+    made_once(path, key, lambda: picture)
     return key
 
 

@@ -16,7 +16,7 @@ from diff_restorer.decoder import Features
 from ..data import seeded
 from ..diffusion import sample
 from ..models import Models, to_pixels
-from .reading import pad_to_8, read_photo
+from .reading import pad_to_8, read_prompt
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class Photo:
         self.size = lq.shape[-2:]
         self.seed, self.name = noise_seed
         self.prompt: PromptOutput
-        self.prompt, _ = read_photo(models, lq)
+        self.prompt, _ = read_prompt(models, lq)
         self.trunk = models.decoder.trunk(models.vae)
         self.pixels = self._pixels(lq)
         self.hint, self.features = self._encode(self.pixels)

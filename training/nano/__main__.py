@@ -174,7 +174,7 @@ def _vae_alone(out: Path, config: ModelConfig) -> Path:
     try:  # written again it would have other bytes, which sampled latents are refused for
         compare_file(path, models.file_tensors(part, torch.float32))
     except (OSError, ValueError):
-        models.history = {name: told for name, told in models.history.items() if name == own}
+        models.history = {name: part for name, part in models.history.items() if name == own}
         out.mkdir(parents=True, exist_ok=True)
         models.save(path, part, checkpoint_info(models, {}), torch.float32)
     return path

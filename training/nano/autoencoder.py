@@ -91,11 +91,11 @@ def main(config: Config) -> Path:
 
 
 def build(
-    models: Models, found: set[str], config: Config, store: PhotoStore | None = None
+    models: Models, loaded: set[str], config: Config, store: PhotoStore | None = None
 ) -> tuple[Stage, Batches]:
     """The stage, and its data from the photos of `store`."""
     vae = models.vae
-    if "base.vae." not in found:
+    if "base.vae." not in loaded:
         start_as_box_average(vae)
     train, fixed = open_data(
         config.data, models.sizes, config.loop.seed, models.types, {"gt", "lq"}, store

@@ -93,7 +93,7 @@ class InMemory:
     """Where the time of each stage went."""
 
     def __post_init__(self) -> None:
-        self.models, self.found = open_models(self.model, (), self.seed)
+        self.models, self.loaded = open_models(self.model, (), self.seed)
         self._store: PhotoStore | None = None
         self._sampled: train_decoder.Sampled | None = None
 
@@ -102,15 +102,15 @@ class InMemory:
         if program is train_decoder and config.reads_latents:
             extra["sampled"] = self._sampled
         stage, data = program.build(
-            self.models, self.found, config, self._photos(config.data), **extra
+            self.models, self.loaded, config, self._photos(config.data), **extra
         )
         try:
             self.spent[slot.name] = fit(stage, data, config.loop, config, slot.began)
         except SystemExit:  # interrupted, and its weights are kept
-            self.found |= set(stage.parts)
+            self.loaded |= set(stage.parts)
             self._count(slot.name, slot.began)
             raise
-        self.found |= set(stage.parts)
+        self.loaded |= set(stage.parts)
         self.models.history |= {table_name(type(config)): settings(config)}
 
     def sample(self, config: sample_decoder_data.Config, slot: Slot) -> None:
@@ -130,10 +130,10 @@ class InMemory:
 
     def export(self, config: export.Config, slot: Slot) -> Path:
         began = time.perf_counter()
-        parts = sorted(self.found)
-        told = checkpoint_info(self.models, {})
+        parts = sorted(self.loaded)
+        info = checkpoint_info(self.models, {})
         fixed, written = export.write(
-            self.models, parts, told, config, self._photos(config.data), slot.middle
+            self.models, parts, info, config, self._photos(config.data), slot.middle
         )
         path = export.read_back(config, fixed, written)
         self._count("export", began)
@@ -147,9 +147,9 @@ class InMemory:
         """Write what has been trained so far, for `--init`."""
         if not self.spent:
             return
-        told = checkpoint_info(self.models, {})
+        info = checkpoint_info(self.models, {})
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.models.save(path, sorted(self.found), told, torch.float32)
+        self.models.save(path, sorted(self.loaded), info, torch.float32)
         log.warning(
             "what was trained before (%s) is in %s, which --init takes",
             *(", ".join(self.spent), path),

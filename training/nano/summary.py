@@ -27,10 +27,10 @@ def tell(out: Path, spent: Mapping[str, Spent], seconds: float) -> None:
         seconds: Of the whole, what no stage counts included.
     """
     stages = {name: _stage(stage) for name, stage in spent.items()}
-    for name, told in stages.items():
+    for name, row in stages.items():
         log.info(
             "%s: %.1f s, %d steps, %d crops, %.3g crops/s while training",
-            *(name, told["seconds"], told["steps"], told["crops"], told["crops_per_s"]),
+            *(name, row["seconds"], row["steps"], row["crops"], row["crops_per_s"]),
         )
     parts: dict[str, float] = {}
     for stage in spent.values():
@@ -41,14 +41,14 @@ def tell(out: Path, spent: Mapping[str, Spent], seconds: float) -> None:
     peak = max((stage.peak_bytes for stage in spent.values()), default=0.0) / 1e9
     line = ", ".join(f"{part} {share:.1%}" for part, share in shares.items())
     log.info("%.1f s: %s; peak memory %.2f GB", seconds, line, peak)
-    told = {
+    summary = {
         "device": torch.cuda.get_device_name() if home().type == "cuda" else "cpu",
         "seconds": round(seconds, 2),
         "shares": shares,
         "peak_gb": round(peak, 3),
         "stages": stages,
     }
-    (out / "summary.json").write_text(json.dumps(told, indent=1), encoding="utf-8")
+    (out / "summary.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
 
 
 def _stage(spent: Spent) -> dict[str, float]:

@@ -110,14 +110,14 @@ def main(config: Config) -> Path:
 
 
 def build(
-    models: Models, found: set[str], config: Config, store: PhotoStore | None = None
+    models: Models, loaded: set[str], config: Config, store: PhotoStore | None = None
 ) -> tuple[Stage, Batches]:
     """The stage, and its data from the photos of `store`."""
     models.train_classifier(config.classification)
     data = replace(config.data, crops_per_part=1)  # a photo is a view here, and no crop is read
     reads = {"native_view", "tone"}
     train, validation = open_data(data, models.sizes, config.loop.seed, models.types, reads, store)
-    if "base.clip_vision." not in found:
+    if "base.clip_vision." not in loaded:
         start_as_spectrum(models.vision, validation["native_view"])
     ruler = nn.Linear(models.prompt.config.context_width, len(MEASURES)).to(home())
     validation = to_home(validation)
@@ -144,8 +144,8 @@ def build(
     def validate(step: int, folder: Path) -> dict[str, float]:
         logits, measured = read(validation["native_view"])
         names = [
-            f"{models.types[truth]} -> {models.types[found]}"
-            for truth, found in zip(validation["label"], logits.argmax(dim=1), strict=True)
+            f"{models.types[truth]} -> {models.types[best]}"
+            for truth, best in zip(validation["label"], logits.argmax(dim=1), strict=True)
         ]
         save_sheet(folder / f"{step:07d}.jpg", {"view": validation["native_view"][:18]}, names)
         scores = kind_scores(logits, validation["kinds"], config.classification)

@@ -5,9 +5,9 @@ from typing import Any
 import pytest
 import torch
 
-from diff_restorer.ldm_keys import from_ldm, tiny_vae_keys, to_ldm, unet_keys, vae_keys
 from tests.toy_models import autoencoder_kl
-from training.models import Sizes, build_control, build_unet, build_vae
+from training.ldm_keys import from_ldm, tiny_vae_keys, to_ldm, unet_keys, vae_keys
+from training.networks import Sizes, build_control, build_unet, build_vae
 
 
 @pytest.fixture(scope="module")

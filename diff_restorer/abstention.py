@@ -1,10 +1,11 @@
 """Abstention: where damage is not evident, P_D is drawn towards that of clean photos.
 
 A kind is believed by its odds against `clean`, or by its probability alone where kinds do not
-exclude each other, from not at all at a lower threshold to fully at an upper one. A photo is
-trusted as its most believed kind is, less the share of its damage that is put down to changes of
-tone which are not believed. So a photo that is surely damaged is restored, even
-where it is not clear by which of two kinds, unless the tone of all of it might change for nothing.
+exclude each other (but for changes of tone), from not at all at a lower threshold to fully at an
+upper one. Of the belief in the most believed kind a photo keeps what is not doubt: the share of its
+damage that is put down to changes of tone which are not believed. So a photo that is surely damaged
+is restored, even where it is not clear by which of two kinds, unless the tone of all of it might
+change for nothing.
 
 Ours: the paper acts on whatever P_D it reads.
 """
@@ -132,7 +133,9 @@ class Abstention:
         return self._between(self._odds(probabilities).where(tone, self.evidence(probabilities)))
 
     def trust(self, probabilities: Tensor, limit: Tensor | None = None) -> Tensor:
-        """(...) in [0, 1]: how far what is read from a photo is to be acted on.
+        """(...) in [0, 1]: how far what is read from a photo is to be acted on,
+
+            max belief * (1 - sum over tones of (1 - belief) * share of the damage).
 
         Args:
             probabilities: (..., N) in [0, 1].
@@ -163,7 +166,9 @@ class Abstention:
 
 
 def draw(tokens: Tensor, pooled: Tensor, clean: Tensor, trust: Tensor) -> tuple[Tensor, Tensor]:
-    """P_D as it is where `trust` is 1, and around the prototype of clean photos where it is 0.
+    """P_D as it is where `trust` is 1, and around the prototype of clean photos where it is 0:
+
+        P_D + (1 - trust) * (clean - mean of P_D).
 
     Args:
         tokens: P_D, (B, T, C).

@@ -68,7 +68,7 @@ def aware_decode(
     condition: Condition,
     fidelity: float = 1.0,
 ) -> Tensor:
-    """Decode a latent with the LQ image's own detail.
+    """Decode a latent with the LQ image's own detail: h + w * fuse(encoded, h, P_D) at each level.
 
     Args:
         trunk: The VAE whose decoder is used (stock or finetuned).

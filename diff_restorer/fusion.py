@@ -143,7 +143,7 @@ class FusionBlocks(nn.ModuleDict):
         """VAE levels that are fused, ascending."""
         return tuple(level for level, _ in self.config.channels)
 
-    def condition(self, pooled: Condition, quantiles: Tensor) -> Condition:
+    def condition(self, pooled: Condition, statistics: Tensor) -> Condition:
         """What modulates the blocks: P_D alone, whatever the tone of the photos."""
         return pooled
 

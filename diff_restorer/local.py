@@ -2,8 +2,10 @@
 
     P_D(y, x) = sum over tiles (r, k) of rows[r, y] * columns[k, x] * P_D[r, k]
 
-with the weights of each place adding up to 1. Any linear layer may come before the blend, which is
-linear, too. Ours: the paper has one P_D for a photo.
+with the weights of each place adding up to 1. For the decoder: the sampler's tiles each have their
+own P_D, and their predictions are blended (nodes/host_tiled.py). What the decoder makes of P_D is
+made for each tile and blended then; of linear layers that is the same. Ours: the paper has one P_D
+for a photo.
 """
 
 from __future__ import annotations
@@ -77,15 +79,16 @@ Condition = Tensor | LocalPooled
 
 
 def film(layer: Callable[[Tensor], Tensor], condition: Condition, like: Tensor) -> Tensor:
-    """Gamma and beta of FiLM, (1 + gamma) h + beta, from a linear layer on the condition.
+    """What a layer makes of the condition, at each place where it differs: as a rule the gamma and
+    beta of FiLM, (1 + gamma) h + beta.
 
     Args:
-        layer: (..., C) to (..., 2 * width).
+        layer: (..., C) to (..., N), such as 2 * width for FiLM.
         condition: (B, C), or of each place.
-        like: Features (B, width, h, w) that are modulated.
+        like: What it is for, (B, ..., h, w).
 
     Returns:
-        (B, 2 * width, 1, 1), or (B, 2 * width, h, w) where it differs from place to place.
+        (B, N, 1, 1), or (B, N, h, w) where it differs from place to place.
     """
     if not isinstance(condition, LocalPooled):
         return layer(condition)[:, :, None, None]

@@ -95,6 +95,8 @@ class PromptProcessor(nn.Module):
     """
 
     prototypes: Tensor
+    """(num_types, context width): pooled P_D of each type, averaged over photos; zero until a file
+    is finished."""
 
     def __init__(
         self,

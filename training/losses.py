@@ -1,4 +1,5 @@
-"""Losses of both stages beyond one line: perceptual distance, PatchGAN, MSE per timestep band."""
+"""Losses of both stages beyond one line: classification, perceptual distance, PatchGAN, MSE per
+timestep band."""
 
 from __future__ import annotations
 
@@ -42,7 +43,7 @@ def band_means(
 def kind_loss(
     logits: Tensor, batch: Mapping[str, Tensor], classification: Classification, mild: float = 0.0
 ) -> Tensor:
-    """Classification loss, (), in which photos count by how visible their kinds are.
+    """Classification loss, (): sum of w CE / sum of w, where w tells how visible the kinds are.
 
     Args:
         logits: (P, N).

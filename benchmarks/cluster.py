@@ -11,6 +11,7 @@ so that what else a machine does slows both; then on two actors.
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import sys
 import time
@@ -20,8 +21,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
-import ray
 from PIL import Image
+
+if "--ray" not in sys.argv:  # local: as in tools.restore, before Ray is imported
+    os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+
+import ray
 
 from tools import cluster, restore
 from tools.batch import Batch, Options, Server
@@ -66,7 +71,8 @@ def sleep(count: int, actors: int, seconds: float, address: str) -> None:
     options = restore.parse([".", "--ray", address, "--actors", str(actors), str(actors)])
     options.per_node = actors  # however few cores there are
     begun, cpu = time.monotonic(), time.process_time()
-    made = cluster.Actors(Sleeper, (seconds,), options).stream(list_names, count=count)
+    lines = cluster.Actors(Sleeper, (seconds,), options).stream(list_names, count=count)
+    made = (line for line in lines if line["status"] != "listed")
     for done, _ in enumerate(islice(made, count), 1):
         if done == 1:
             begun, cpu = time.monotonic(), time.process_time()
@@ -83,7 +89,8 @@ def on_actors(photos: Path, out: Path, actors: int) -> Iterator[cluster.Line]:
     places = cluster.Place.of(photos), cluster.Place.of(out)
     listing = {"photos": places[0], "out": places[1], "recursive": False}
     restorers = cluster.Actors(cluster.Restorer, (*places, fast(), options), options)
-    return restorers.stream(cluster.list_photos, **listing)
+    lines = restorers.stream(cluster.list_photos, **listing)
+    return (line for line in lines if line["status"] != "listed")
 
 
 def fast() -> Workflow:

@@ -206,7 +206,7 @@ class Batch:
         notes = []
         if restoration.pixels.dtype != source.color.dtype:
             notes = ["its 16 bits are filled from a result of 8 bits: the workflow gives alpha"]
-        result = source.with_color(restoration.pixels, *notes)
+        result = await asyncio.to_thread(source.with_color, restoration.pixels, *notes)
         job.kind, job.probabilities = restoration.kind, restoration.probabilities
         job.seconds, job.bits = round(restoration.seconds, 3), result.bits
         job.notes, job.error = list(result.notes), None

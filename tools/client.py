@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import io
 import json
 import time
@@ -260,6 +261,9 @@ class Client:
         self.server = self.asynchronous.server
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
+        method = getattr(AsyncClient, name, None)
+        if not inspect.iscoroutinefunction(method):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         method = getattr(self.asynchronous, name)
         return lambda *given, **named: asyncio.run(method(*given, **named))
 

@@ -22,7 +22,7 @@ from typing import Any
 
 import ray
 from pyarrow import fs
-from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.exceptions import OutOfMemoryError, RayActorError, RayError, RayTaskError
 
 from tools.batch import Batch, Event, Options, server_of
 from tools.ending import say
@@ -160,6 +160,7 @@ class Restorer:
         source, output = Path(line["source"]), Path(line["output"])
         with TemporaryDirectory(prefix="diff-restorer-") as folder:
             job = Job(Path(folder, source.name), Path(folder, "result", output.name))
+            job.attempts = line["attempts"]
             job.output.parent.mkdir()
             try:
                 if not self._restore(job, source, output):
@@ -171,7 +172,7 @@ class Restorer:
         if job.error:
             named = job.error.replace(str(job.output), self.out.name(output))
             job.error = named.replace(str(job.source), self.photos.name(source))
-        server = self.name if job.attempts else None
+        server = self.name if job.attempts > line["attempts"] else None
         return replace(job, source=source, output=output, server=server).report()
 
     def _restore(self, job: Job, source: Path, output: Path) -> bool:
@@ -335,7 +336,7 @@ class Actors:
         actor, line = self.running.pop(ready)
         try:
             made: Any = ray.get(ready)
-        except RayActorError as error:
+        except (RayActorError, OutOfMemoryError) as error:
             ray.kill(actor)  # it may only be out of reach
             self._start(1)
             if line is None:

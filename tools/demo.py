@@ -152,8 +152,8 @@ def restore_own(client: Client, host: Host | None, path: Path, max_side: int, ou
     cells = [("your photo", photo), (f"restored ({restoration.seconds:.1f} s)", restored)]
     if large:
         shown = [(name, ImageOps.contain(picture, (SHOWN, SHOWN))) for name, picture in cells]
-        left, top = (photo.width - PIECE) // 2, (photo.height - PIECE) // 2
-        box = (left, top, left + PIECE, top + PIECE)
+        left, top = max(0, photo.width - PIECE) // 2, max(0, photo.height - PIECE) // 2
+        box = (left, top, min(photo.width, left + PIECE), min(photo.height, top + PIECE))
         pieces = [(f"{name}, a piece", picture.crop(box)) for name, picture in cells]
         drawn = sheet.stack([sheet.row(title, shown), sheet.row("at full size", pieces)])
     else:

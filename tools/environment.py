@@ -14,7 +14,6 @@ Only the standard library is imported: this module runs before anything is insta
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import os
 import shutil
@@ -95,7 +94,6 @@ def ensure(stage: str = "run") -> Path:
     with _exclusive(cache / "setup.lock") as lock:
         if is_ready(stage):  # by another set-up
             return python
-        setup = _Setup(environment, python, cache / "setup.log", lock)
         if environment.exists() and (dev_begun.exists() or not is_ready("run")):
             # A half-installed package can look complete to pip, so start from nothing.
             print(
@@ -103,6 +101,7 @@ def ensure(stage: str = "run") -> Path:
                 file=sys.stderr,
             )
             shutil.rmtree(environment)
+        setup = _Setup(environment, python, cache / "setup.log", lock)
         if not run_stamp.exists():
             setup.install_run()
             run_stamp.write_text("complete\n")
@@ -245,6 +244,8 @@ def _key(files: Sequence[str], *texts: str) -> str:
 @contextlib.contextmanager
 def _exclusive(path: Path) -> Iterator[IO[str]]:
     """Holds a lock file, so that two set-ups never write to one cache folder."""
+    import fcntl  # which Windows lacks, where training imports this module, too
+
     with path.open("a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

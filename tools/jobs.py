@@ -151,7 +151,8 @@ def find_photos(folder: Path, out: Path, *, recursive: bool = False) -> Iterator
 def count_others(folder: Path, *, recursive: bool = False) -> Counter[str]:
     """Endings of pictures in a folder that `find_photos` passes over -> how many."""
     found = folder.rglob("*") if recursive else folder.iterdir()
-    return Counter(path.suffix.lower() for path in found if sort_of(path.name) == "other")
+    others = (path for path in found if sort_of(path.name) == "other" and path.is_file())
+    return Counter(path.suffix.lower() for path in others)
 
 
 def sort_of(name: str) -> Literal["photo", "other"] | None:

@@ -86,6 +86,8 @@ def run(options: argparse.Namespace) -> int:
     if options.preset:
         workflow = with_preset(workflow, options.preset)
     if options.ray:
+        if options.ray == "local":  # where Ray would listen on the machine's outward addresses
+            os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
         try:
             from tools import cluster
         except ImportError as error:

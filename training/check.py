@@ -111,6 +111,7 @@ def main(config: Config) -> Found:
             "--model.sd15.checkpoint: missing; give Stable Diffusion 1.5, and --model.sd15.clip. "
             "A Nano is tried by `python -m training.nano --steps tiny`"
         )
+    environment.comfyui_root()  # a COMFYUI_PATH that is wrong is told at once
     # Photos are decoded when they are drawn, as those of a large set are.
     config = replace(config, data=replace(config.data, memory_mb=0))
     found = look(config.data, config.model.types or DEFAULT_TYPES)
@@ -125,10 +126,11 @@ def main(config: Config) -> Found:
         now = time.perf_counter()
         settings = export.Config(config.data, file, config.model)
         held.export(settings, Slot("export", now, now))
-        found.nodes = opened_by_nodes(file)
-    for preset in config.presets:
-        found.hours[preset] = hours(preset, found)
-    _tell(found, config)
+        for preset in config.presets:
+            found.hours[preset] = hours(preset, found)
+        _tell(found, config)
+        found.nodes = opened_by_nodes(file)  # last: a file that it refuses costs no figure
+    log.info(found.nodes)
     return found
 
 
@@ -248,7 +250,9 @@ def opened_by_nodes(file: Path) -> str:
     )
     if not done.returncode:
         return f"opened with the nodes of {root}"
-    last = done.stderr.strip().splitlines()[-1]
+    last = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
+    if done.returncode != 1:
+        return f"not opened with the nodes: {sys.executable} ended with {done.returncode} ({last})"
     if last.startswith("ModuleNotFoundError"):
         return f"not opened with the nodes: {root} cannot start in this environment ({last})"
     raise ValueError(f"{file}: Load Diff-Restorer refuses it: {last}")
@@ -286,7 +290,6 @@ def _tell(found: Found, config: Config) -> None:
         log.info("%s: %.3g hours (%s)%s", preset, whole, parts, cost)
         for line in _advice(preset, found):
             log.info("  %s", line)
-    log.info(found.nodes)
 
 
 def _advice(preset: str, found: Found) -> Iterator[str]:

@@ -26,7 +26,7 @@ SECONDS = 1000.0
 READY = "window.app?.graph && window.app.extensionManager?.setting"
 # What the front end itself asks of other servers, which this one forbids, and what its search box
 # stumbles over while it opens (1.49.6); the pack has no scripts.
-HOST_NOISE = ("Content Security Policy", "Error fetching file size", "vendor-reka-ui")
+HOST_NOISE = ("Content Security Policy", "Error fetching file size", "reading 'label'")
 
 
 class Editor:

@@ -8,6 +8,7 @@ where `make test` tries it from then on, and ends the program with status 1.
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import importlib
 import json
 import logging
@@ -100,6 +101,7 @@ def _silence_libtiff() -> None:
     sys.stderr = os.fdopen(os.dup(2), "w", buffering=1)
     with open(os.devnull, "w") as nowhere:
         os.dup2(nowhere.fileno(), 2)
+    faulthandler.enable(sys.stderr)  # what ends the process is told all the same
 
 
 def _open(names: Sequence[str], folder: Path, stack: ExitStack) -> dict[str, Kind]:

@@ -14,7 +14,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -194,7 +194,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             soak.step()
     record = soak.record
     record.seconds = time.monotonic() - begun
-    found = asdict(record) | {"slope": record.slope}
+    found = vars(record) | {"slope": record.slope}
     (options.out / "soak.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     draw(record, options.out / "soak.png")
     outcomes = ", ".join(f"{count} {what}" for what, count in record.outcomes.items())

@@ -42,7 +42,8 @@ def launch(settings: dict[str, Any], nodes: int = 1) -> subprocess.CompletedProc
                 *("--num_processes", "2", "-m", "tests.training.toys", json.dumps(settings)),
             ],
             cwd=ROOT,
-            env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+            env=os.environ
+            | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": "lo"},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

@@ -263,9 +263,8 @@ class Client:
     def __getattr__(self, name: str) -> Callable[..., Any]:
         method = getattr(AsyncClient, name, None)
         if not inspect.iscoroutinefunction(method):
-            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        method = getattr(self.asynchronous, name)
-        return lambda *given, **named: asyncio.run(method(*given, **named))
+            raise AttributeError(f"a client has no {name!r}")
+        return lambda *given, **named: asyncio.run(method(self.asynchronous, *given, **named))
 
     def run(
         self, workflow: Workflow, on_progress: Callable[[Progress], None] | None = None

@@ -96,10 +96,7 @@ def ensure(stage: str = "run") -> Path:
             return python
         if environment.exists() and (dev_begun.exists() or not is_ready("run")):
             # A half-installed package can look complete to pip, so start from nothing.
-            print(
-                "An earlier set-up was interrupted or is damaged: starting it over.",
-                file=sys.stderr,
-            )
+            _say("An earlier set-up was interrupted or is damaged: starting it over.")
             shutil.rmtree(environment)
         setup = _Setup(environment, python, cache / "setup.log", lock)
         if not run_stamp.exists():
@@ -110,7 +107,7 @@ def ensure(stage: str = "run") -> Path:
             setup.install_dev()
             dev_stamp.write_text("complete\n")
             dev_begun.unlink()
-        print(f"Environment ready after {setup.elapsed()}: {environment}", file=sys.stderr)
+        _say(f"Environment ready after {setup.elapsed()}: {environment}")
     return python
 
 
@@ -131,10 +128,9 @@ class _Setup:
         return f"{seconds // 60}:{seconds % 60:02d} min"
 
     def install_run(self) -> None:
-        print(
+        _say(
             f"First run: setting up Python packages and ComfyUI in {self.environment.parent}\n"
-            "(about 6 GB, mostly torch; once only). Details: " + str(self.log),
-            file=sys.stderr,
+            f"(about 6 GB, mostly torch; once only). Details: {self.log}"
         )
         self._make_venv()
         if not os.environ.get("COMFYUI_PATH") and not (comfyui_root() / "main.py").exists():
@@ -202,7 +198,7 @@ class _Setup:
         except BaseException:
             process.terminate()
             process.wait()
-            print("\nSet-up interrupted. The next run starts it over.", file=sys.stderr)
+            _say("\nSet-up interrupted. The next run starts it over.")
             raise
         shutil.rmtree(temporary, ignore_errors=True)
         if process.returncode:
@@ -214,7 +210,7 @@ class _Setup:
 
     def _watch(self, process: subprocess.Popen[bytes], what: str) -> None:
         terminal = sys.stderr.isatty()
-        print(f"[{self.elapsed()}] installing {what} ...", file=sys.stderr)
+        _say(f"[{self.elapsed()}] installing {what} ...")
         while process.poll() is None:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(1.0 if terminal else 15.0)
@@ -227,6 +223,10 @@ class _Setup:
             sys.stderr.flush()
         if terminal:
             sys.stderr.write("\r" + " " * 110 + "\r")
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)
 
 
 def _run_key() -> str:
@@ -250,9 +250,6 @@ def _exclusive(path: Path) -> Iterator[IO[str]]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            print(
-                f"Another set-up is at work in {path.parent}: waiting for it to end.",
-                file=sys.stderr,
-            )
+            _say(f"Another set-up is at work in {path.parent}: waiting for it to end.")
             fcntl.flock(file, fcntl.LOCK_EX)
         yield file

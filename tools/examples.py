@@ -78,7 +78,4 @@ def frames(long_side: int) -> list[Image.Image]:
     width, height = (photo.width - step * FRAME_COUNT) // 8 * 8, photo.height // 16 * 8
     top = photo.height // 16
     boxes = [(step * i, top, step * i + width, top + height) for i in range(FRAME_COUNT)]
-    return [
-        degrade_photo(photo.crop(box), replace(sample, seed=index))
-        for index, box in enumerate(boxes)
-    ]
+    return [degrade_photo(photo.crop(box), replace(sample, seed=i)) for i, box in enumerate(boxes)]

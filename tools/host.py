@@ -236,8 +236,7 @@ def _die_with_parent() -> Callable[[], None] | None:
     if not sys.platform.startswith("linux"):
         return None
     prctl = ctypes.CDLL(None).prctl
-    set_parent_death_signal = 1
-    return lambda: prctl(set_parent_death_signal, int(signal.SIGTERM))
+    return lambda: prctl(1, int(signal.SIGTERM))  # 1 is PR_SET_PDEATHSIG
 
 
 def serve(base: Path, port: int, cpu: bool, arguments: Sequence[str]) -> int:

@@ -1,11 +1,11 @@
 """Abstention: where damage is not evident, P_D is drawn towards that of clean photos.
 
 A kind is believed by its odds against `clean`, or by its probability alone where kinds do not
-exclude each other (but for changes of tone), from not at all at a lower threshold to fully at an
-upper one. Of the belief in the most believed kind a photo keeps what is not doubt: the share of its
-damage that is put down to changes of tone which are not believed. So a photo that is surely damaged
-is restored, even where it is not clear by which of two kinds, unless the tone of all of it might
-change for nothing.
+exclude each other, from not at all at a lower threshold to fully at an upper one. Of the belief in
+the most believed kind, or that the photo is anything but clean, remains what is not doubt: the
+share of the damage that is put down to changes of tone whose odds against `clean` are too small. So
+a photo that is surely damaged is restored, even where it is not clear by which of two kinds, unless
+the tone of all of it might change for nothing.
 
 Ours: the paper acts on whatever P_D it reads.
 """
@@ -25,6 +25,9 @@ from .weights import parse_json
 CLEAN = "clean"
 TONE = ("low_light", "haze")
 """Kinds whose removal changes the tone of a whole photo: the most harmful ones to imagine."""
+HARDLY_CLEAN = (0.015, 0.025)
+"""Probability of `clean` by itself up to which a photo is surely damaged, by whatever kinds, and
+from which on that alone does not count. Of 168 near-clean photos none is below 0.025."""
 AGREEMENT = (1 / 4, 1 / 3)
 """Share of a large photo's tiles that must show a change of tone before any of them may be
 restored from it, and from which on each may."""
@@ -123,31 +126,35 @@ class Abstention:
         low, high = torch.tensor(bounds, device=evidence.device).unbind(-1)
         return ((evidence - low) / (high - low)).clamp(0, 1)
 
-    def _acted_on(self, probabilities: Tensor) -> Tensor:
-        """`belief`, but that changes of tone always count by their odds against `clean`.
-
-        How dark a photo or how thick its haze must be to be called so is a matter of degree, and
-        kinds by themselves are seldom sure of it; whether it would do as it is tells `clean`.
-        """
-        tone = self._are(self.tone, probabilities)
-        return self._between(self._odds(probabilities).where(tone, self.evidence(probabilities)))
-
     def trust(self, probabilities: Tensor, limit: Tensor | None = None) -> Tensor:
         """(...) in [0, 1]: how far what is read from a photo is to be acted on,
 
-            max belief * (1 - sum over tones of (1 - belief) * share of the damage).
+            max belief * (1 - sum over tones of (1 - belief by odds) * share of the damage).
+
+        By odds, since what is surely damaged, such as by rain, is seldom surely hazy besides; it is
+        clean photos whose tone must not change.
 
         Args:
             probabilities: (..., N) in [0, 1].
             limit: Upper bound of the belief in each type, broadcast to it; from `agreement`.
         """
-        belief = self._acted_on(probabilities)
+        belief, by_odds = self.belief(probabilities), self._between(self._odds(probabilities))
         if limit is not None:
-            belief = belief.minimum(limit)
+            belief, by_odds = belief.minimum(limit), by_odds.minimum(limit)
         damage = probabilities.float() * self._are(self._damages, belief)
         share = damage / damage.sum(dim=-1, keepdim=True).clamp_min(1e-12)
-        doubt = (share * (1 - belief) * self._are(self.tone, belief)).sum(dim=-1)
-        return belief.amax(dim=-1) * (1 - doubt)
+        doubt = (share * (1 - by_odds) * self._are(self.tone, belief)).sum(dim=-1)
+        most = belief.amax(dim=-1)
+        if limit is None and not self.exclusive:
+            most = most.maximum(self._surely_damaged(probabilities))
+        return most * (1 - doubt)
+
+    def _surely_damaged(self, probabilities: Tensor) -> Tensor:
+        """(...) in [0, 1]: 1 where kinds by themselves leave next to no chance of a clean photo,
+        although none may be sure: rain or snow, haze or low light."""
+        low, high = HARDLY_CLEAN
+        clean = probabilities.float()[..., self.types.index(CLEAN)]
+        return ((high - clean) / (high - low)).clamp(0, 1)
 
     def agreement(self, tiles: Tensor, photo: Tensor) -> Tensor:
         """Upper bound of the belief in each type for the tiles of large photos, (B, N).
@@ -160,8 +167,8 @@ class Abstention:
             photo: Those of the whole photos, (B, N).
         """
         first, last = AGREEMENT
-        share = self._acted_on(tiles).mean(dim=0)
-        shared = ((share - first) / (last - first)).clamp(0, 1).maximum(self._acted_on(photo))
+        share = self.belief(tiles).mean(dim=0)
+        shared = ((share - first) / (last - first)).clamp(0, 1).maximum(self.belief(photo))
         return shared.where(self._are(self.tone, shared), 1.0)
 
 

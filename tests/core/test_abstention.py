@@ -67,14 +67,17 @@ def test_independent_kinds_are_their_own_evidence() -> None:
     torch.testing.assert_close(belief, torch.tensor([0.5, 0.0, 0.5, 0.0]))
 
 
-def test_a_tone_counts_against_clean_even_where_kinds_are_by_themselves() -> None:
-    """Haze of 0.19 is half believed where clean has 0.01, and, as the other half is doubt, half of
-    that is acted on; it is named nowhere."""
-    assert trust(0.0, 0.0, 0.19, 0.01, exclusive=False) == pytest.approx(0.25)
-    assert trust(0.0, 0.0, 0.19, 0.19, exclusive=False) == 0
-    assert trust(0.0, 0.4, 0.0, 0.0, exclusive=False) == 0, "blur by its probability alone"
-    belief = abstention(exclusive=False).belief(torch.tensor([0.0, 0.0, 0.19, 0.01]))
-    assert not belief.any()
+def test_a_tone_is_in_doubt_by_its_odds_even_where_kinds_are_by_themselves() -> None:
+    """Haze of 0.2 beside sure noise: no doubt where clean has nothing, a sixth where it has 0.4."""
+    assert trust(1.0, 0.0, 0.2, 0.0, exclusive=False) == pytest.approx(1)
+    assert trust(1.0, 0.0, 0.2, 0.4, exclusive=False) == pytest.approx(1 - 0.2 / 1.2)
+    assert trust(0.0, 0.0, 0.2, 0.03, exclusive=False) == 0, "haze itself needs more"
+
+
+def test_what_is_surely_not_clean_is_restored_whatever_it_is() -> None:
+    assert trust(0.1, 0.4, 0.0, 0.01, exclusive=False) == pytest.approx(1)
+    assert trust(0.1, 0.4, 0.0, 0.02, exclusive=False) == pytest.approx(0.5)
+    assert trust(0.1, 0.4, 0.0, 0.03, exclusive=False) == 0
 
 
 @pytest.mark.parametrize(("hazy", "expected"), [(1, 0.0), (2, 1.0), (6, 1.0)])

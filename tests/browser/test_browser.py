@@ -154,6 +154,8 @@ def test_the_prompt_processor_shows_a_chart(editor: Editor) -> None:
 @pytest.mark.parametrize("words", WORDS)
 def test_the_blueprint_is_found_by_what_people_type(editor: Editor, words: str) -> None:
     """By the beginning of its name: hosts keep the aliases of their own blueprints alone."""
+    if words != WORDS[0] and "search_aliases" not in editor.host.get("/object_info")[PROCESSOR]:
+        pytest.skip("the front end of ComfyUI 0.3.75 reads less of it")
     add_node(editor, words, BLUEPRINT)
     (node,) = editor.nodes()
     assert node["title"].startswith("Restore photo")

@@ -15,7 +15,7 @@ CEILING = 40.0
 """dB: what is nearer to the clean photo than this is as good as the photo."""
 GRID = (0.5, 0.6, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.998, 0.999, 0.9995, 1.0)
 """Candidates for thresholds; finer where softmax is sure, as its mistakes lie there, too. None is
-below a half: what is rather not there than there (a change of tone: than clean) is not acted on."""
+below a half: what is rather not there is not acted on."""
 SWEEPS = 4
 CARE = 0.1
 """dB of utility that the highest thresholds of a kind are worth over the lowest: a few hundred

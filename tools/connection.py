@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -47,8 +46,8 @@ class Connection:
         """The address without its password, for messages and reports."""
         self.headers: dict[str, str] = {}
         if address.user is not None:
-            login = f"{address.user}:{address.password or ''}".encode()
-            self.headers["Authorization"] = f"Basic {base64.b64encode(login).decode()}"
+            login = aiohttp.BasicAuth(address.user, address.password or "", "utf-8")
+            self.headers["Authorization"] = login.encode()
         # A proxy cannot reach a server on this machine.
         self.local = address.host in ("127.0.0.1", "localhost", "::1")
 
@@ -120,9 +119,10 @@ class Connection:
         except errors.ClientError:
             raise
         except errors.DAMAGED as error:
+            what = error if isinstance(error, ValueError) else "JSON of another shape"
             raise errors.ServerUnreachableError(
                 f"what answers at {self.server} is no ComfyUI, or something between changes its "
-                f"answers: {path} gave what ComfyUI never gives ({error}). "
+                f"answers: {path} gave what ComfyUI never gives ({what}). "
                 "Check the address, and log in to the proxy or tunnel if there is one"
             ) from error
 

@@ -24,9 +24,8 @@ LAPTOP: ViewportSize = {"width": 1440, "height": 900}
 NODES_2 = {"Comfy.VueNodes.Enabled": True}
 SECONDS = 1000.0
 READY = "window.app?.graph && window.app.extensionManager?.setting"
-# What the front end itself asks of other servers, which this one forbids, and what its search box
-# stumbles over while it opens (1.49.6); the pack has no scripts.
-HOST_NOISE = ("Content Security Policy", "Error fetching file size", "reading 'label'")
+# What the front end itself asks of other servers, which this one forbids; the pack has no scripts.
+HOST_NOISE = ("Content Security Policy", "Error fetching file size")
 
 
 class Editor:

@@ -160,8 +160,8 @@ def test_a_node_and_a_comfyui_die_half_way(cluster: Any, tmp_path: Path):
     assert sorted(line["source"] for line in lines) == sorted(map(str, photos))
     # Done before the node died, and not yet told: then it is there, and nothing is done again.
     assert Counter(line["status"] for line in lines).keys() <= {"done", "skipped"}
-    # Each of the two that were killed had one photo in flight.
-    assert sum(line["attempts"] > 1 for line in lines) <= 2
+    # Each of the two that were killed had at most one photo in flight.
+    assert sum(max(0, line["attempts"] - 1) for line in lines) <= len(accident.killed)
     results = {out / f"{photo.stem}_restored.png" for photo in photos}
     assert set(out.glob("*.png")) == results
     written = {path: path.stat().st_mtime_ns for path in results}

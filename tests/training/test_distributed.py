@@ -51,7 +51,7 @@ def launch(settings: dict[str, Any], nodes: int = 1) -> subprocess.CompletedProc
         for rank in range(nodes)
     ]
     try:
-        ends = [process.communicate(timeout=600) for process in started]
+        ends = [process.communicate(timeout=300) for process in started]
     finally:
         for process in started:
             process.kill()

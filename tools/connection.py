@@ -30,8 +30,7 @@ class Connection:
     """
 
     def __init__(self, url: str = "http://127.0.0.1:8188", timeout: float = 60.0) -> None:
-        self.url = url
-        self.timeout = timeout
+        self.url, self.timeout = url, timeout
         try:
             address = URL(url if "://" in url else f"http://{url}")
             if not address.host or address.scheme not in ("http", "https"):

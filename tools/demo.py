@@ -20,8 +20,8 @@ import skimage
 import sklearn
 import torch
 from PIL import Image, ImageOps
-from skimage.metrics import peak_signal_noise_ratio
 
+from diff_restorer import similarity
 from diff_restorer.degradations import degrade
 from tools import sheet
 from tools.client import Client
@@ -83,7 +83,8 @@ def degrade_photo(photo: Image.Image, sample: Sample) -> Image.Image:
 
 def psnr(image: Image.Image, reference: Image.Image) -> float:
     """Peak signal-to-noise ratio of two 8-bit RGB pictures of one size, in dB."""
-    return float(peak_signal_noise_ratio(np.asarray(reference), np.asarray(image)))
+    levels = (torch.from_numpy(np.asarray(p) / 255)[None] for p in (image, reference))
+    return float(similarity.psnr(*levels))
 
 
 def restore_sample(

@@ -19,7 +19,7 @@ from PIL import Image
 
 from tools import errors
 from tools.connection import Connection
-from tools.workflow import Workflow, title_of
+from tools.workflow import Workflow, check_order, title_of
 
 Socket = aiohttp.ClientWebSocketResponse
 POLL_SECONDS = 5.0
@@ -105,12 +105,14 @@ class AsyncClient(Connection):
                 refuses WebSockets.
 
         Raises:
+            WorkflowError: Nodes wait for one another.
             PromptRejectedError: The server finds a fault in the workflow.
             ExecutionError: A node failed.
             PromptInterruptedError: The run was stopped or removed from the queue.
             ServerUnreachableError: The server does not answer.
             RunLostError: It was there and is gone, and the run with it.
         """
+        check_order(workflow)
         run_id, begun = str(uuid.uuid4()), time.monotonic()
         queued = ended = False
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import Any
 
@@ -54,3 +55,28 @@ def find_node(workflow: Workflow, class_type: str, title: str | None = None) -> 
             f"the workflow has {len(found)} {class_type} nodes{named}; exactly one is needed"
         )
     return found[0]
+
+
+def check_order(workflow: Workflow) -> None:
+    """Raises `WorkflowError` if nodes wait for one another.
+
+    ComfyUI 0.3.75 leaves out the outputs behind such nodes, runs the others, and calls that a
+    success.
+    """
+    sources = {
+        node_id: {
+            value[0]
+            for value in node["inputs"].values()
+            if isinstance(value, list) and value and isinstance(value[0], str)
+        }
+        for node_id, node in workflow.items()
+    }
+    try:
+        TopologicalSorter(sources).prepare()
+    except CycleError as error:
+        # Each of them gives to the next.
+        circle = " to ".join(f"{node} ({workflow[node]['class_type']})" for node in error.args[1])
+        raise WorkflowError(
+            f"the workflow goes in a circle, and no node of it can be the first: {circle}. "
+            "Take out one of these wires."
+        ) from error

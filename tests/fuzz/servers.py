@@ -14,7 +14,13 @@ from tests.e2e.holding import Holding
 from tests.e2e.test_bad_servers import Answer, Handler, serving
 from tests.fuzz.cases import NUMBERS, WORDS, Case, FaultError, Step, some
 from tools.client import Client
-from tools.errors import ClientError, ExecutionError, PromptRejectedError, ServerUnreachableError
+from tools.errors import (
+    ClientError,
+    ExecutionError,
+    PromptRejectedError,
+    ServerUnreachableError,
+    WorkflowError,
+)
 from tools.restoration import OUTPUT_TITLE
 from tools.workflow import find_node
 
@@ -69,7 +75,8 @@ class Prompts:
             raise FaultError("a black picture as a success")
 
     def named(self, error: Exception) -> bool:
-        if isinstance(error, PromptRejectedError):  # by the host, before anything ran
+        # By the host and by the client, before anything ran.
+        if isinstance(error, PromptRejectedError | WorkflowError):
             return True
         found = re.fullmatch(r"node \S+ \((.+?)\) failed: (\w+): (.*)", str(error), re.DOTALL)
         if not isinstance(error, ExecutionError) or found is None:

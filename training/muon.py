@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor
+
+from diff_restorer.native import has_native_bf16
 
 _MOMENTUM, _FLOOR = 0.95, 1e-12
 _QUINTIC = 3.4445, -4.7750, 2.0315
@@ -53,13 +56,20 @@ class Muon(torch.optim.Optimizer):
         return matrix.reshape(weight.shape) * max(matrix.shape) ** 0.5
 
 
+@functools.cache
+def _dtype(device: torch.device) -> torch.dtype:
+    # Emulated, bf16 takes as long as the forward and backward pass together, twice over.
+    return torch.bfloat16 if has_native_bf16(device) else torch.float32
+
+
 def orthogonalized(matrix: Tensor) -> Tensor:
-    """The matrix (N, M) with singular values of 0.7 to 1.2 in place of its own; computed in bf16.
+    """The matrix (N, M) with singular values of 0.7 to 1.2 in place of its own; computed in bf16
+    where the device computes in it.
 
     Singular values below a thousandth of the Frobenius norm stay smaller.
     """
     wide = matrix.shape[0] <= matrix.shape[1]
-    x = (matrix if wide else matrix.T).bfloat16()
+    x = (matrix if wide else matrix.T).to(_dtype(matrix.device))
     x = x / (x.norm() + _FLOOR)
     a, b, c = _QUINTIC
     for _ in range(5):

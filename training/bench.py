@@ -5,8 +5,9 @@ Both steps train a control module of the same UNet on the same batch and resolut
 precision that training takes on this device (bf16 where it computes in it, else fp32); weights are
 random. Diffusers' step is that of its examples/controlnet/train_controlnet.py: one VAE encode, 77
 text tokens, a hint image of the same size, a frozen UNet. Ours reads the degraded photo by CLIP,
-encodes both photos, trains the prompt processor through the whole UNet and classifies. Each variant
-is a process of its own, so that peak memory is its own, too.
+encodes both photos, trains the prompt processor through the whole UNet and classifies. It is
+measured as it is, with several noises per photo (`--draws`), and on photos that were encoded before
+(`--encoded`). Each variant is a process of its own, so that peak memory is its own, too.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from tools.ending import in_words
 from .common import DataConfig, ModelConfig, half, home, open_data
 from .data import RestorationBatches
 from .diffusion import TIMESTEPS, scheduler
+from .encode_control_data import encoded
 from .loop import LoopConfig
 from .models import SD15_LATENT_SCALE, Models
 from .networks import SD15_SIZES, Sizes, build_unet, build_vae, build_vision
@@ -58,7 +60,7 @@ TOY = replace(
 )
 """SD 1.5's blocks at a fifth of its width, with a tower in proportion."""
 SIZES = {"toy": TOY, "sd15": SD15_SIZES}
-SPEED_BAR, DEGRADATION_BAR = 1.0, 0.1
+SPEED_BAR, ENCODED_BAR, DEGRADATION_BAR = 1.0, 1.3, 0.1
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,18 @@ class Measurement:
     steps: int
     checkpointing: bool = False
     compile: bool = False
+    draws: int = 1
+    """Timesteps and noises per photo."""
+    encoded: bool = False
+    """Photos were encoded before; that is not measured."""
+
+    @property
+    def name(self) -> str:
+        """As it is called in the report."""
+        options = (f" --draws {self.draws}" if self.draws > 1 else "") + (
+            " --encoded" if self.encoded else ""
+        )
+        return self.step + options
 
 
 @dataclass(frozen=True)
@@ -88,6 +102,8 @@ class Config:
     """Samples per step; 0 is 8 on a GPU, else 4 (toy) and 1 (SD 1.5)."""
     steps: int = 0
     """Measured steps after one to warm up; 0 is 10, or 2 at SD 1.5's size on a CPU."""
+    draws: int = 4
+    """Timesteps and noises per photo of the variant that has several."""
     table_batches: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
     """Batch sizes of the GPU's table; each takes four processes, two of which compile."""
     data: Path | None = None
@@ -119,9 +135,13 @@ def main(config: Config) -> None:
             config.batch_size or (8 if gpu else 1 if large else 4),
             config.steps or (2 if large and not gpu else 10),
         )
-        pair = [in_process(replace(ours, step=step)) for step in ("diffusers", "ours")]
-        results += pair
-        _report(*pair)
+        variants = (
+            *(replace(ours, step="diffusers"), ours),
+            *(replace(ours, draws=config.draws), replace(ours, encoded=True)),
+        )
+        rows = [in_process(variant) for variant in variants]
+        results += rows
+        _report(*rows)
     if gpu and "sd15" in config.sizes:
         results += _table(config.resolution or 512, config.table_batches)
     config.out.write_text(json.dumps(results, indent=1))
@@ -135,37 +155,43 @@ def in_process(measurement: Measurement) -> dict[str, Any]:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
-        return asdict(measurement) | {"error": lines[-1]}
+        return asdict(measurement) | {"name": measurement.name, "error": lines[-1]}
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def _report(theirs: dict[str, Any], ours: dict[str, Any]) -> None:
-    settings = map(ours.get, ("size", "resolution", "batch_size", "precision"))
+def _report(theirs: dict[str, Any], *ours: dict[str, Any]) -> None:
+    """Logs a table, and adds to our rows what they are of diffusers'.
+
+    A noised sample is one photo at one timestep under one noise; diffusers' step has one of each.
+    """
+    settings = map(theirs.get, ("size", "resolution", "batch_size"))
     device = "GPU" if torch.cuda.is_available() else "CPU"
-    log.info("\n%s size, %d px, batch %d, %s, %s:", *settings, device)
-    for figures in (theirs, ours):
-        if "error" in figures:
-            log.info("  %-10s failed: %s", figures["step"], figures["error"])
-        else:
-            log.info(
-                "  %-10s %8.3f samples/s  %8.2f s of processor per step  %6.2f GB peak",
-                *map(figures.get, ("step", "samples_per_s", "cpu_s", "peak_gb")),
-            )  # fmt: skip
-    if "error" not in theirs | ours:
-        ours["ratio"] = round(ours["samples_per_s"] / theirs["samples_per_s"], 3)
-        ours["cpu_ratio"] = round(theirs["cpu_s"] / ours["cpu_s"], 3)
-        ours["memory_ratio"] = round(ours["peak_gb"] / theirs["peak_gb"], 3)
-        ratios = map(ours.get, ("ratio", "cpu_ratio", "memory_ratio"))
-        log.info("  speed %.2fx diffusers' (by processor time %.2fx), memory %.2fx; bar: %.1fx",
-                 *ratios, SPEED_BAR)  # fmt: skip
-        log.info("  degradations take %.1f %% of a step's time (bar: %.0f %%)",
-                 100 * ours["degradation_share"], 100 * DEGRADATION_BAR)  # fmt: skip
+    log.info("\n%s size, %d px, batch %d, %s:", *settings, device)
+    log.info("  %-20s photos/s  noised samples/s  processor s per noised sample  peak GB", "")
+    for row in (theirs, *ours):
+        if "error" in row:
+            log.info("  %-20s failed: %s", row["name"], row["error"])
+            continue
+        figures = map(row.get, ("name", "photos_per_s", "noised_per_s", "cpu_s", "peak_gb"))
+        log.info("  %-20s %8.3f  %16.3f  %29.2f  %7.2f", *figures)
+    for row in ours:
+        if "error" in theirs | row:
+            continue
+        row["ratio"] = round(row["noised_per_s"] / theirs["noised_per_s"], 3)
+        row["cpu_ratio"] = round(theirs["cpu_s"] / row["cpu_s"], 3)
+        row["memory_ratio"] = round(row["peak_gb"] / theirs["peak_gb"], 3)
+        ratios = map(row.get, ("name", "ratio", "cpu_ratio", "memory_ratio"))
+        log.info("  %s: %.2fx diffusers' noised samples/s (by processor time %.2fx), memory %.2fx; "
+                 "bar: %.1fx", *ratios, ENCODED_BAR if row["encoded"] else SPEED_BAR)  # fmt: skip
+        if not row["encoded"]:
+            log.info("    degradations take %.1f %% of a step's time (bar: %.0f %%)",
+                     100 * row["degradation_share"], 100 * DEGRADATION_BAR)  # fmt: skip
 
 
 def _table(resolution: int, batches: tuple[int, ...]) -> list[dict[str, Any]]:
     """Throughput and memory on a GPU per batch, with and without checkpointing and compile."""
     rows: list[dict[str, Any]] = []
-    log.info("\nbatch  checkpointing  compile  samples/s  peak GB")
+    log.info("\nbatch  checkpointing  compile  photos/s  peak GB")
     for batch in batches:
         for checkpointing in (False, True):
             for compiled in (False, True):
@@ -173,21 +199,21 @@ def _table(resolution: int, batches: tuple[int, ...]) -> list[dict[str, Any]]:
                     Measurement("ours", "sd15", resolution, batch, 10, checkpointing, compiled)
                 )
                 rows.append(row)
-                outcome = row.get("error") or f"{row['samples_per_s']:9.2f}  {row['peak_gb']:7.1f}"
+                outcome = row.get("error") or f"{row['photos_per_s']:9.2f}  {row['peak_gb']:7.1f}"
                 log.info("%5d  %13s  %7s  %s", batch, checkpointing, compiled, outcome)
     return rows
 
 
 def measure(measurement: Measurement) -> dict[str, Any]:
-    """Samples per second (median step), peak memory and what degrading costs.
+    """Photos and noised samples per second (median step), peak memory and what degrading costs.
 
-    `cpu_s` is the processor time of a step, all threads: on a CPU that others use, too, it compares
-    where the clock does not.
+    `cpu_s` is the processor time of a noised sample, all threads: on a CPU that others use, too, it
+    compares where the clock does not.
     """
     torch.manual_seed(0)
     device, precision = home(), half("auto")
     sizes = SIZES[measurement.size]
-    step, parameters = (our_step if measurement.step == "ours" else diffusers_step)(
+    step, ready, parameters = (our_step if measurement.step == "ours" else diffusers_step)(
         measurement, sizes
     )
     optimizer = torch.optim.AdamW(parameters, lr=1e-5)
@@ -199,6 +225,7 @@ def measure(measurement: Measurement) -> dict[str, Any]:
         mark = time.process_time()
         batch = next(batches)
         degrading.append(time.process_time() - mark)
+        batch = ready(batch)
         _synchronize()
         mark, worked = time.perf_counter(), time.process_time()
         with torch.autocast(device.type, precision, enabled=precision != torch.float32):
@@ -214,9 +241,12 @@ def measure(measurement: Measurement) -> dict[str, Any]:
     typical, work, cost = (
         statistics.median(values[-measurement.steps :]) for values in (seconds, busy, degrading)
     )
+    photos, draws = measurement.batch_size, measurement.draws
     figures: dict[str, Any] = {
-        "samples_per_s": measurement.batch_size / typical,
-        "cpu_s": work,
+        "name": measurement.name,
+        "photos_per_s": photos / typical,
+        "noised_per_s": draws * photos / typical,
+        "cpu_s": work / (draws * photos),
         "seconds": [round(value, 3) for value in seconds],
         "precision": str(precision).partition(".")[2],
         "threads": torch.get_num_threads(),
@@ -271,9 +301,11 @@ def _batches(measurement: Measurement, sizes: Sizes) -> Iterator[dict[str, Tenso
 
 
 Step = Callable[[dict[str, Tensor]], Tensor]
+Ready = Callable[[dict[str, Tensor]], dict[str, Tensor]]
+"""What happens to a batch before it is measured."""
 
 
-def our_step(measurement: Measurement, sizes: Sizes) -> tuple[Step, list[nn.Parameter]]:
+def our_step(measurement: Measurement, sizes: Sizes) -> tuple[Step, Ready, list[nn.Parameter]]:
     """Stage 1 as `training.train_control` runs it."""
     base = Base(sizes, build_unet(sizes), build_vae(sizes), build_vision(sizes))
     models = Models(sizes, DEFAULT_TYPES, EPSILON, WHOLE, base)
@@ -282,15 +314,22 @@ def our_step(measurement: Measurement, sizes: Sizes) -> tuple[Step, list[nn.Para
         loop,
         DataConfig(Path("none"), crop=measurement.resolution),
         ModelConfig(gradient_checkpointing=measurement.checkpointing),
+        draws=measurement.draws,
     )
     trainable = prepare(models, config)
     nn.Module.to(models, home())
     loss = make_loss(models, config)
     generator = torch.Generator(home()).manual_seed(0)
-    return lambda batch: loss(batch, generator)["loss"], list(trainable.parameters())
+
+    def ready(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        return batch | encoded(models, batch)._asdict() if measurement.encoded else batch
+
+    return lambda batch: loss(batch, generator)["loss"], ready, list(trainable.parameters())
 
 
-def diffusers_step(measurement: Measurement, sizes: Sizes) -> tuple[Step, list[nn.Parameter]]:
+def diffusers_step(
+    measurement: Measurement, sizes: Sizes
+) -> tuple[Step, Ready, list[nn.Parameter]]:
     """The step of diffusers' train_controlnet.py: ControlNet in fp32, the rest in bf16 or fp32."""
     from diffusers import ControlNetModel
     from transformers import CLIPTextConfig, CLIPTextModel
@@ -341,7 +380,7 @@ def diffusers_step(measurement: Measurement, sizes: Sizes) -> tuple[Step, list[n
             )[0]
         return F.mse_loss(predicted.float(), noise.float())
 
-    return step, list(control.parameters())
+    return step, lambda batch: batch, list(control.parameters())
 
 
 def _synchronize() -> None:

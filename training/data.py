@@ -35,7 +35,7 @@ from .photos import fingerprint
 
 Batch = dict[str, Tensor]
 
-PER_CROP = frozenset({"part", "gt", "lq", "latent"})
+PER_CROP = frozenset({"part", "gt", "lq", "latent", "clean", "hint"})
 """What a batch holds a row of for each crop; of the rest it is one for each part."""
 UNKNOWN_SEVERITY = -1.0
 """In `severities`, of the kind of a pair."""

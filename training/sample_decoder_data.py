@@ -9,21 +9,18 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import shutil
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
-from tqdm import tqdm
 
 from diff_restorer.checkpoint import open_safetensors
-from diff_restorer.files import written_whole
 
+from .batch_files import batch_file, claim, fill, missing, require_one_process, require_same, save
 from .checkpoints import require_space
 from .common import DataConfig, ModelConfig, Precision, data_for, half, home, open_models
 from .config import run_program
@@ -74,16 +71,12 @@ def main(config: Config, until: float = math.inf) -> Path:
             processes were started.
         DiskError: There is too little room for the parts and the file joined from them.
     """
-    if (processes := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
-        raise ValueError(
-            f"WORLD_SIZE is {processes}, but this program runs in one process: start it without "
-            "accelerate launch"
-        )
+    require_one_process()
     parts = config.out.with_name(config.out.name + ".parts")
     settings = _settings(config)
     if config.out.is_file():
         with open_safetensors(config.out) as file:
-            _require(settings, (file.metadata() or {}).get("settings", ""), config.out)
+            require_same(settings, (file.metadata() or {}).get("settings", ""), config.out)
         log.info("%s is complete", config.out)
         return config.out
     parts.mkdir(parents=True, exist_ok=True)
@@ -91,39 +84,37 @@ def main(config: Config, until: float = math.inf) -> Path:
     latents = len(numbers) * config.batch_size
     needed = 2 * latents * 2 * 4 * (config.data.crop // 8) ** 2 + 2**20
     require_space(parts, needed, "latents")
-    record = parts / "settings.json"
-    if record.exists():
-        _require(settings, record.read_text(), parts)
-    with written_whole(record) as part:
-        part.write_text(settings)
+    claim(parts, settings)
 
-    if missing := [number for number in numbers if not _part(parts, number).exists()]:
-        _sample(config, parts, missing, latents, until)
-    done = [number for number in numbers if _part(parts, number).exists()]
-    found = [load_file(_part(parts, number))["latents"] for number in done]
+    if some := missing(parts, numbers):
+        _sample(config, parts, some, len(numbers), until)
+    done = [number for number in numbers if batch_file(parts, number).exists()]
+    found = [load_file(batch_file(parts, number))["latents"] for number in done]
     joined = {"numbers": torch.tensor(done), "latents": torch.stack(found)}
-    with open_safetensors(_part(parts, numbers[0])) as file:
+    with open_safetensors(batch_file(parts, numbers[0])) as file:
         origin = file.metadata()["origin"]
-    _save(config.out, joined, {"settings": settings, "origin": origin})
+    save(config.out, joined, {"settings": settings, "origin": origin})
     shutil.rmtree(parts)
     return config.out
 
 
-@torch.no_grad()
 def _sample(config: Config, parts: Path, numbers: list[int], total: int, until: float) -> None:
     models, _ = open_models(
         config.model, ("base.vae.", "base.clip_vision.", "base.unet.", "control.")
     )
     models.freeze(half(config.precision))
     train = open_batches(models, config)
-    origin = json.dumps(train.origin())
-    done = total - len(numbers) * config.batch_size
-    with tqdm(total=total, initial=done, unit="latent", smoothing=0.05, disable=None) as bar:
-        for number, latents in sampled(models, train, numbers, config):
-            _save(_part(parts, number), {"latents": latents}, {"origin": origin})
-            bar.update(config.batch_size)
-            if time.perf_counter() > until:
-                break
+    made = ((number, {"latents": latents})
+            for number, latents in sampled(models, train, numbers, config))  # fmt: skip
+    fill(
+        *(parts, made),
+        batch_size=config.batch_size,
+        done=total - len(numbers),
+        total=total,
+        unit="latent",
+        metadata={"origin": json.dumps(train.origin())},
+        until=until,
+    )
 
 
 def open_batches(
@@ -171,22 +162,6 @@ def _settings(config: Config) -> str:
     for path in config.model.init:
         values[str(path)] = file_digest(path)
     return json.dumps(values)
-
-
-def _require(settings: str, found: str, place: Path) -> None:
-    if found != settings:
-        raise ValueError(
-            f"--out: {place} was made with other settings; delete it, or give another --out"
-        )
-
-
-def _part(parts: Path, number: int) -> Path:
-    return parts / f"{number:012d}.safetensors"
-
-
-def _save(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    with written_whole(path) as part:
-        save_file(tensors, part, metadata)
 
 
 if __name__ == "__main__":

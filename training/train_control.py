@@ -25,6 +25,7 @@ from .common import (
 from .config import run_program
 from .data import Batches
 from .diffusion import TIMESTEPS, first_step_noise, sample, scheduler
+from .encode_control_data import encoded, read_encoded
 from .loop import LoopConfig, Stage, maybe_compile
 from .losses import Classification, band_means, kind_loss, kind_scores
 from .models import SD15, Models, to_pixels
@@ -42,6 +43,9 @@ class Config:
     loop: LoopConfig
     data: DataConfig
     model: ModelConfig = field(default_factory=ModelConfig)
+    encoded: Path | None = None
+    """Folder of `encode_control_data`, whose batches are trained on: half the arithmetic of a step
+    (counted, SD 1.5 at 512 px), for as many degradations of each photo as were encoded."""
     ce_weight: float = 0.1
     """Weight of the classification loss; 0 is the ablation without it."""
     classification: Classification = "ce"
@@ -140,12 +144,11 @@ def make_loss(models: Models, config: Config) -> Loss:
     encode = maybe_compile(models.encode, config.loop)
 
     def loss(batch: dict[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
-        size = config.draws * len(batch["gt"])
+        size = config.draws * len(batch["part"])
         place = {"generator": generator, "device": generator.device}
         with torch.no_grad():
-            # One after the other: together they would be the largest activation of the step.
-            clean, hint = (repeated(encode(to_pixels(batch[n])).float()) for n in ("gt", "lq"))
-            whole, close = models.tokens(batch)
+            seen = encoded(models, batch, encode)
+            clean, hint = repeated(seen.clean), repeated(seen.hint)
         timestep = torch.randint(0, TIMESTEPS, (size,), **place).to(clean.device)
         noise = torch.randn(clean.shape, **place).to(clean.device)
         if config.first_step:
@@ -156,7 +159,9 @@ def make_loss(models: Models, config: Config) -> Loss:
         dropped = torch.rand(size, 1, 1, **place).to(clean.device) < config.semantic_dropout
         noisy = process.add_noise(clean, noise, timestep)
         keep = (~dropped).float()
-        predicted, logits = predict_fast(noisy, timestep, hint, whole, close, batch["part"], keep)
+        predicted, logits = predict_fast(
+            noisy, timestep, hint, seen.whole, seen.close, batch["part"], keep
+        )
         velocity = models.prediction == V_PREDICTION
         target = process.get_velocity(clean, noise, timestep) if velocity else noise
         per_sample = F.mse_loss(predicted, target, reduction="none").flatten(1).mean(dim=1)
@@ -179,12 +184,15 @@ def main(config: Config) -> Path:
 def build(
     models: Models, found: set[str], config: Config, store: PhotoStore | None = None
 ) -> tuple[Stage, Batches]:
-    """The stage, and its data from the photos of `store`."""
+    """The stage, and its data from the photos of `store`.
+
+    Raises:
+        ValueError: As `prepare`; or `encoded` has been made of other photos or networks.
+    """
+    train, fixed = _open(models, config, store)
     if "control." not in found:
         models.start_control()
     trainable = prepare(models, config)
-    reads = {"gt", "lq", "clip_view", models.degradation_key}
-    train, fixed = data_for(models, config.data, config.loop.seed, reads, store)
     validation = to_home(fixed)
 
     @torch.no_grad()
@@ -216,6 +224,18 @@ def build(
     made = sorted(found | {"base.unet.", "control.", "prompt_processor."})
 
     return stage_of(models, made, trainable, make_loss(models, config), validate), train
+
+
+def _open(
+    models: Models, config: Config, store: PhotoStore | None
+) -> tuple[Batches, dict[str, Tensor]]:
+    """Batches to train on, and the one to validate on."""
+    reads = {"gt", "lq", "clip_view", models.degradation_key}
+    train, fixed = data_for(models, config.data, config.loop.seed, reads, store)
+    if config.encoded is None:
+        return train, fixed
+    # Before the networks are frozen in bf16: by their own weights they are known.
+    return read_encoded(config.encoded, train.sized(config.loop.batch_size), models), fixed
 
 
 if __name__ == "__main__":

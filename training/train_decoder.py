@@ -20,6 +20,7 @@ from diff_restorer.checkpoint import open_safetensors
 from diff_restorer.decoder import PIXELS, Features
 from diff_restorer.similarity import psnr
 
+from .batch_files import require_origin
 from .common import (
     DataConfig,
     ModelConfig,
@@ -195,12 +196,7 @@ def read_sampled(batches: RestorationBatches, latents: Path) -> Sampled:
             f"--latents: {latents} does not tell what its photos were; make it anew with "
             "training.sample_decoder_data"
         )
-    for name, value in batches.with_seed(origin["seed"]).origin().items():
-        if origin.get(name) != value:
-            raise ValueError(
-                f"--latents: {latents} was sampled with {name} {origin.get(name)}, this run has "
-                f"{value}; give both programs the same --data and batch size"
-            )
+    require_origin(batches, origin, f"--latents: {latents} was sampled")
     held = load_file(latents)
     return Sampled(held["numbers"].tolist(), held["latents"], origin["seed"])
 

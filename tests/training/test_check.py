@@ -12,7 +12,7 @@ from skimage import data
 from diff_restorer.checkpoint import read_checkpoint
 from tests import toy_weights
 from tests.training import toy_sd15
-from training import check, sample_decoder_data, train_decoder
+from training import check, encode_control_data, sample_decoder_data, train_control, train_decoder
 from training.common import DataConfig, ModelConfig
 from training.config import load, parse
 from training.pretrained import Sd15Config
@@ -60,11 +60,15 @@ def test_a_dry_run_tells_what_a_training_takes(
 
 
 @pytest.mark.parametrize("preset", check.Config.presets)
-def test_a_preset_s_latents_are_of_stage_2_s_batches(preset: str) -> None:
+def test_a_preset_s_stored_batches_are_those_of_its_stages(preset: str) -> None:
     latents = load(sample_decoder_data.Config, preset, {"out": "never", "data": {}})
     decoder = load(train_decoder.Config, preset, {"loop": {"out": "never"}, "data": {}})
     assert latents.batch_size == decoder.loop.batch_size
     assert latents.data == decoder.data
+    encoded = load(encode_control_data.Config, preset, {"out": "never", "data": {}})
+    control = load(train_control.Config, preset, {"loop": {"out": "never"}, "data": {}})
+    assert encoded.batch_size == control.loop.batch_size
+    assert encoded.data == control.data
 
 
 def test_what_is_missing_is_named(photos: Path, tmp_path: Path) -> None:

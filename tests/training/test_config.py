@@ -10,13 +10,22 @@ import tomllib
 import torch
 from safetensors.torch import load_file
 
-from training import common, sample_decoder_data, train_control, train_decoder
+from training import (
+    common,
+    encode_control_data,
+    sample_decoder_data,
+    train_control,
+    train_decoder,
+)
 from training.common import DataConfig
 from training.config import PRESETS, exit_after, load, parse, settings, table_name, write
 from training.loop import LoopConfig, count_steps
 from training.nano import autoencoder, vision
 
-PROGRAMS = (train_control, train_decoder, sample_decoder_data, autoencoder, vision)
+PROGRAMS = (
+    *(train_control, train_decoder, sample_decoder_data, encode_control_data),
+    *(autoencoder, vision),
+)
 GIVEN = ("--loop.out", "runs/a", "--data.photos", "photos")
 
 

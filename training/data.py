@@ -35,7 +35,7 @@ from .photos import fingerprint
 
 Batch = dict[str, Tensor]
 
-PER_CROP = frozenset({"part", "gt", "lq", "latent", "clean", "hint"})
+PER_CROP = frozenset({"part", "gt", "lq", "latent", "noise", "clean", "hint"})
 """What a batch holds a row of for each crop; of the rest it is one for each part."""
 UNKNOWN_SEVERITY = -1.0
 """In `severities`, of the kind of a pair."""
@@ -481,6 +481,11 @@ def seeded(*numbers: int) -> torch.Generator:
     # torch keeps 32 bits of a CPU seed, so the numbers are hashed, not packed.
     state = np.random.SeedSequence(numbers).generate_state(1, np.uint32)
     return torch.Generator().manual_seed(int(state[0]))
+
+
+def sampling_noise(seed: int, number: int) -> torch.Generator:
+    """Of the noise that latents for batch `number` are sampled from."""
+    return seeded(seed, 2, number)
 
 
 class BatchNumbers(Sampler[int]):

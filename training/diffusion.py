@@ -74,13 +74,26 @@ def first_step_noise(process: Any, noise: Tensor, clean: Tensor, hint: Tensor) -
 def sample(
     models: Models, hint: Tensor, p_s: Tensor, p_d: Tensor, steps: int, generator: torch.Generator
 ) -> Tensor:
+    """`sample_from` noise of `generator`, without gradients.
+
+    Returns:
+        Scaled latent, (B, 4, h, w).
+    """
+    noise = torch.randn(hint.shape, generator=generator, device=generator.device).to(hint.device)
+    return sample_from(models, noise, hint, p_s, p_d, steps)
+
+
+def sample_from(
+    models: Models, noise: Tensor, hint: Tensor, p_s: Tensor, p_d: Tensor, steps: int
+) -> Tensor:
     """Sample restored latents by DDIM without CFG, from where the host's samplers start.
 
     At full denoise they start from the latent they are given under the noise of the last timestep,
     which leaves 7 % of it; that latent is the degraded photo's.
 
     Args:
-        hint: Scaled LQ latent, (B, 4, h, w).
+        noise: Standard normal, (B, 4, h, w).
+        hint: Scaled LQ latent, likewise.
         p_s: (B, T, context_width). p_d: likewise.
         steps: Number of UNet evaluations.
 
@@ -89,7 +102,6 @@ def sample(
     """
     ddim = scheduler(models.prediction, models.base_model)
     ddim.set_timesteps(steps)
-    noise = torch.randn(hint.shape, generator=generator, device=generator.device).to(hint.device)
     start = _start_noise(ddim, noise)
     latent = ddim.add_noise(hint.float(), start, torch.tensor([TIMESTEPS - 1]))
     for timestep in ddim.timesteps:

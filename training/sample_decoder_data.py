@@ -24,7 +24,7 @@ from .batch_files import batch_file, claim, fill, missing, require_one_process, 
 from .checkpoints import require_space
 from .common import DataConfig, ModelConfig, Precision, data_for, half, home, open_models
 from .config import run_program
-from .data import RestorationBatches, load, seeded
+from .data import RestorationBatches, load, sampling_noise
 from .diffusion import sample
 from .evaluation.pictures import file_digest
 from .models import Models, to_pixels
@@ -134,7 +134,7 @@ def sampled(
     dtype = half(config.precision)
     loaded = load(batches, numbers, home(), config.workers)
     for number, batch in zip(numbers, loaded, strict=True):
-        noise = seeded(config.seed, 2, number)
+        noise = sampling_noise(config.seed, number)
         with torch.autocast(home().type, dtype, enabled=dtype != torch.float32):
             latents = _restore(models, batch, config.steps, noise)
         yield number, latents.half().cpu().contiguous()

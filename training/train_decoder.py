@@ -30,7 +30,7 @@ from .common import (
     to_home,
 )
 from .config import run_program
-from .data import Batch, Batches, Item, RestorationBatches, seeded, to_device
+from .data import Batch, Batches, Item, RestorationBatches, sampling_noise, seeded, to_device
 from .diffusion import sample
 from .loop import LoopConfig, Stage, maybe_compile
 from .losses import (
@@ -127,6 +127,16 @@ class Sampled(NamedTuple):
     """(M, B, 4, h, w), scaled."""
     seed: int
     """Of the batches."""
+    with_noise: bool = False
+    """Whether the noise that they were sampled from is handed on, too."""
+
+    def rows(self, place: int) -> dict[str, Tensor]:
+        """Of the batch at that place of `numbers`: `latent`, and `noise` if it is wanted."""
+        rows = {"latent": self.latents[place].float()}
+        if self.with_noise:
+            generator = sampling_noise(self.seed, self.numbers[place])
+            rows["noise"] = torch.randn(rows["latent"].shape, generator=generator)
+        return rows
 
 
 class DecoderBatches(Dataset[Any]):
@@ -171,8 +181,7 @@ class DecoderBatches(Dataset[Any]):
         if self.sampled is None:
             return self.batches[number], {SAMPLED: torch.empty(0)}
         place = int(torch.randint(len(self.sampled.numbers), (), generator=generator))
-        latent = self.sampled.latents[place].float()
-        return self.again[self.sampled.numbers[place]], {"latent": latent}
+        return self.again[self.sampled.numbers[place]], self.sampled.rows(place)
 
     def finish(self, item: tuple[Item, dict[str, Tensor]], device: torch.device) -> Batch:
         """The batch on `device`, with the key `latent`, (B, 4, h, w), where it was sampled,

@@ -23,7 +23,14 @@ from diff_restorer.degradations import degrade
 from diff_restorer.prompt_processor import DEFAULT_TYPES
 from tests.photos import photo, write
 from tests.training import toy_sd15
-from training import ablate, export, sample_decoder_data, train_control, train_decoder
+from training import (
+    ablate,
+    distill,
+    export,
+    sample_decoder_data,
+    train_control,
+    train_decoder,
+)
 from training.common import DataConfig, ModelConfig, home, open_models
 from training.data import clip_view
 from training.diffusion import sample
@@ -445,6 +452,63 @@ def test_a_killed_sampling_goes_on_to_the_same_latents(
     assert all(torch.equal(resumed[name], straight[name]) for name in straight)
     assert not parts.exists()
     assert sample_decoder_data.main(config) == config.out  # complete: nothing to do
+
+
+def distillation(files: dict[str, Path], photos: Path, out: Path, **changes: Any) -> distill.Config:
+    """Of the toy Nano, from the latents that it sampled in two steps."""
+    run = loop(out, steps=30, batch_size=2, lr=1e-3, precision="no")
+    config = distill.Config(
+        *(run, shots(photos), files["latents"], nano(files["decoder"])), train_unet=True
+    )
+    return replace(config, **changes)
+
+
+def mean_loss(config: distill.Config) -> float:
+    models, loaded = open_models(config.model)
+    _, batches = distill.build(models, loaded, config)
+    loss = distill.make_loss(models, config)
+    drawn = (batches.finish(batches[number], torch.device("cpu")) for number in range(4))
+    values = [loss(batch, torch.Generator())["loss"] for batch in drawn]
+    return float(torch.stack(values).mean().detach())
+
+
+def test_a_student_with_as_many_steps_as_its_teacher_has_nothing_to_learn(
+    files: dict[str, Path], photos: Path, tmp_path: Path
+) -> None:
+    config = distillation(files, photos, tmp_path, steps=2)
+    assert mean_loss(config) < 1e-5  # latents are kept in fp16
+    assert mean_loss(replace(config, steps=1)) > 1e-4
+
+
+def test_a_student_comes_nearer_to_its_teacher(
+    files: dict[str, Path], photos: Path, tmp_path: Path
+) -> None:
+    config = distillation(files, photos, tmp_path)
+    student = distill.main(config)
+    assert mean_loss(replace(config, model=nano(student))) < 0.7 * mean_loss(config)
+    for prefix in ("base.vae.", "base.clip_vision.", "decoder."):
+        assert changed(files["decoder"], student, prefix) == {False}
+    assert changed(files["decoder"], student, "prompt_processor.degradation.") == {False}
+    for prefix in ("base.unet.", "control."):
+        assert True in changed(files["decoder"], student, prefix)
+    assert read_checkpoint(student).self_contained
+
+
+def test_a_student_of_sd15_leaves_its_unet_alone(
+    sd15_files: dict[str, Path], photos: Path, tmp_path: Path
+) -> None:
+    folder = sd15_files["control"].parents[1]
+    model = toy_sd15.model_config(folder, init=(sd15_files["decoder"],))
+    config = distill.Config(
+        loop(tmp_path), shots(photos, validation_samples=8), sd15_files["latents"], model
+    )
+    student = distill.main(config)
+    assert True in changed(sd15_files["decoder"], student, "control.")
+    assert not read_checkpoint(student, required=()).has("base.unet.")
+    with pytest.raises(ValueError, match="--train-unet: a file for SD"):
+        distill.main(replace(config, train_unet=True))
+    with pytest.raises(ValueError, match="--steps: found 0; give 1 or 2"):
+        distill.main(replace(config, steps=0))
 
 
 def test_an_ablation_says_so_and_is_refused_for_release(

@@ -84,8 +84,8 @@ class Recipe:
     device: Literal["auto", "cuda"] = "auto"
     """`cuda` fails where there is no GPU; auto then takes the CPU."""
     start_steps: int = 3000
-    """Steps of stage 2 on small crops and the photos' own latents, before those that stage 1
-    samples; a time box of 8 minutes or more has a share for them."""
+    """Steps of stage 2 on small crops, whose latents are sampled in three steps, before its larger
+    crops; a time box of 8 minutes or more has a share for them."""
     steps: Literal["full", "tiny"] = "full"
     """`tiny` runs every stage on a few steps to show that the pipeline works."""
     workers: int | None = None

@@ -22,10 +22,9 @@ class Average:
         """Starts at the present weights.
 
         Args:
-            module: As `Accelerator.prepare` returned it.
+            module: Without the wrapper of `Accelerator.prepare`, which would be in the names.
             decay: Weight of the past, in [0, 1).
         """
-        self._module = module
         self._live = {n: p for n, p in module.named_parameters() if p.requires_grad}
         self._averages = {name: live.detach().clone() for name, live in self._live.items()}
         self._blend = get_ema_multi_avg_fn(decay)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import time
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from diff_restorer.files import written_whole
@@ -75,6 +76,16 @@ def require_origin(batches: RestorationBatches, origin: Mapping[str, Any], made:
                 f"{made} with {name} {origin.get(name)}, this run has {value}; give both programs "
                 "the same --data and batch size"
             )
+
+
+def weights_digest(*networks: nn.Module) -> str:
+    """SHA-256 of all weights."""
+    total = hashlib.sha256()
+    for network in networks:
+        for name, value in sorted(network.state_dict().items()):
+            total.update(name.encode())
+            total.update(value.detach().float().cpu().contiguous().numpy())
+    return total.hexdigest()
 
 
 def save(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:

@@ -19,9 +19,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from itertools import count
 from pathlib import Path
 from typing import Any, Literal
 
@@ -77,7 +76,7 @@ class Measurement:
     draws: int = 1
     """Timesteps and noises per photo."""
     encoded: bool = False
-    """Photos were encoded before; that is not measured."""
+    """Photos were encoded before; that is in no figure, but for the peak memory of a CPU."""
 
     @property
     def name(self) -> str:
@@ -205,7 +204,8 @@ def _table(resolution: int, batches: tuple[int, ...]) -> list[dict[str, Any]]:
 
 
 def measure(measurement: Measurement) -> dict[str, Any]:
-    """Photos and noised samples per second (median step), peak memory and what degrading costs.
+    """Photos and noised samples per second of a step on a batch that is there, peak memory, and the
+    share of step and degrading together that degrading takes.
 
     `cpu_s` is the processor time of a noised sample, all threads: on a CPU that others use, too, it
     compares where the clock does not.
@@ -221,12 +221,20 @@ def measure(measurement: Measurement) -> dict[str, Any]:
     seconds: list[float] = []
     busy: list[float] = []
     degrading: list[float] = []
+    peaks: list[float] = []
+    gpu = device.type == "cuda"
+    clock = time.perf_counter if gpu else time.process_time
     for index in range(measurement.steps + (3 if measurement.compile else 1)):
-        mark = time.process_time()
-        batch = next(batches)
-        degrading.append(time.process_time() - mark)
+        item = batches[index]  # drawn and cut by data processes
+        _synchronize()
+        mark = clock()
+        batch = batches.finish(item, device)
+        _synchronize()
+        degrading.append(clock() - mark)
         batch = ready(batch)
         _synchronize()
+        if gpu:
+            torch.cuda.reset_peak_memory_stats()
         mark, worked = time.perf_counter(), time.process_time()
         with torch.autocast(device.type, precision, enabled=precision != torch.float32):
             loss = step(batch)
@@ -237,6 +245,7 @@ def measure(measurement: Measurement) -> dict[str, Any]:
         _synchronize()
         seconds.append(time.perf_counter() - mark)
         busy.append(time.process_time() - worked)
+        peaks.append(peak_memory(device) / 1e9)
         log.info("%s step %d: %.2f s", measurement.step, index, seconds[-1])
     typical, work, cost = (
         statistics.median(values[-measurement.steps :]) for values in (seconds, busy, degrading)
@@ -250,12 +259,11 @@ def measure(measurement: Measurement) -> dict[str, Any]:
         "seconds": [round(value, 3) for value in seconds],
         "precision": str(precision).partition(".")[2],
         "threads": torch.get_num_threads(),
-        "peak_gb": peak_memory(home()) / 1e9,
+        "peak_gb": max(peaks),
     }
     if measurement.step == "ours":
         figures["degradation_s"] = cost
-        # A data process has a core of its own beside a GPU; on a CPU it takes from the same cores.
-        figures["degradation_share"] = cost / (typical if torch.cuda.is_available() else work)
+        figures["degradation_share"] = cost / (cost + (typical if gpu else work))
     return asdict(measurement) | figures
 
 
@@ -280,15 +288,14 @@ def measure_data(photos: Path, crops_per_part: int, batches: int = 60) -> dict[s
     return figures
 
 
-def _batches(measurement: Measurement, sizes: Sizes) -> Iterator[dict[str, Tensor]]:
-    """Batches that the data processes would make beside the step: random photos, degraded."""
+def _batches(measurement: Measurement, sizes: Sizes) -> RestorationBatches:
+    """Of random photos."""
     generator = torch.Generator().manual_seed(0)
     side = 2 * measurement.resolution
     coarse = torch.rand(4, 3, 24, 24, generator=generator)
     smooth = F.interpolate(coarse, size=(side, side), mode="bicubic").clamp(0, 1)
-    photos = [(photo * 255).byte() for photo in smooth]
-    batches = RestorationBatches(
-        photos,
+    return RestorationBatches(
+        [(photo * 255).byte() for photo in smooth],
         batch_size=measurement.batch_size,
         crop=measurement.resolution,
         clip_size=sizes.vision_image,
@@ -296,8 +303,6 @@ def _batches(measurement: Measurement, sizes: Sizes) -> Iterator[dict[str, Tenso
         kinds=DEFAULT_TYPES,
         reads={"gt", "lq", "clip_view"},
     )
-    for number in count():
-        yield batches.finish(batches[number], home())
 
 
 Step = Callable[[dict[str, Tensor]], Tensor]

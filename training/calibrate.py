@@ -121,8 +121,8 @@ def measure(config: Config, models: Models) -> list[Row]:
             "them"
         )
     settings = f"{config.crop} {config.steps} {config.seed} {half(config.precision)}"
-    mark = digest(weights_digest(config.file), settings)
-    known = _known(config.rows, mark)
+    weights = weights_digest(config.file)
+    known = _known(config.rows)
     rows: list[Row] = []
     paths = _spread(list_photos(config.photos), config.limit)
     config.rows.parent.mkdir(parents=True, exist_ok=True)
@@ -130,7 +130,9 @@ def measure(config: Config, models: Models) -> list[Row]:
         for place, path in enumerate(tqdm(paths, desc="restored twice", unit="photo")):
             name = Path(path.name).name
             for sample in _samples(path, place, models.types, config):
-                if (row := known.get((name, sample.name))) is None:
+                pixels = (image.numpy().tobytes() for image in (sample.lq, sample.gt))
+                mark = digest(weights, settings, *pixels)
+                if (row := known.get(mark)) is None:
                     row = restore_twice(models, sample, name, config)
                     file.write(json.dumps({"mark": mark, **asdict(row)}) + "\n")
                     file.flush()
@@ -138,17 +140,17 @@ def measure(config: Config, models: Models) -> list[Row]:
     return rows
 
 
-def _known(path: Path, mark: str) -> dict[tuple[str, str], Row]:
-    """Rows of an earlier run with the same weights and settings, by photo and sample."""
-    known: dict[tuple[str, str], Row] = {}
+def _known(path: Path) -> dict[str, Row]:
+    """Rows of earlier runs, by digest of weights, settings and pixels."""
+    known: dict[str, Row] = {}
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
         try:
             entry = json.loads(line)
         except ValueError:
             continue  # cut off where a run was stopped
-        if entry.pop("mark", None) == mark:
-            lists = {name: tuple(entry[name]) for name in ("kinds", "probabilities")}
-            known[entry["photo"], entry["name"]] = Row(**(entry | lists))
+        mark = entry.pop("mark")
+        lists = {name: tuple(entry[name]) for name in ("kinds", "probabilities")}
+        known[mark] = Row(**(entry | lists))
     return known
 
 

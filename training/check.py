@@ -27,6 +27,7 @@ from diff_restorer.prompt_processor import DEFAULT_TYPES
 from tools import environment
 
 from . import export, sample_decoder_data, train_control, train_decoder
+from .batch_files import require_one_process
 from .common import DataConfig, ModelConfig, home, mixed_precision
 from .config import exit_after, load, parse
 from .loop import LoopConfig, count_steps
@@ -105,6 +106,7 @@ def main(config: Config) -> Found:
         ValueError: SD 1.5 is not named, not even a batch of one fits, or as the programs of the
             stages, whose messages name the file or option.
     """
+    require_one_process()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     if config.model.sd15.checkpoint is None:
         raise ValueError(
@@ -210,7 +212,10 @@ def _train(stage: str, batch: int, config: Config, held: InMemory, folder: Path)
 
 def _sample(batch: int, config: Config, held: InMemory, folder: Path) -> Tried:
     settings = sample_decoder_data.Config(
-        config.data, folder / "unused", config.model, samples=batch, batch_size=batch
+        replace(config.data, validation_samples=1),
+        *(folder / "unused", config.model),
+        samples=batch,
+        batch_size=batch,
     )
     held.sample(settings, Slot("latents", time.perf_counter(), math.inf))
     spent = held.spent["latents"]

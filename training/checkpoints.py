@@ -83,7 +83,7 @@ class Checkpoints:
 
         Args:
             accelerator: Has the module, the optimizer and the average.
-            out: Run folder; exists.
+            out: Run folder, which `prepare` makes.
             size: Expected bytes of one checkpoint.
             settings: The run's configuration, to compare when it goes on.
         """

@@ -22,9 +22,10 @@ from .common import DataConfig, ModelConfig, data_for, to_home
 from .config import run_program
 from .data import Batches
 from .diffusion import sample_from
-from .loop import LoopConfig, Stage
+from .loop import LoopConfig, Stage, maybe_compile
 from .models import Models, to_pixels
 from .photos import PhotoStore
+from .sample_decoder_data import digests
 from .stages import run_stage, stage_of
 from .train_decoder import DecoderBatches, DecoderLoss, Validation, read_sampled
 
@@ -64,12 +65,18 @@ def prepare(models: Models, config: Config) -> torch.nn.Module:
 def make_loss(models: Models, config: Config) -> Callable[..., dict[str, Tensor]]:
     """(batch, generator) -> `loss`."""
 
+    def sampled(noise: Tensor, hint: Tensor, whole: Tensor, close: Tensor, part: Tensor) -> Tensor:
+        prompt = models.prompt_of(whole, close)
+        p_s, p_d = prompt.semantic[part], prompt.degradation[part]
+        return sample_from(models, noise, hint, p_s, p_d, config.steps)
+
+    sample_fast = maybe_compile(sampled, config.loop)
+    encode = maybe_compile(models.encode, config.loop)
+
     def loss(batch: dict[str, Tensor], _: torch.Generator) -> dict[str, Tensor]:
         with torch.no_grad():
-            hint = models.encode(to_pixels(batch["lq"]))
-        prompt, part = models.read(batch), batch["part"]
-        p_s, p_d = prompt.semantic[part], prompt.degradation[part].detach()
-        latent = sample_from(models, batch["noise"], hint, p_s, p_d, config.steps)
+            hint, tokens = encode(to_pixels(batch["lq"])), models.tokens(batch)
+        latent = sample_fast(batch["noise"], hint, *tokens, batch["part"])
         return {"loss": F.mse_loss(latent, batch["latent"])}
 
     return loss
@@ -92,7 +99,8 @@ def build(
     reads = {"lq", "clip_view", models.degradation_key}
     train, fixed = data_for(models, config.data, config.loop.seed, reads, store)
     train = train.sized(config.loop.batch_size)
-    sampled = read_sampled(train, config.latents)._replace(with_noise=True)
+    networks = digests(models)
+    sampled = read_sampled(train, config.latents, networks)._replace(with_noise=True)
     trainable = prepare(models, config)
     settings: Any = train_decoder.Config(
         *(config.loop, config.data, config.model), validation_steps=config.steps

@@ -8,7 +8,6 @@ time it is seen. A folder holds them, with the labels, in a file for each batch;
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -18,16 +17,20 @@ from typing import NamedTuple
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import Dataset
+
+from diff_restorer.files import written_whole
 
 from .batch_files import (
     RECORD,
+    batch_file,
     claim,
     fill,
     missing,
     require_one_process,
     require_origin,
+    weights_digest,
 )
 from .checkpoints import require_space
 from .common import DataConfig, ModelConfig, Precision, data_for, half, home, open_models
@@ -36,6 +39,9 @@ from .data import Batch, RestorationBatches, load, seeded, to_device
 from .models import Models, to_pixels
 
 log = logging.getLogger(__name__)
+
+COMPLETE = "complete"
+"""File with the number of batches, once all are there."""
 
 
 @dataclass(frozen=True)
@@ -94,11 +100,11 @@ def encoded(
 
 
 class EncodedBatches(Dataset[Batch]):
-    """Batches of a folder, each once in an epoch, in another order in each."""
+    """The first `count` batches of a folder, each once in an epoch, in another order in each."""
 
-    def __init__(self, folder: Path, batch_size: int, seed: int) -> None:
+    def __init__(self, folder: Path, count: int, batch_size: int, seed: int) -> None:
         self.folder, self.batch_size, self.seed = folder, batch_size, seed
-        self.files = sorted(folder.glob("*.safetensors"))
+        self.files = [batch_file(folder, number) for number in range(count)]
 
     def __len__(self) -> int:
         """Samples of one epoch."""
@@ -128,22 +134,25 @@ def read_encoded(folder: Path, batches: RestorationBatches, models: Models) -> E
     """Batches of a folder, which must be what these networks would see of these photos.
 
     Raises:
-        FileNotFoundError: There is no such folder, or it holds no batch.
+        FileNotFoundError: There is no such folder, or it is not complete.
         ValueError: They came from other photos, settings or networks.
     """
-    record = folder / RECORD
-    if not record.is_file() or not any(folder.glob("*.safetensors")):
+    complete = folder / COMPLETE
+    if not complete.is_file():
         raise FileNotFoundError(
-            f"--encoded: no batches in {folder}; make them with training.encode_control_data"
+            f"--encoded: {folder} holds no batches, or not all of them; make them with "
+            "training.encode_control_data, which goes on with what is there"
         )
-    told = json.loads(record.read_text())
+    told = json.loads((folder / RECORD).read_text())
     require_origin(batches, told["origin"], f"--encoded: {folder} was made")
-    if told["networks"] != _digest(models.vae, models.vision):
+    if told["networks"] != weights_digest(models.vae, models.vision):
         raise ValueError(
             f"--encoded: {folder} was made with another VAE or vision tower than --model has; "
             "make it anew"
         )
-    return EncodedBatches(folder, batches.batch_size, batches.seed)
+    count = int(complete.read_text())
+    log.info("--encoded: %d samples in %s", count * batches.batch_size, folder)
+    return EncodedBatches(folder, count, batches.batch_size, batches.seed)
 
 
 def main(config: Config) -> Path:
@@ -160,7 +169,7 @@ def main(config: Config) -> Path:
     train = train.sized(config.batch_size)
     told = {
         "origin": train.origin(),
-        "networks": _digest(models.vae, models.vision),
+        "networks": weights_digest(models.vae, models.vision),
         "precision": config.precision,
     }
     claim(config.out, json.dumps(told))
@@ -174,6 +183,8 @@ def main(config: Config) -> Path:
             total=len(numbers),
             unit="sample",
         )
+    with written_whole(config.out / COMPLETE) as part:
+        part.write_text(str(len(numbers)))
     log.info("%s: %d batches of %d", config.out, len(numbers), config.batch_size)
     return config.out
 
@@ -194,16 +205,6 @@ def _made(
             size = sum(value.nbytes for value in made.values())
             require_space(config.out, len(numbers) * size, "encoded photos")
         yield number, {key: value.cpu().contiguous() for key, value in made.items()}
-
-
-def _digest(*networks: nn.Module) -> str:
-    """SHA-256 of all weights."""
-    total = hashlib.sha256()
-    for network in networks:
-        for name, value in sorted(network.state_dict().items()):
-            total.update(name.encode())
-            total.update(value.detach().float().cpu().contiguous().numpy())
-    return total.hexdigest()
 
 
 if __name__ == "__main__":

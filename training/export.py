@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from diff_restorer.checkpoint import CheckpointInfo, read_checkpoint, write_checkpoint
 
+from .batch_files import require_one_process
 from .checkpoints import compare_file, require_space
 from .common import DataConfig, ModelConfig, data_for, home, load_models, open_models, to_home
 from .config import run_program
@@ -63,6 +64,7 @@ def main(config: Config, until: float = math.inf) -> Path:
             drawn, a weight is too large for fp16, or the file reads back other than it was written.
         DiskError: There is too little room for the file.
     """
+    require_one_process()
     scores = _read_scores(config.scores) if config.scores else None
     files = [read_checkpoint(path, ()) for path in config.model.init]
     models, _ = load_models(config.model, files, ("prompt_processor.", "control."))

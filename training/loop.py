@@ -14,6 +14,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.state import AcceleratorState
 from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs, set_seed
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -234,7 +235,7 @@ class _Run:
             if checkpoints is not None:
                 checkpoints.prepare()
             config.out.mkdir(parents=True, exist_ok=True)
-            record.write(program, config.out / "config.toml")
+        self.program = program
         self.stepper = Stepper(
             *(accelerator, stage.trainable, stage.loss),
             lr=config.lr,
@@ -256,6 +257,8 @@ class _Run:
         """All steps that are still to be done."""
         config = self.config
         start, extra = self.checkpoints.resume() if self.checkpoints is not None else (0, {})
+        if self.accelerator.is_main_process:  # now that it is known to go with what is there
+            record.write(self.program, config.out / "config.toml")
         self.course = course = _course(config, start, extra, began)
         self.stepper.means.state = extra.get("means", {})
         self.log = RunLog(
@@ -403,6 +406,8 @@ def _course(config: LoopConfig, step: int, extra: dict[str, Any], began: float) 
 
 
 def _start_accelerate(config: LoopConfig) -> Accelerator:
+    # Else a second stage in this process could not have another precision.
+    AcceleratorState._reset_state()
     return Accelerator(
         mixed_precision=mixed_precision(config.precision),
         cpu=not torch.cuda.is_available(),

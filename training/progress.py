@@ -73,9 +73,9 @@ def read_table(path: Path) -> list[dict[str, str]]:
 class Means:
     """Means of named scalars since the last `take`; values that are NaN do not count."""
 
-    def __init__(self, state: Mapping[str, Any] | None = None) -> None:
-        """Goes on from the `state` of another."""
-        self.state: dict[str, list[float]] = {k: list(v) for k, v in (state or {}).items()}
+    def __init__(self) -> None:
+        self.state: dict[str, list[float]] = {}
+        """Sum and count of each."""
 
     def add(self, name: str, total: float, count: float) -> None:
         """Take in `count` values whose sum is `total`."""

@@ -20,7 +20,16 @@ from torch import Tensor
 
 from diff_restorer.checkpoint import open_safetensors
 
-from .batch_files import batch_file, claim, fill, missing, require_one_process, require_same, save
+from .batch_files import (
+    batch_file,
+    claim,
+    fill,
+    missing,
+    require_one_process,
+    require_same,
+    save,
+    weights_digest,
+)
 from .checkpoints import require_space
 from .common import DataConfig, ModelConfig, Precision, data_for, half, home, open_models
 from .config import run_program
@@ -31,6 +40,9 @@ from .models import Models, to_pixels
 from .photos import PhotoStore
 
 log = logging.getLogger(__name__)
+
+FIRST_BATCH = 10_000_000
+"""Number of the first batch: far from those that training steps use."""
 
 
 @dataclass(frozen=True)
@@ -53,8 +65,6 @@ class Config:
     """Mixed precision; auto is bf16 where the device computes in it, else no."""
     seed: int = 0
     """Seed of the samples, which the file tells to stage 2, and of the noise."""
-    first_batch: int = 10_000_000
-    """Number of the first batch: far from those that training steps use."""
     workers: int = 0
     """Data processes."""
 
@@ -102,6 +112,7 @@ def _sample(config: Config, parts: Path, numbers: list[int], total: int, until: 
     models, _ = open_models(
         config.model, ("base.vae.", "base.clip_vision.", "base.unet.", "control.")
     )
+    networks = digests(models)
     models.freeze(half(config.precision))
     train = open_batches(models, config)
     made = ((number, {"latents": latents})
@@ -112,7 +123,7 @@ def _sample(config: Config, parts: Path, numbers: list[int], total: int, until: 
         done=total - len(numbers),
         total=total,
         unit="latent",
-        metadata={"origin": json.dumps(train.origin())},
+        metadata={"origin": json.dumps(train.origin() | {"networks": networks})},
         until=until,
     )
 
@@ -142,7 +153,13 @@ def sampled(
 
 def batch_numbers(config: Config) -> range:
     """Those of the batches, as many as have all samples."""
-    return range(config.first_batch, config.first_batch - (-config.samples // config.batch_size))
+    return range(FIRST_BATCH, FIRST_BATCH - (-config.samples // config.batch_size))
+
+
+def digests(models: Models) -> dict[str, str]:
+    """Of what latents depend on beside the photos."""
+    stage_1 = (models.vision, models.prompt, models.unet, models.control)
+    return {"VAE": weights_digest(models.vae), "stage 1": weights_digest(*stage_1)}
 
 
 def _restore(
@@ -155,7 +172,7 @@ def _restore(
 
 def _settings(config: Config) -> str:
     """All that the latents depend on, as JSON; the files of the model by their content."""
-    names = ("data", "model", "samples", "batch_size", "steps", "precision", "seed", "first_batch")
+    names = ("data", "model", "samples", "batch_size", "steps", "precision", "seed")
     # What only saves memory or is validated on may change.
     alike = replace(config, data=replace(config.data, memory_mb=0, validation_samples=1))
     values = {name: repr(getattr(alike, name)) for name in names}

@@ -68,7 +68,11 @@ class Stepper:
         hidden: tuple[Tensor, ...] = (),
         muon: float = 0.0,
     ) -> None:
-        """Wraps the module for `accelerator`; arguments are those of `LoopConfig` and `Stage`."""
+        """Wraps the module for `accelerator`; arguments are those of `LoopConfig` and `Stage`.
+
+        Raises:
+            ValueError: Muon is asked for in fp16, whose overflows skip the step of AdamW alone.
+        """
         self._accelerator, self._trainable = accelerator, trainable
         self._lr, self._clip, self._seed = lr, clip, seed
         self._accumulate, self._sides = accumulate, opponents or (trainable,)
@@ -89,6 +93,10 @@ class Stepper:
             )
         ]
         if hidden:
+            if accelerator.scaler is not None:
+                raise ValueError(
+                    "--loop.muon: not with --loop.precision fp16; give bf16 or no, or --loop.muon 0"
+                )
             optimizers.append(Muon(hidden, lr, muon, weight_decay))
         module = _LossModule(trainable, loss)
         self._module, *self._optimizers = accelerator.prepare(module, *optimizers)
@@ -101,13 +109,10 @@ class Stepper:
         """Of the last step."""
         return self._optimizers[0].param_groups[0]["lr"]
 
-    def _forget(self) -> None:
-        for optimizer in self._optimizers:
-            optimizer.zero_grad(set_to_none=True)
-
     def split(self) -> None:
         """Compute half as much of a batch at once from now on, and start the step again."""
-        self._forget()
+        # Not the optimizers': accelerate's keep gradients until the last batch of a step.
+        self._trainable.zero_grad(set_to_none=True)
         self.pieces *= 2
         self._accelerator.gradient_accumulation_steps = self._accumulate * self.pieces
         self._next = None
@@ -167,9 +172,9 @@ class Stepper:
             with self.clock.part("optimizer"):
                 self._update(norms)
             scaler = self._accelerator.scaler
-            if scaler is not None and self._skipped and scaler.get_scale() < 1:
+            if scaler is not None and scaler.get_scale() < 1:  # overflows at every scale
                 raise NonFiniteError(describe(step, parts, learned, batch, self._trainable))
-        self._forget()
+        self._trainable.zero_grad(set_to_none=True)
         for name in values:
             self.means.add(name, values[name], counts[name])
         if math.isfinite(norm_now):
@@ -212,13 +217,7 @@ class Stepper:
                 torch.nn.utils.clip_grads_with_norm_(side.parameters(), self._clip, norm)
         for optimizer in self._optimizers:
             optimizer.step()
-        if not self._skipped:
-            self.average.update()
-
-    @property
-    def _skipped(self) -> bool:
-        """Whether the last step overflowed in fp16."""
-        return self._optimizers[0].step_was_skipped
+        self.average.update()
 
     def _row(
         self,

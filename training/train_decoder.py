@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -20,7 +20,7 @@ from diff_restorer.checkpoint import open_safetensors
 from diff_restorer.decoder import PIXELS, Features
 from diff_restorer.similarity import psnr
 
-from .batch_files import require_origin
+from .batch_files import require_origin, weights_digest
 from .common import (
     DataConfig,
     ModelConfig,
@@ -77,9 +77,6 @@ class Config:
     """Share of batches whose latents are sampled."""
     latent_noise: float = 0.1
     """Largest standard deviation of the noise on encoded latents (scaled latents have 1)."""
-    own_share: float = 0.0
-    """Share of the other batches whose latents are the degraded photos' own, which cost nothing:
-    where the damage is in the pixels, the latent has little to say."""
     fusion_first: int = 0
     """Steps in which fusion blocks alone train, before the decoder joins them."""
     pixel_loss: Literal["l1", "psnr"] = "l1"
@@ -114,8 +111,6 @@ class Config:
 
 SAMPLED = "sampled"
 """Key of a batch whose latents are to be sampled, of no size."""
-OWN = "own"
-"""Key of a batch whose latents are the degraded photos' own, of no size."""
 
 
 class Sampled(NamedTuple):
@@ -147,7 +142,6 @@ class DecoderBatches(Dataset[Any]):
         batches: RestorationBatches,
         sampled: Sampled | None = None,
         share: float = 0.0,
-        own: float = 0.0,
     ) -> None:
         """Puts both together.
 
@@ -155,9 +149,8 @@ class DecoderBatches(Dataset[Any]):
             batches: Fresh ones, of the size that the latents were sampled in.
             sampled: Latents; without them the batches of `share` ask for latents to be sampled.
             share: Of the batches with sampled latents.
-            own: Of the other batches, the share whose latents are the degraded photos' own.
         """
-        self.batches, self.sampled, self.share, self.own = batches, sampled, share, own
+        self.batches, self.sampled, self.share = batches, sampled, share
         self.again = batches.with_seed(sampled.seed) if sampled else batches
 
     def __len__(self) -> int:
@@ -170,14 +163,12 @@ class DecoderBatches(Dataset[Any]):
                 f"--loop.batch-size: found {batch_size}, but the latents were sampled in batches "
                 f"of {self.batches.batch_size}"
             )
-        return type(self)(self.batches.sized(batch_size), self.sampled, self.share, self.own)
+        return type(self)(self.batches.sized(batch_size), self.sampled, self.share)
 
     def __getitem__(self, number: int) -> tuple[Item, dict[str, Tensor]]:
         generator = seeded(self.batches.seed, 3, number)
-        chance = float(torch.rand((), generator=generator))
-        if chance >= self.share:
-            owns = chance < self.share + (1 - self.share) * self.own
-            return self.batches[number], {OWN: torch.empty(0)} if owns else {}
+        if float(torch.rand((), generator=generator)) >= self.share:
+            return self.batches[number], {}
         if self.sampled is None:
             return self.batches[number], {SAMPLED: torch.empty(0)}
         place = int(torch.randint(len(self.sampled.numbers), (), generator=generator))
@@ -185,18 +176,25 @@ class DecoderBatches(Dataset[Any]):
 
     def finish(self, item: tuple[Item, dict[str, Tensor]], device: torch.device) -> Batch:
         """The batch on `device`, with the key `latent`, (B, 4, h, w), where it was sampled,
-        SAMPLED where it is to be, and OWN where it is the degraded photos' own."""
+        and SAMPLED where it is to be."""
         drawn, more = item
         moved = {key: to_device(value, device) for key, value in more.items()}
         return self.batches.finish(drawn, device) | moved
 
 
-def read_sampled(batches: RestorationBatches, latents: Path) -> Sampled:
+def read_sampled(
+    batches: RestorationBatches, latents: Path, networks: Mapping[str, str] | None = None
+) -> Sampled:
     """Latents of a file, which must belong to these photos and settings.
 
+    Args:
+        batches: Fresh ones of this run.
+        latents: The file.
+        networks: Digests by name of what must be as it was when they were sampled.
+
     Raises:
-        ValueError: They came from other photos or settings, so that latents and photos would not
-            belong together; or the file does not tell.
+        ValueError: They came from other photos, settings or networks, so that latents and photos
+            would not belong together; or the file does not tell.
     """
     with open_safetensors(latents) as file:
         origin = json.loads((file.metadata() or {}).get("origin", "null"))
@@ -206,6 +204,12 @@ def read_sampled(batches: RestorationBatches, latents: Path) -> Sampled:
             "training.sample_decoder_data"
         )
     require_origin(batches, origin, f"--latents: {latents} was sampled")
+    for name, found in (networks or {}).items():
+        if origin["networks"][name] != found:
+            raise ValueError(
+                f"--latents: {latents} was sampled with another {name} than --model has; make it "
+                "anew with training.sample_decoder_data"
+            )
     held = load_file(latents)
     return Sampled(held["numbers"].tolist(), held["latents"], origin["seed"])
 
@@ -319,7 +323,7 @@ class DecoderLoss:
             prompt, part = self.models.read(batch), batch["part"]
             tokens = prompt.semantic[part], prompt.degradation[part]
             return sample(self.models, hint, *tokens, config.sample_steps, generator), features
-        if config.without_diffusion or OWN in batch:
+        if config.without_diffusion:
             return self._read_fast(lq)
         encoded, features = self._read_fast(lq, to_pixels(batch["gt"]))
         place = {"generator": generator, "device": generator.device}
@@ -472,6 +476,8 @@ def build(
     Raises:
         ValueError: As `prepare` and `read_sampled`.
     """
+    # Before it is frozen in bf16, which would change it.
+    vae = weights_digest(models.vae) if config.latents else ""
     fresh = not loaded & set(models.decoder_parts)
     if fresh:
         models.start_decoder()
@@ -483,9 +489,9 @@ def build(
     train, fixed = data_for(models, config.data, config.loop.seed, reads, store)
     train = train.sized(config.loop.batch_size)
     if config.latents is not None:
-        sampled = read_sampled(train, config.latents)
+        sampled = read_sampled(train, config.latents, {"VAE": vae})
     share = config.sampled_share if sampled or config.sample_steps else 0.0
-    batches = DecoderBatches(train, sampled, share, config.own_share)
+    batches = DecoderBatches(train, sampled, share)
     loss = DecoderLoss(models, config)
 
     samples = "control." in loaded and not config.without_diffusion

@@ -1,4 +1,4 @@
-"""Each test starts accelerate anew: its state is global to the process."""
+"""Each test file starts accelerate anew: its state is global to the process."""
 
 from collections.abc import Iterator
 

@@ -211,16 +211,18 @@ class Counted(Points):
 def test_a_batch_without_room_is_halved_once_announced(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The steps stay those of whole batches."""
+    """The steps stay those of whole batches, also where the first of a step had room."""
 
-    def plain(room: int) -> Stage:
-        model = nn.Linear(4, 1)
+    def plain(room: int, lucky: int = 0) -> Stage:
+        model, seen = nn.Linear(4, 1), 0
         with torch.no_grad():
             model.weight.fill_(0.5)
             model.bias.zero_()
 
         def loss(batch: dict[str, Tensor], _: Any) -> dict[str, Tensor]:
-            if len(batch["x"]) > room:
+            nonlocal seen
+            seen += 1
+            if seen > lucky and len(batch["x"]) > room:
                 raise torch.OutOfMemoryError("CUDA out of memory")
             return {"loss": (model(batch["x"]) - batch["y"]).square().mean()}
 
@@ -240,5 +242,7 @@ def test_a_batch_without_room_is_halved_once_announced(
         "--loop.accumulate 8 would do the same from the start"
     )
     torch.testing.assert_close(halved, whole, rtol=0, atol=1e-6)
+    late = load_file(run(plain(4, lucky=1), Counted(), config(tmp_path / "late", **settings)))
+    torch.testing.assert_close(late, whole, rtol=0, atol=1e-6)
     with pytest.raises(torch.OutOfMemoryError):
         run(plain(0), Counted(), config(tmp_path / "none", **settings))

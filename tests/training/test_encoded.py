@@ -97,7 +97,7 @@ def test_a_killed_run_makes_what_is_missing(config: encode_control_data.Config) 
         ({"data": {"crop": 64}}, "made with part 32, this run has 64"),
         ({"data": {"looks": 0.5}}, r"made with looks 0\.0, this run has 0\.5"),
         ({"loop": {"batch_size": 1}}, "made with batch_size 2, this run has 1"),
-        ({"encoded": Path("nowhere")}, "no batches in nowhere; make them with"),
+        ({"encoded": Path("nowhere")}, "nowhere holds no batches, or not all of them"),
     ],
 )
 def test_other_settings_are_refused(

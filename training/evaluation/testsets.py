@@ -132,7 +132,8 @@ def clean_photos(folder: Path) -> list[CleanPhoto]:
     names = [Path(file.name).stem for file in files]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"{folder} has several photos named {', '.join(twice[:3])}")
-    decided = DECIDED_ON.get(folder.name, 0)
+    place = folder.resolve()
+    decided = DECIDED_ON.get((place if place.is_dir() else place.parent).name, 0)
     entries = enumerate(zip(names, files, strict=True))
     return [CleanPhoto(name, file, index < decided) for index, (name, file) in entries]
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from diff_restorer import PromptOutput, aware_decode, encode_with_features, photo_statistics
 from diff_restorer.decoder import Features
 
-from ..data import seeded
+from ..data import seeded, to_8_bit
 from ..diffusion import sample
 from ..models import Models, to_pixels
 from .reading import pad_to_8, read_prompt
@@ -115,7 +115,7 @@ class Photo:
             )
         height, width = self.size
         image = (image.float().cpu()[..., :height, :width] + 1) / 2
-        return (image.clamp(0, 1) * 255).round() / 255
+        return to_8_bit(image)
 
     def _latent(self, variant: Variant, steps: int) -> Tensor:
         if variant.latent == "lq":

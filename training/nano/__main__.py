@@ -20,7 +20,7 @@ from ..checkpoints import compare_file
 from ..common import ModelConfig, checkpoint_info, home, open_models
 from ..errors import DiskError, NonFiniteError
 from . import autoencoder, vision
-from .keeping import InFiles, InMemory, Keeping
+from .keeping import InFiles, InMemory
 from .summary import tell
 from .timetable import Timetable
 
@@ -180,7 +180,7 @@ def _vae_alone(out: Path, config: ModelConfig) -> Path:
     return path
 
 
-def _stages(recipe: Recipe, keeping: Keeping, began: float) -> Path:
+def _stages(recipe: Recipe, keeping: InFiles | InMemory, began: float) -> Path:
     """All stages, in order; an error says in which it was."""
     decoder = _settings(recipe, train_decoder, "decoder", 0.0)
     stages = recipe.stages(sampled_before=not decoder.sample_steps)

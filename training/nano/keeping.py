@@ -6,7 +6,7 @@ import logging
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -36,22 +36,6 @@ class Slot:
     def middle(self) -> float:
         """Half of it is over."""
         return (self.began + self.ends) / 2
-
-
-class Keeping(Protocol):
-    """What a pipeline asks of either way."""
-
-    def train(self, program: Any, config: Any, slot: Slot) -> None:
-        """Train a program's stage; later ones start from what it made."""
-        ...
-
-    def sample(self, config: sample_decoder_data.Config, slot: Slot) -> None:
-        """Sample latents for the decoder with what there is, until the slot ends."""
-        ...
-
-    def export(self, config: export.Config, slot: Slot) -> Path:
-        """Write the finished file."""
-        ...
 
 
 class InFiles:
@@ -114,9 +98,9 @@ class InMemory:
         self.models.history |= {table_name(type(config)): settings(config)}
 
     def sample(self, config: sample_decoder_data.Config, slot: Slot) -> None:
-        began = time.perf_counter()
         self.models.requires_grad_(False)
         batches = sample_decoder_data.open_batches(self.models, config, self._photos(config.data))
+        began = time.perf_counter()
         numbers, latents = list[int](), list[torch.Tensor]()
         for number, latent in sample_decoder_data.sampled(
             self.models, batches, sample_decoder_data.batch_numbers(config), config

@@ -84,9 +84,9 @@ def aware_decode(
 
     Source: Diff-Restorer, degradation-aware decoder; w as in StableSR (arXiv 2305.07015, eq. 3).
     """
-    if isinstance(extension, DetailPath) and fidelity > 0:
-        return _decode_beside(trunk, extension, raw_latent, features, condition, fidelity)
-    fusion = None if isinstance(extension, DetailPath) or fidelity == 0 else extension
+    fusion = extension if fidelity > 0 else None
+    if isinstance(fusion, DetailPath):
+        return _decode_beside(trunk, fusion, raw_latent, features, condition, fidelity)
 
     def fused(level: int, h: Tensor) -> Tensor:
         if fusion is None or level not in fusion.levels:

@@ -56,7 +56,7 @@ class LocalPooled:
         return rows, self.columns[None, :, None].expand(-1, -1, height, -1)
 
     def to(self, like: Tensor) -> LocalPooled:
-        """On the device and in the dtype of another tensor."""
+        """With tiles on the device and in the dtype of another tensor; `blend` moves the rest."""
         return replace(self, tiles=self.tiles.to(like))
 
     def __getitem__(self, photos: slice) -> LocalPooled:

@@ -12,10 +12,11 @@ NOISE_LEVELS = 3
 _QUANTILES = 16
 STATISTICS = 3 * _QUANTILES + NOISE_LEVELS
 """Numbers for each photo, of which the last are noise levels."""
-_MOST_ROWS = 128
-"""Rows and columns of a photo that its quantiles are read from."""
-_MOST_SQUARES = 256
-"""Rows and columns of squares that its noise is read from."""
+_ROWS = 128
+"""Rows and columns of a photo that its quantiles are read from: of large ones as many to twice as
+many, of small ones all."""
+_SQUARES = 256
+"""Likewise of squares that its noise is read from."""
 
 
 def photo_statistics(photo: Tensor) -> Tensor:
@@ -44,7 +45,7 @@ def tone_quantiles(photo: Tensor) -> Tensor:
     Returns:
         (B, 48) in [0, 1], in steps of 1/255: 16 quantiles of R, of G and of B, from 0.5 to 99.5 %.
     """
-    rows, columns = (max(1, side // _MOST_ROWS) for side in photo.shape[-2:])
+    rows, columns = (max(1, side // _ROWS) for side in photo.shape[-2:])
     pixels = photo[..., ::rows, ::columns].float().flatten(2).nan_to_num().clamp(0, 1)
     # Counting the levels takes a tenth of the time of sorting the pixels.
     counts = pixels.new_zeros(*pixels.shape[:2], 256)
@@ -64,7 +65,7 @@ def noise_levels(photo: Tensor) -> Tensor:
     Source: Donoho and Johnstone 1994, https://doi.org/10.1093/biomet/81.3.425: the median of the
     finest wavelet coefficients, in which a photo itself has little. The wavelet is Haar's.
     """
-    rows, columns = (2 * max(1, side // 2 // _MOST_SQUARES) for side in photo.shape[-2:])
+    rows, columns = (2 * max(1, side // 2 // _SQUARES) for side in photo.shape[-2:])
     height, width = (side // 2 * 2 for side in photo.shape[-2:])
     pixels = photo[..., :height, :width].float().nan_to_num()
     (a, b), (c, d) = (

@@ -77,10 +77,10 @@ def plan_decode(
     if isinstance(condition, LocalPooled):
         local = tuple(Map(weight, 1) for weight in condition.weights)
     pixels = Map(photo, UNIT)
-    if isinstance(extension, DetailPath) and fidelity > 0:
-        levels = _beside(trunk, extension, pixels, features, condition, fidelity, local)
+    fusion = extension if fidelity > 0 else None
+    if isinstance(fusion, DetailPath):
+        levels = _beside(trunk, fusion, pixels, features, condition, fidelity, local)
     else:
-        fusion = None if isinstance(extension, DetailPath) or fidelity == 0 else extension
         levels = _decoder(trunk)
         for stages, level in zip(levels, reversed(range(len(levels))), strict=True):
             if fusion is not None and level in fusion.levels:

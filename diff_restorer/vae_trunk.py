@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -71,7 +71,7 @@ class VaeTrunk:
     """Channels of encoder and decoder at each level."""
 
     @classmethod
-    def of(cls, vae: nn.Module) -> VaeTrunk:
+    def of(cls, vae: Any) -> VaeTrunk:
         """View `vae` as steps.
 
         Args:
@@ -81,18 +81,17 @@ class VaeTrunk:
         Raises:
             UnsupportedVaeError: `vae` is of another kind, such as a video VAE.
         """
-        # Any: two libraries' modules are read here by attribute, and neither is imported.
-        module = cast(Any, vae)
-        decoder = getattr(module, "decoder", None)
-        if hasattr(decoder, "up") and hasattr(getattr(module, "encoder", None), "down"):
-            return _ldm_trunk(module)
-        if hasattr(decoder, "up_blocks") and hasattr(module, "quant_conv"):
-            return _diffusers_trunk(module)
-        if hasattr(module, "taesd_decoder"):
-            scale, shift = module.vae_scale, module.vae_shift
-            return _tiny_trunk(module.taesd_encoder, module.taesd_decoder, scale, shift)
+        # Two libraries' modules are read here by attribute, and neither is imported.
+        decoder = getattr(vae, "decoder", None)
+        if hasattr(decoder, "up") and hasattr(getattr(vae, "encoder", None), "down"):
+            return _ldm_trunk(vae)
+        if hasattr(decoder, "up_blocks") and hasattr(vae, "quant_conv"):
+            return _diffusers_trunk(vae)
+        if hasattr(vae, "taesd_decoder"):
+            scale, shift = vae.vae_scale, vae.vae_shift
+            return _tiny_trunk(vae.taesd_encoder, vae.taesd_decoder, scale, shift)
         if hasattr(decoder, "layers"):
-            return _tiny_trunk(module.encoder.layers, module.decoder.layers, 1, 0)
+            return _tiny_trunk(vae.encoder.layers, vae.decoder.layers, 1, 0)
         raise UnsupportedVaeError(
             f"vae: found a {type(vae).__name__}, expected an AutoencoderKL with encoder and "
             "decoder levels (SD 1.5) or Nano's. Video VAEs have no such levels: connect the VAE "

@@ -180,7 +180,8 @@ def read_header(path: Path, most: int = FORMAT_HEADER) -> Header:
     with path.open("rb") as file:
         stamp, head = stamp_of(file), file.read(8)
         begin = file.read(1)
-        if head.startswith(_PICKLES):
+        # A header of 640 bytes begins like a pickle, too; the JSON in it does not.
+        if begin != b"{" and head.startswith(_PICKLES):
             raise UnsupportedCheckpointError(
                 f"{path}: a PyTorch pickle, whatever its name says. Only safetensors is accepted, "
                 "because pickles can run code when they are opened."

@@ -73,13 +73,13 @@ class DiffRestorerColorFix(io.ComfyNode):
         if method not in METHODS:
             raise ValueError(f"method: {method!r}, expected one of {', '.join(METHODS)}.")
         rgb, alpha = split_alpha(image)
-        wanted, _ = split_alpha(reference)
+        wanted = split_alpha(reference)[0].to(rgb.device)
         batch = common_batch(image=len(rgb), reference=len(wanted))
         done = []
         for index in range(batch):
             check_interrupt()
             ours, theirs = (
-                photos[index if len(photos) > 1 else 0].movedim(-1, 0)[None].float()
+                photos[index if len(photos) > 1 else 0].movedim(-1, 0)[None]
                 for photos in (rgb, wanted)
             )
             if theirs.shape != ours.shape:

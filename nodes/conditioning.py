@@ -159,8 +159,8 @@ class DiffRestorerPromptProcessor(io.ComfyNode):
             positive = join_text(text, semantic)
         else:
             positive = [[semantic, {"pooled_output": semantic.mean(dim=1)}]]
-        for _, extra in positive:  # Tiled Diffusion gives each tile its own P_S
-            extra[SEMANTIC_KEY] = semantic_strength, semantic
+        for tokens, extra in positive:  # Tiled Diffusion gives each tile its own P_S
+            extra[SEMANTIC_KEY] = semantic_strength, tokens[:, -semantic.shape[1] :]
         # P_S was replaced by zeros in a part of the training, as CFG needs it.
         empty = torch.zeros_like(positive[0][0])
         negative = [[empty, {"pooled_output": torch.zeros_like(semantic.mean(dim=1))}]]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -33,7 +32,10 @@ class DiffRestorerEditDegradation(io.ComfyNode):
                 "whole. Several of these nodes can follow each other."
             ),
             inputs=[
-                DegradationSocket.Input("degradation", tooltip="From the Prompt Processor."),
+                DegradationSocket.Input(
+                    "degradation",
+                    tooltip="From the Prompt Processor. Edit it before Tiled Diffusion sees it.",
+                ),
                 io.String.Input(
                     "type",
                     default="noise",
@@ -91,14 +93,14 @@ class DiffRestorerEditDegradation(io.ComfyNode):
             )
         average = degradation.prototypes.mean(dim=0)
         if mode == SCALE:
-            return io.NodeOutput(_edited(degradation, lambda p: p + (weight - 1) * (p - average)))
+            return io.NodeOutput(degradation.edited(weight, (1 - weight) * average))
         place = degradation.types.index(type)
         prototype, sure = degradation.prototypes[place], torch.zeros(len(degradation.types))
         sure[place] = 1
         if mode == ADD:
-            edited = _edited(degradation, lambda p: p + weight * (prototype - average))
+            edited = degradation.edited(1.0, weight * (prototype - average))
         else:
-            edited = _edited(degradation, lambda p: p + weight * (prototype - p))
+            edited = degradation.edited(1 - weight, weight * prototype)
         if degradation.classification == ANY_KINDS:
             probabilities = _with_kind(degradation, type, weight)
         elif mode == MIX:
@@ -106,15 +108,6 @@ class DiffRestorerEditDegradation(io.ComfyNode):
         else:
             return io.NodeOutput(edited)
         return io.NodeOutput(replace(edited, probabilities=probabilities))
-
-
-def _edited(degradation: Degradation, edit: Callable[[Tensor], Tensor]) -> Degradation:
-    """Pooled P_D, (..., C), of photos and of their parts as `edit` says; tokens move with it."""
-    pooled, local = edit(degradation.pooled), degradation.local
-    if local is not None:
-        local = replace(local, tiles=edit(local.tiles.movedim(1, -1)).movedim(-1, 1))
-    tokens = degradation.tokens + (pooled - degradation.pooled)[:, None]
-    return replace(degradation, tokens=tokens, pooled=pooled, local=local)
 
 
 def _with_kind(degradation: Degradation, type: str, weight: float) -> Tensor:

@@ -24,11 +24,11 @@ from ..diff_restorer.decoder import PIXELS, Features
 from ..diff_restorer.maps import UNIT, Cut, Map
 from ..diff_restorer.tiled_vae import plan_decode, plan_features
 from ..diff_restorer.tiles import HiddenNormError
-from .host import at_once, check_interrupt, is_oom
+from .host import at_once, check_interrupt
 from .host_build import with_tuned_decoder
 from .host_encode import PhotoFeatures
 from .host_models import DiffRestorer
-from .host_vae import AUTO_TILE, Report, check_vae, cut, in_smaller_tiles, load
+from .host_vae import AUTO_TILE, Report, check_vae, cut, in_smaller_tiles, load, try_whole
 from .images import to_batch
 
 EXACT, FAST = "exact", "fast"
@@ -73,7 +73,7 @@ class AwareDecoder:
             Images (B, 8h, 8w, 3) in [0, 1].
         """
         trunk, carried = self._trunk(), self._carried_features(photo)
-        needed = self._load(latent, carried, tile or AUTO_TILE)
+        needed = self._load(latent, carried, tile)
         inputs = self._inputs(trunk, latent, photo, pooled, carried)
         images = self._try_whole(inputs, needed) if tile == 0 else None
         if images is None:
@@ -120,7 +120,8 @@ class AwareDecoder:
         return {level: self.carried.by_level[level] for level in levels} if fits else {}
 
     def _load(self, latent: Tensor, carried: Features, tile: int) -> float:
-        """Bring all parts to the device; bytes that one picture needs there."""
+        """Bring all parts to the device, with room for tiles of that side or, for 0, for a whole
+        picture; bytes that a whole one needs there."""
         vae, dtype = self.vae, self.vae.vae_dtype
         fusion = self.restorer.fusion if self._fuses else None
         models = [model for model in (fusion, self.restorer.tuned_decoder) if model is not None]
@@ -131,8 +132,9 @@ class AwareDecoder:
                 count += vae.memory_used_encode((1, 3, UNIT * height, UNIT * width), dtype)
             return count
 
-        needed, side = bytes_of(*latent.shape[-2:]), tile // UNIT
-        load(vae, models, needed, bytes_of(side, side))
+        needed, side = bytes_of(*latent.shape[-2:]), (tile or AUTO_TILE) // UNIT
+        in_a_tile = bytes_of(side, side)
+        load(vae, models, min(needed, in_a_tile) if tile else needed, in_a_tile)
         return needed
 
     def _inputs(
@@ -155,18 +157,11 @@ class AwareDecoder:
 
     def _try_whole(self, inputs: _Inputs, needed: float) -> Tensor | None:
         """Whole pictures; None where memory is too small for one."""
-        count = at_once(needed, self.vae.device, self.vae.patcher)
-        if not count:
-            logging.info("Aware VAE Decode: the picture is too large at once, using tiles.")
-            return None
-        try:
-            return self._whole(inputs, count)
-        except Exception as error:
-            if not is_oom(error):
-                raise
-        # Out of `except`: the exception keeps tensors alive as long as it is handled.
-        logging.warning("Aware VAE Decode: out of memory, trying again in tiles.")
-        return None
+        return try_whole(
+            at_once(needed, self.vae.device, self.vae.patcher),
+            lambda count: self._whole(inputs, count),
+            "Aware VAE Decode",
+        )
 
     def _in_tiles(self, inputs: _Inputs, side: int, overlap: int, tiling: str) -> Tensor:
         """Tiles as asked for, but fast ones where exact ones cannot be."""
@@ -192,7 +187,8 @@ class AwareDecoder:
         if self._fuses:
             fusion, photo = self.restorer.fusion.model, inputs.photo.to(device)
             if inputs.features:
-                features = {level: value.to(device) for level, value in inputs.features.items()}
+                held = inputs.features.items()
+                features = {level: value.to(device, dtype) for level, value in held}
             else:
                 features = encoder_features(inputs.trunk, photo.to(dtype), fusion.levels)
             features[PIXELS] = photo

@@ -16,9 +16,9 @@ from ..diff_restorer.decoder import Features
 from ..diff_restorer.maps import UNIT
 from ..diff_restorer.tiled_vae import plan_encode
 from ..diff_restorer.tiles import HiddenNormError
-from .host import at_once, check_interrupt, is_oom
+from .host import at_once, check_interrupt
 from .host_models import DiffRestorer
-from .host_vae import AUTO_TILE, Report, check_vae, cut, in_smaller_tiles, load
+from .host_vae import AUTO_TILE, Report, check_vae, cut, in_smaller_tiles, load, try_whole
 from .images import digest, pad_to_multiple
 
 MOST_FEATURES = 2**30
@@ -72,7 +72,7 @@ def encode_photo(
     try:
         trunk = VaeTrunk.of(vae.first_stage_model)
     except UnsupportedVaeError:  # the decode will say so, where one is asked for
-        return padded, vae.encode(padded), None
+        levels = ()
     if not levels:
         return padded, vae.encode(padded), None
     carried = sum(features.get_ram_usage() for features in restorer.carried)
@@ -101,14 +101,13 @@ def _encode(
     needed = vae.memory_used_encode((1, *pixels.shape[1:]), vae.vae_dtype)
     in_a_tile = vae.memory_used_encode((1, 3, AUTO_TILE, AUTO_TILE), vae.vae_dtype)
     load(vae, [], needed, in_a_tile)
-    if count := at_once(needed, vae.device, vae.patcher):
-        try:
-            return _encode_whole(vae, trunk, pixels, levels, count)
-        except Exception as error:
-            if not is_oom(error):
-                raise
-            # Handled below: the exception keeps tensors alive as long as it is handled.
-            logging.warning("Degradation Control: out of memory, encoding again in tiles.")
+    whole = try_whole(
+        at_once(needed, vae.device, vae.patcher),
+        lambda count: _encode_whole(vae, trunk, pixels, levels, count),
+        "Degradation Control",
+    )
+    if whole is not None:
+        return whole
     try:
         return in_smaller_tiles(
             AUTO_TILE,

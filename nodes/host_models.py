@@ -163,15 +163,14 @@ class DiffRestorer:
         comes from a second look, at windows of the photos that are not resized.
         """
         native = self.info.clip.get("degradation_view", WHOLE) == NATIVE
-        size = clip_vision.image_size if native else max(rgb.shape[1:3])  # one window: all of it
-        count = native_views(rgb[:1], size).shape[1]
+        size = clip_vision.image_size
+        count = native_views(rgb[:1], size).shape[1] if native else 1
         parts = []
         for some in rgb.split(max(1, _AT_ONCE // count)):
             check_interrupt()
             out = self._process(clip_vision, some)
-            windows = native_views(some, size)
-            if windows.shape[2:4] != some.shape[1:3]:
-                close = self._process(clip_vision, windows.flatten(0, 1))
+            if native and max(some.shape[1:3]) > size:
+                close = self._process(clip_vision, native_views(some, size).flatten(0, 1))
                 out = close.over_views(len(some))._replace(semantic=out.semantic)
             parts.append(out)
         return PromptOutput(*map(torch.cat, zip(*parts, strict=True)))

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..diff_restorer import LocalPooled
 from ..diff_restorer.maps import UNIT, Window
-from .host import check_interrupt, free_memory
+from .host import at_once, check_interrupt
 from .host_control import DegradationControlNet, EncodedPhoto
 
 KEY = "diff_restorer_tiles"
@@ -114,6 +114,8 @@ class TiledDiffusion:
     """How many tiles are evaluated at once, chosen once per run: the controls are made for them."""
     _own_tokens: dict[int, tuple[Tensor, bool]] = field(default_factory=dict)
     """By the id of tokens: these, so that the id stays theirs, and whether they end with P_S."""
+    _hints: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    """By the id of other controls' hints: these, and the same in the photo's size."""
 
     def __deepcopy__(self, memo: Any) -> TiledDiffusion:
         """Model options are copied with every clone of the model; tensors need not be."""
@@ -124,6 +126,7 @@ class TiledDiffusion:
         model = model.clone()
         kinds = comfy.patcher_extension.WrappersMP
         model.add_wrapper_with_key(kinds.OUTER_SAMPLE, KEY, self.outer_sample)
+        model.add_wrapper_with_key(kinds.PREPARE_SAMPLING, KEY, self.prepare_sampling)
         model.add_wrapper_with_key(kinds.CALC_COND_BATCH, KEY, self.calc_cond_batch)
         return model
 
@@ -137,6 +140,15 @@ class TiledDiffusion:
             self._controls.clear()
             self._counts.clear()
             self._own_tokens.clear()
+            self._hints.clear()
+
+    def prepare_sampling(
+        self, execute: Any, model: Any, noise_shape: Sequence[int], *args: Any, **kwargs: Any
+    ) -> Any:
+        """The host makes room for a tile; for the whole photo it might send the model away."""
+        tile = self.grid.windows[0]
+        shape = [*noise_shape[:-2], tile.height, tile.width]
+        return execute(model, shape, *args, **kwargs)
 
     def calc_cond_batch(
         self, execute: Any, model: Any, conds: Conds, x: Tensor, timestep: Tensor, options: Any
@@ -144,7 +156,7 @@ class TiledDiffusion:
         """The model's predictions for each list of conditionings, each like `x`."""
         size = cast(tuple[int, int], tuple(x.shape[-2:]))
         if size != self.grid.size:
-            given, needed = (f"{8 * w} x {8 * h} px" for h, w in (size, self.grid.size))
+            given, needed = (f"{UNIT * w} x {UNIT * h} px" for h, w in (size, self.grid.size))
             raise ValueError(
                 f"latent_image: {given}, but Tiled Diffusion was given a photo of {needed} "
                 "(padded to multiples of 8). Use the LATENT of Degradation Control for the same "
@@ -173,16 +185,21 @@ class TiledDiffusion:
     ) -> list[list[int]]:
         """Tiles for one evaluation each: as many as fit into memory, alone where areas differ."""
         entries = [entry for cond in conds for entry in cond or ()]
-        alone = any(key in entry for entry in entries for key in ("area", "mask", "gligen"))
+        if any("gligen" in entry for entry in entries):
+            raise ValueError(
+                "positive: GLIGEN places its boxes in the whole picture, which tiles do not see. "
+                "Leave it out, or do without Tiled Diffusion."
+            )
+        alone = any(key in entry for entry in entries for key in ("area", "mask"))
         lists = max(1, sum(cond is not None for cond in conds))
         key = alone, lists, len(x)
         if key not in self._counts:
             count = 1
             if not alone:
                 crop = windows[0].of(x, 1).shape
-                free = free_memory(x.device, getattr(model, "current_patcher", None))
-                needed = model.memory_required([lists * crop[0], *crop[1:]])
-                count = max(1, min(len(windows), int(free / (1.5 * max(1, needed)))))
+                needed = 1.5 * max(1, model.memory_required([lists * crop[0], *crop[1:]]))
+                fit = at_once(needed, x.device, getattr(model, "current_patcher", None))
+                count = max(1, min(len(windows), fit))
             self._counts[key] = math.ceil(len(windows) / math.ceil(len(windows) / count))
         count = self._counts[key]
         places = list(range(len(windows)))
@@ -275,12 +292,16 @@ class TiledDiffusion:
         height, width = (UNIT * side for side in self.grid.size)
 
         def crops(hint: Tensor) -> Tensor:
-            whole = hint
             if hint.shape[-2:] != (height, width):
-                whole = comfy.utils.common_upscale(
-                    hint, width, height, control.upscale_algorithm, "center"
-                )
-            whole = comfy.utils.repeat_to_batch_size(whole, batch)
+                if id(hint) not in self._hints:
+                    self._hints[id(hint)] = (
+                        hint,
+                        comfy.utils.common_upscale(
+                            hint, width, height, control.upscale_algorithm, "center"
+                        ),
+                    )
+                hint = self._hints[id(hint)][1]
+            whole = comfy.utils.repeat_to_batch_size(hint, batch)
             return torch.cat([window.of(whole, UNIT) for window in windows])
 
         tiles.cond_hint_original = crops(control.cond_hint_original)

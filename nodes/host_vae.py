@@ -60,6 +60,21 @@ def load(vae: Any, others: Sequence[Any], needed: float, in_a_tile: float) -> No
     )
 
 
+def try_whole(count: int, work: Callable[[int], Result], node: str) -> Result | None:
+    """Do the work on whole pictures, `count` at once; None where memory is too small for one."""
+    if not count:
+        logging.info("%s: the picture is too large at once, using tiles.", node)
+        return None
+    try:
+        return work(count)
+    except Exception as error:
+        if not is_oom(error):
+            raise
+    # Out of `except`: the exception keeps tensors alive as long as it is handled.
+    logging.warning("%s: out of memory, trying again in tiles.", node)
+    return None
+
+
 def in_smaller_tiles(side: int, work: Callable[[int], Result], done: str) -> Result:
     """Do the work in tiles of `side` pixels, or of less where memory is too small for that."""
     while True:

@@ -94,6 +94,8 @@ def common_batch(**batches: int) -> int:
 
 def to_batch(tensor: Tensor, batch: int) -> Tensor:
     """Repeat a batch as a whole until there are `batch`, a multiple of it: 1, 2, 1, 2."""
+    if len(tensor) == batch:
+        return tensor
     if len(tensor) == 1:
         return tensor.expand(batch, *tensor.shape[1:])
     return tensor.repeat(batch // len(tensor), *[1] * (tensor.ndim - 1))

@@ -88,9 +88,10 @@ class DiffRestorerNanoLoader(io.ComfyNode):
             **found_by(*RESTORATION),
             description=(
                 "Loads Nano, the small self-contained Diff-Restorer that comes with this pack and "
-                "runs on a CPU, to denoise, dehaze or derain photos, to take away JPEG "
-                "artifacts and snow, and to brighten low light; blur mostly stays. Nothing else "
-                "has to be downloaded. Its parts only work with each other, not with Stable Diffusion files."
+                "runs on a CPU, to denoise, dehaze or derain photos, to take away JPEG artifacts "
+                "and snow, and to brighten low light; it does little to deblur them. Nothing else "
+                "has to be downloaded. Its parts only work with each other, not with Stable "
+                "Diffusion files."
             ),
             inputs=[_abstain_input()],
             outputs=[

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..diff_restorer.similarity import psnr, ssim
 from .checks import checked
 from .host import check_interrupt
-from .images import common_batch, split_alpha, to_batch
+from .images import common_batch, split_alpha
 from .sockets import CATEGORY, found_by
 
 SIDE_BY_SIDE, DIFFERENCE = "side by side", "difference"
@@ -158,7 +158,7 @@ class DiffRestorerMeasure(io.ComfyNode):
         for index in range(batch):
             check_interrupt()
             one = {
-                name: to_batch(value, batch)[index : index + 1].movedim(-1, 1).float().cpu()
+                name: value[index % len(value)][None].movedim(-1, 1).cpu()
                 for name, value in photos.items()
             }
             rows.append(figures_of(one))

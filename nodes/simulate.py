@@ -65,7 +65,7 @@ class DiffRestorerSimulateDegradation(io.ComfyNode):
         rgb, alpha = split_alpha(image)
         generator = torch.Generator().manual_seed(seed % 2**63)
         done = []
-        for photo in rgb.movedim(-1, 1).float().cpu().clamp(0, 1).contiguous():
+        for photo in rgb.movedim(-1, 1).cpu().contiguous():
             check_interrupt()
             done.append(degrade(type, photo[None], severity, generator))
         degraded = torch.cat(done).movedim(1, -1).to(rgb.device)

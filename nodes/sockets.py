@@ -52,7 +52,7 @@ class Degradation:
     tokens: Tensor
     """P_D, (B, T, C): cross-attention context of the control module."""
     pooled: Tensor
-    """Mean of P_D over tokens, (B, C): modulates the decoder's fusion blocks."""
+    """Mean of P_D over tokens, (B, C): modulates the aware decoder."""
     probabilities: Tensor
     """(B, N) in [0, 1]; of a classifier of single kinds they add up to 1."""
     types: tuple[str, ...]
@@ -69,6 +69,30 @@ class Degradation:
     """Whether probabilities exclude each other, see `CheckpointInfo`."""
     abstention: Abstention | None = None
     """By which P_D was drawn towards that of clean photos; None if it is as it was read."""
+    scale: float = 1.0
+    """What Edit Degradation has made of pooled P_D as it was read: scale * P_D + shift."""
+    shift: Tensor | float = 0.0
+    """(C,) or 0."""
+
+    def edited(self, scale: float, shift: Tensor) -> Degradation:
+        """With scale * P_D + shift in place of pooled P_D, of photos and their parts; tokens go
+        with it.
+
+        Args:
+            scale: In place of 1.
+            shift: (C,).
+        """
+        pooled, local = scale * self.pooled + shift, self.local
+        if local is not None:
+            local = replace(local, tiles=scale * local.tiles + shift[:, None, None])
+        return replace(
+            self,
+            tokens=self.tokens + (pooled - self.pooled)[:, None],
+            pooled=pooled,
+            local=local,
+            scale=scale * self.scale,
+            shift=scale * self.shift + shift,
+        )
 
     def repeated(self, batch: int) -> Degradation:
         """That of one photo for a batch of them."""
@@ -82,7 +106,9 @@ class Degradation:
 
     def get_ram_usage(self) -> int:
         """Bytes that go with it; newer hosts clear their cache by it."""
-        own = (self.tokens, self.pooled, self.probabilities, self.prototypes, self.image)
+        own = [self.tokens, self.pooled, self.probabilities, self.prototypes, self.image]
+        if self.local is not None:
+            own.append(self.local.tiles)
         return self.restorer.get_ram_usage() + sum(tensor.nbytes for tensor in own)
 
     @property
@@ -125,4 +151,4 @@ class Degradation:
         """Per photo: whether a restoration takes it for anything but clean."""
         if self.abstention is not None:
             return (self.abstention.trust(self.probabilities) >= ACTS).tolist()
-        return [names != (CLEAN,) for names in self.kinds]
+        return [CLEAN not in self.types or names != (CLEAN,) for names in self.kinds]

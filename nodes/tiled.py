@@ -129,16 +129,16 @@ class DiffRestorerTiledDiffusion(io.ComfyNode):
         edited = replace(degradation or whole, local=None, restorer=restorer, image=photos)
         check_degradation(edited, restorer)
         common_batch(image=len(padded), degradation=edited.batch)
-        change = edited.pooled - whole.pooled
         crops = torch.cat([window.of(padded.movedim(-1, 1), UNIT) for window in grid.windows])
         p_s, seen = restorer.read_tiles(vision, crops.movedim(1, -1).contiguous(), whole)
 
         def by_tile(rows: Tensor) -> Tensor:
             return rearrange(rows, "(tile photo) ... -> tile photo ...", photo=len(padded))
 
-        view = LocalView(by_tile(p_s), by_tile(seen.tokens) + change[:, None])
+        read = by_tile(seen.pooled)
+        pooled = edited.scale * read + edited.shift
+        view = LocalView(by_tile(p_s), by_tile(seen.tokens) + (pooled - read).unsqueeze(2))
         if len(grid.windows) > 1 and locality > 0:
-            pooled = by_tile(seen.pooled) + change
             local = grid.local(torch.lerp(edited.pooled.expand_as(pooled), pooled, locality))
             edited = replace(edited.repeated(pooled.shape[1]), local=local)
         maps = degradation_maps(padded, grid, by_tile(seen.probabilities), restorer.info.types)
@@ -148,11 +148,9 @@ class DiffRestorerTiledDiffusion(io.ComfyNode):
 
 def check_tiles(tile_size: int, overlap: int) -> None:
     """Raise a ValueError for tiles that cannot be, sides in pixels."""
-    if tile_size % UNIT or overlap % UNIT:
-        raise ValueError(
-            f"tile_size: {tile_size} px with overlap {overlap} px. Both must be multiples of "
-            f"{UNIT}."
-        )
+    for name, side in (("tile_size", tile_size), ("overlap", overlap)):
+        if side % UNIT:
+            raise ValueError(f"{name}: {side} px, expected a multiple of {UNIT}.")
     if 2 * overlap > tile_size:
         raise ValueError(
             f"overlap: {overlap} px with tiles of {tile_size} px. Use at most half a tile."

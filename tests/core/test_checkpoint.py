@@ -178,6 +178,18 @@ def test_wrong_files(
     assert isinstance(caught.value, CheckpointError)
 
 
+@pytest.mark.parametrize("begin", [640, 896, 1152, 1408])
+def test_a_header_may_be_as_long_as_a_pickle_begins(nano: Path, tmp_path: Path, begin: int) -> None:
+    content = nano.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    longer = length + (begin - length) % 2**16
+    path = tmp_path / "padded.safetensors"
+    header = content[8 : 8 + length].ljust(longer)
+    path.write_bytes(longer.to_bytes(8, "little") + header + content[8 + length :])
+    found, expected = (read_checkpoint(file).state("") for file in (path, nano))
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
 def test_missing_file(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"none\.safetensors: no such file"):
         read_checkpoint(tmp_path / "none.safetensors")

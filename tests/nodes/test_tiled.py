@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import importlib
-from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -143,15 +142,54 @@ def test_tiles_change_as_edit_degradation_says(tiled, prepare, photo, sample_on,
     unedited = tiled(image, degradation=degradation).degradation
     assert torch.equal(unedited.local.tiles, plain.local.tiles)
     step = torch.linspace(-1, 1, degradation.pooled.shape[1])
-    edited = replace(
-        degradation, tokens=degradation.tokens + step, pooled=degradation.pooled + step
-    )
-    found = tiled(image, degradation=edited)
+    found = tiled(image, degradation=degradation.edited(1.0, step))
     changed = plain.local.tiles + step[:, None, None]
     torch.testing.assert_close(found.degradation.local.tiles, changed)
     restoration = prepare(image)
     samples = [sample_on(each, restoration) for each in (found.model, tiled(image).model)]
     assert not torch.allclose(*samples)
+
+
+def test_an_override_holds_in_every_tile(tiled, prepare, photo, run) -> None:
+    """As it does without tiles, and after them."""
+    image = torch.cat([photo(64, 96), 1 - photo(64, 96, seed=3)], dim=2)
+
+    def edited(degradation: Any, mode: str = "mix", weight: float = 1.0) -> Any:
+        return run("DiffRestorerEditDegradation", degradation=degradation, type="noise",
+                   mode=mode, weight=weight)[0]  # fmt: skip
+
+    found = prepare(image).degradation
+    local = tiled(image, degradation=edited(found)).degradation.local
+    prototype = found.prototypes[found.types.index("noise")]
+    torch.testing.assert_close(local.tiles, prototype[:, None, None].expand_as(local.tiles))
+    twice = edited(edited(found, weight=0.3), "scale", 1.5)
+    before = tiled(image, degradation=twice).degradation.local
+    after = edited(edited(tiled(image).degradation, weight=0.3), "scale", 1.5).local
+    torch.testing.assert_close(before.tiles, after.tiles)
+
+
+def test_the_host_makes_room_for_a_tile(tiled, prepare, photo, sample_on, monkeypatch) -> None:
+    import comfy.sampler_helpers
+
+    shapes, estimate = [], comfy.sampler_helpers.estimate_memory
+
+    def counted(model: Any, noise_shape: Any, conds: Any) -> Any:
+        shapes.append(list(noise_shape))
+        return estimate(model, noise_shape, conds)
+
+    monkeypatch.setattr(comfy.sampler_helpers, "estimate_memory", counted)
+    image = photo(64, 256)
+    sample_on(tiled(image).model, prepare(image), steps=1)
+    assert shapes == [[1, 4, 8, 8]]
+
+
+def test_boxes_of_gligen_are_refused(toy, tiled, prepare, photo, sample_on) -> None:
+    image = photo(64, 128)
+    restoration = prepare(image)
+    for _, extra in restoration.positive:
+        extra["gligen"] = ("position", toy.model, [])
+    with pytest.raises(ValueError, match="GLIGEN places its boxes in the whole picture"):
+        sample_on(tiled(image).model, restoration, steps=1)
 
 
 def test_locality_zero_does_not_look_at_tiles(toy, tiled, prepare, photo, sample_on, pack) -> None:
@@ -387,7 +425,7 @@ def test_the_model_itself_stays(toy, tiled, prepare, photo, sample_on) -> None:
     [
         ({"tile_size": 32}, "tile_size: 32, expected 64 to 4096"),
         ({"tile_size": 100}, "tile_size: 100 px"),
-        ({"overlap": 12}, "overlap 12 px"),
+        ({"overlap": 12}, "overlap: 12 px, expected a multiple of 8"),
         ({"overlap": 40}, "overlap: 40 px with tiles of 64 px"),
         ({"locality": 2.0}, "locality: 2.0, expected 0 to 1"),
     ],

@@ -38,6 +38,8 @@ FOLDERS = ("custom_nodes", "models", "input", "output", "user")
 EXAMPLES = ("example.png", "large.png", "frames")
 """Of what `write_examples` writes, the oldest and the newest."""
 NOT_IN_A_COPY = (".git", "__pycache__", "demo_out", "runs", "tests")
+COPY_MARK = ".copied-by-tools-host"
+"""In a copy of the pack that we may replace; a folder without it is somebody's own."""
 
 
 class HostError(RuntimeError):
@@ -204,15 +206,25 @@ class Host:
 
 
 def link_pack(place: Path) -> None:
-    """Puts this repository at ``place`` as a symbolic link, or as a copy where links fail."""
+    """Puts this repository at ``place`` as a symbolic link, or as a copy where links fail.
+
+    Raises `HostError` rather than touch what somebody else put there.
+    """
+    if place.resolve() == ROOT:  # also a clone in the user's own ComfyUI
+        return
     if place.is_symlink():
         place.unlink()
-    elif place.exists():
+    elif (place / COPY_MARK).exists():
         shutil.rmtree(place)
+    elif place.exists():
+        raise HostError(f"{place} is there, and is not ours: move it, or name another DIR (--dir)")
     try:
         place.symlink_to(ROOT, target_is_directory=True)
     except OSError:
-        shutil.copytree(ROOT, place, ignore=shutil.ignore_patterns(*NOT_IN_A_COPY))
+        place.mkdir()
+        (place / COPY_MARK).touch()
+        ignored = shutil.ignore_patterns(*NOT_IN_A_COPY)
+        shutil.copytree(ROOT, place, ignore=ignored, dirs_exist_ok=True)
 
 
 def free_port() -> int:

@@ -64,6 +64,42 @@ def test_pack_is_linked_again(tmp_path: Path):
     assert (place / "pyproject.toml").samefile(ROOT / "pyproject.toml")
 
 
+@pytest.mark.parametrize("name", ["diff-restorer", "diff-restorer/nodes/own.py"])
+def test_what_users_put_there_is_kept(tmp_path: Path, name: str):
+    place, own = tmp_path / "diff-restorer", tmp_path / name
+    own.parent.mkdir(parents=True, exist_ok=True)
+    own.write_text("mine")
+    with pytest.raises(HostError, match=f"{place} is there.*name another DIR"):
+        link_pack(place)
+    assert own.read_text() == "mine"
+
+
+def test_the_clone_itself_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    clone = tmp_path / "custom_nodes/diff-restorer"
+    clone.mkdir(parents=True)
+    (clone / "own.py").write_text("mine")
+    monkeypatch.setattr("tools.host.ROOT", clone)
+    link_pack(clone)
+    assert not clone.is_symlink()
+    assert (clone / "own.py").read_text() == "mine"
+
+
+def test_only_copies_of_ours_are_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def fail(place: Path, target: Path, target_is_directory: bool) -> None:
+        raise OSError("no links here")
+
+    clone, place = tmp_path / "clone", tmp_path / "pack"
+    clone.mkdir()
+    (clone / "old.py").touch()
+    monkeypatch.setattr("tools.host.ROOT", clone)
+    monkeypatch.setattr(Path, "symlink_to", fail)
+    link_pack(place)
+    assert (place / "old.py").exists()
+    (clone / "old.py").rename(clone / "new.py")
+    link_pack(place)
+    assert [(place / name).exists() for name in ("old.py", "new.py")] == [False, True]
+
+
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux ends orphans itself")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_server_ends_with_its_program(tmp_path: Path, comfyui_root: Path, number: signal.Signals):

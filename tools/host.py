@@ -133,6 +133,13 @@ class Host:
                 self.kill()
         self.process = None
 
+    def clear(self) -> None:
+        """Removes uploads, results and previews from a temporary base, which they would fill."""
+        for folder in ("input", "output", "temp") if self.temporary else ():
+            for path in (self.base / folder).rglob("*"):
+                if not path.is_dir():
+                    path.unlink(missing_ok=True)
+
     def running(self) -> bool:
         return self.process is not None and self.process.poll() is None
 
@@ -234,13 +241,18 @@ def free_port() -> int:
 
 
 def exit_on_termination() -> None:
-    """Makes SIGTERM and SIGHUP unwind the program, so that a running host is stopped."""
+    """Makes SIGTERM and SIGHUP unwind the program, so that a running host is stopped.
+
+    Not where they are ignored, as under nohup.
+    """
 
     def leave(number: int, frame: FrameType | None) -> None:
         sys.exit(128 + number)
 
-    signal.signal(signal.SIGTERM, leave)
-    signal.signal(signal.SIGHUP, leave)
+    for name in ("SIGTERM", "SIGHUP"):  # Windows has no SIGHUP
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, leave)
 
 
 def _die_with_parent() -> Callable[[], None] | None:
@@ -268,6 +280,7 @@ def serve(base: Path, port: int, cpu: bool, arguments: Sequence[str]) -> int:
             while host.running():
                 sys.stderr.write(log.read())
                 time.sleep(0.2)
+            sys.stderr.write(log.read())  # its last words
         return host.process.returncode if host.process else 0
 
 

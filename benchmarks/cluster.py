@@ -26,8 +26,6 @@ from PIL import Image
 if "--ray" not in sys.argv:  # local: as in tools.restore, before Ray is imported
     os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
 
-import ray
-
 from tools import cluster, restore
 from tools.batch import Batch, Options, Server
 from tools.host import Host
@@ -155,13 +153,12 @@ def main() -> None:
     parser.add_argument("--ray", default="local")
     parser.add_argument("--restore", action="store_true", help="with ComfyUI")
     given = parser.parse_args()
-    cluster.connect(given.ray)
-    if given.restore:
-        with TemporaryDirectory() as folder:
-            compare(given.photos, Path(folder))
-    else:
-        sleep(given.photos, given.actors, given.seconds, given.ray)
-    ray.shutdown()
+    with cluster.connected(given.ray):
+        if given.restore:
+            with TemporaryDirectory() as folder:
+                compare(given.photos, Path(folder))
+        else:
+            sleep(given.photos, given.actors, given.seconds, given.ray)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+import uuid
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
@@ -44,6 +45,8 @@ class Server:
     """Whether it did when the batch began; otherwise it is waited for first."""
     revive: Callable[[], Awaitable[None]] | None = None
     """Starts it again if it is dead; for servers of this program."""
+    clear: Callable[[], None] | None = None
+    """Removes what settled photos left in its folders; for servers that nobody else uses."""
 
 
 def server_of(host: Host) -> Server:
@@ -59,7 +62,7 @@ def server_of(host: Host) -> Server:
             host.kill()  # else the thread would wait for its start
             raise
 
-    return Server(host.url, revive=revive)
+    return Server(host.url, revive=revive, clear=host.clear)
 
 
 @dataclass(frozen=True)
@@ -175,7 +178,7 @@ class Batch:
         the photo's, and it fails; or the user's, and all ends.
         """
         try:
-            await self._restore(worker.client, job)
+            await self._restore(worker, job)
         except errors.RunLostError as error:
             self._lose(worker, job, error)
             return False
@@ -194,15 +197,18 @@ class Batch:
                 self._pass_on(worker, job, str(error))
                 return False
             job.fail(str(error) or type(error).__name__)
-        self._land(job)
+        self._land(worker, job)
         return True
 
-    async def _restore(self, client: AsyncClient, job: Job) -> None:
+    async def _restore(self, worker: Worker, job: Job) -> None:
         async def report(progress: Progress) -> None:
             self._tell(Event(job=job, progress=progress))
 
         source = await asyncio.to_thread(photo.read, job.source, self.options.max_side)
-        restoration = await restore_pixels(client, self.workflow, source.pixels, report)
+        prefix = uuid.uuid4().hex if worker.server.clear else None
+        restoration = await restore_pixels(
+            worker.client, self.workflow, source.pixels, report, prefix
+        )
         notes = []
         if restoration.pixels.dtype != source.color.dtype:
             notes = ["its 16 bits are filled from a result of 8 bits: the workflow gives alpha"]
@@ -214,9 +220,11 @@ class Batch:
         await asyncio.to_thread(photo_writer.write, job.output, result, record)
         job.status = "done"
 
-    def _land(self, job: Job) -> None:
+    def _land(self, worker: Worker, job: Job) -> None:
         """Ends a photo's flight for good; the last one ends all that servers wait for."""
         self.flying -= 1
+        if worker.server.clear:  # it has no other photo: each gets one at a time
+            worker.server.clear()
         self._tell(Event(job=job))
         if not (self.pending or self.flying):
             for task in self.tasks:
@@ -239,7 +247,7 @@ class Batch:
             self._put_back(job, ran=True)
         else:
             job.fail(f"its server died {job.attempts} times while it ran, the last time: {error}")
-            self._land(job)
+            self._land(worker, job)
 
     def _pass_on(self, worker: Worker, job: Job, reason: str) -> None:
         """Leaves a photo that a server did not even begin to others."""

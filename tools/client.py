@@ -102,7 +102,7 @@ class AsyncClient(Connection):
 
         Args:
             on_progress: Called when a node begins and at each of its steps; never if a proxy
-                refuses WebSockets.
+                refuses WebSockets. An exception in it cancels the run, too.
 
         Raises:
             WorkflowError: Nodes wait for one another.
@@ -131,9 +131,6 @@ class AsyncClient(Connection):
                     await asyncio.sleep(RECONNECT_SECONDS)
                 seconds = time.monotonic() - begun
                 entry = await self._history(run_id)
-        except asyncio.CancelledError:  # Ctrl-C
-            await self._let_go(run_id)
-            raise
         except TimeoutError as error:
             await self._let_go(run_id)
             raise errors.RunLostError(
@@ -142,6 +139,11 @@ class AsyncClient(Connection):
         except errors.ServerUnreachableError as error:
             if queued:
                 raise errors.RunLostError(str(error)) from error
+            raise
+        except errors.ClientError:
+            raise
+        except BaseException:  # Ctrl-C, or of on_progress
+            await self._let_go(run_id)
             raise
         if entry is None and ended:
             raise errors.PromptInterruptedError(f"run {run_id} was removed from the queue")
@@ -158,15 +160,25 @@ class AsyncClient(Connection):
 
     async def images(self, result: Result, node: str) -> list[Image.Image]:
         """Returns the pictures that a node of the workflow saved or previewed."""
+
+        def decode(data: bytes) -> Image.Image:
+            with errors.DECODING:
+                picture = Image.open(io.BytesIO(data))
+                picture.load()
+            return picture
+
         with self.expecting("/history"):
             entries = [dict(entry) for entry in result.outputs.get(node, {}).get("images", [])]
         pictures: list[Image.Image] = []
         for entry in entries:
             data = await self.request("GET", "/view", params=entry)
             with self.expecting("/view"):
-                picture = Image.open(io.BytesIO(data))
-                await asyncio.to_thread(picture.load)
-            pictures.append(picture)
+                try:
+                    pictures.append(await asyncio.to_thread(decode, data))
+                except Image.DecompressionBombError as error:  # no other server makes it smaller
+                    raise errors.ClientError(
+                        f"the picture of node {node} is too large: {error}. Pass --max-side"
+                    ) from error
         return pictures
 
     async def _queue(self, run_id: str, workflow: Workflow) -> None:

@@ -14,7 +14,7 @@ import os
 import uuid
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -40,7 +40,6 @@ from tools.jobs import (
     sort_of,
 )
 from tools.photo_writer import NO_SPACE, PART_PREFIX, OutputError
-from tools.restoration import UPLOADS
 from tools.terminal import Display, summarise, tell_others
 from tools.workflow import Workflow
 
@@ -158,17 +157,17 @@ class Restorer:
     def restore(self, line: Line) -> Line:
         """Restores the photo of a pending line, unless it is done or no photo."""
         source, output = Path(line["source"]), Path(line["output"])
-        with TemporaryDirectory(prefix="diff-restorer-") as folder:
-            job = Job(Path(folder, source.name), Path(folder, "result", output.name))
-            job.attempts = line["attempts"]
-            job.output.parent.mkdir()
-            try:
+        try:
+            with TemporaryDirectory(prefix="diff-restorer-") as folder:
+                job = Job(Path(folder, source.name), Path(folder, "result", output.name))
+                job.attempts = line["attempts"]
+                job.output.parent.mkdir()
                 if not self._restore(job, source, output):
                     return {"status": "result"}
-            except OutputError as error:
-                return {"status": "full", "error": f"{error} (node {self.name})"}
-            finally:
-                self._clear()
+        except (OutputError, OSError) as error:
+            if isinstance(error, OSError) and error.errno not in NO_SPACE:
+                raise
+            return {"status": "full", "error": f"{error} (node {self.name})"}
         if job.error:
             named = job.error.replace(str(job.output), self.out.name(output))
             job.error = named.replace(str(job.source), self.photos.name(source))
@@ -177,14 +176,12 @@ class Restorer:
 
     def _restore(self, job: Job, source: Path, output: Path) -> bool:
         """Restores a copy on this node, and sends the result; whether it is a photo at all."""
+        what = f"{self.photos.name(source)} cannot be copied to this node"
         try:
             fs.copy_files(str(source), str(job.source), self.photos.files, LOCAL)
-        except OSError as error:
-            job.fail(f"{job.source} cannot be read: {error}")
-            return True
-        if result_record(job.source) is not None:
-            return False
-        try:
+            if result_record(job.source) is not None:
+                return False
+            what = f"{self.out.name(output)} cannot be written"
             there = self.out.files.get_file_info(str(output)).type != fs.FileType.NotFound
             if there and not self.overwrite:
                 fs.copy_files(str(output), str(job.output), self.out.files, LOCAL)
@@ -193,17 +190,10 @@ class Restorer:
             if job.status == "done":
                 self.out.put(job.output, output)
         except OSError as error:
-            reason = f"{self.out.name(output)} cannot be written: {error}"
             if error.errno in NO_SPACE:
-                raise OutputError(reason) from error
-            job.fail(reason)
+                raise OutputError(f"{what}: {error}") from error
+            job.fail(f"{what}: {error}")
         return True
-
-    def _clear(self) -> None:
-        """Removes what the photo left in ComfyUI's folders, which a long run would fill."""
-        for folder in (f"input/{UPLOADS}", "output"):
-            for file in (self.host.base / folder).glob("*.*"):
-                file.unlink(missing_ok=True)
 
 
 def shares(per_node: int | None, *, gpu: bool) -> tuple[dict[str, Any], int]:
@@ -213,6 +203,9 @@ def shares(per_node: int | None, *, gpu: bool) -> tuple[dict[str, Any], int]:
     """
     kind = "GPU" if gpu else "CPU"
     nodes = [node["Resources"].get(kind, 0) for node in ray.nodes() if node["Alive"]]
+    if not any(nodes):
+        hint = ", or stop with Ctrl-C and leave out --gpu" if gpu else ""
+        say(f"Waiting for room: no node of the cluster has a {kind}. Add one{hint}.")
     smallest = min(filter(None, nodes), default=1)
     share = smallest / (per_node or (smallest if gpu else 1))
     share = int(share) if share > 1 else share  # Ray has no 1.5 GPUs
@@ -228,8 +221,9 @@ def run(options: argparse.Namespace, workflow: Workflow) -> int:
     local = isinstance(options.out, Path)
     report = options.report or (options.out / REPORT_NAME if local else Path(REPORT_NAME))
     counts, others = Counter[str](), Counter[str]()
-    with reserve(options.out) if local else nullcontext(), report.open("w") as written:
-        connect(options.ray)
+    # Joined first: a report of before is kept where there is no cluster.
+    reserved = reserve(options.out) if local else nullcontext()
+    with reserved, connected(options.ray), report.open("w") as written:
         display = Display(None)
         try:
             actors = Actors(Restorer, (photos, out, workflow, options), options)
@@ -251,7 +245,6 @@ def run(options: argparse.Namespace, workflow: Workflow) -> int:
             raise ClientError(f"the cluster fails: {error}") from error
         finally:
             display.bar.close()
-            ray.shutdown()
             tell_others(photos.uri, others)
             say(f"{summarise(counts)} Report: {report}")
     settled = sum(counts[status] for status in ("done", "skipped", "failed", "result"))
@@ -265,7 +258,8 @@ def run(options: argparse.Namespace, workflow: Workflow) -> int:
     return 1 if counts["failed"] else 0
 
 
-def connect(address: str) -> None:
+@contextmanager
+def connected(address: str) -> Iterator[None]:
     """Joins a cluster and sends it this repository; raises `ClientError` if there is none."""
     try:
         ray.init(
@@ -279,10 +273,14 @@ def connect(address: str) -> None:
             f"no Ray cluster answers at --ray {address}: {error}. Start one with `ray start "
             "--head`, or name its address"
         ) from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
 
 
 class Actors:
-    """Restorers that get a line at a time; one that dies is replaced, and its line goes to another.
+    """Restorers that get a line at a time; one that fails is replaced, and another gets its line.
 
     Ray Data does the same, but keeps statistics of every photo, so that it grows with them; and
     there the photos of an actor that died wait until Ray finds room for it.
@@ -336,8 +334,8 @@ class Actors:
         actor, line = self.running.pop(ready)
         try:
             made: Any = ray.get(ready)
-        except (RayActorError, OutOfMemoryError) as error:
-            ray.kill(actor)  # it may only be out of reach
+        except (RayActorError, OutOfMemoryError, RayTaskError) as error:
+            ray.kill(actor)  # it may only be out of reach, or on a node that fails everything
             self._start(1)
             if line is None:
                 self.failed_starts += 1
@@ -347,8 +345,6 @@ class Actors:
             attempts = line["attempts"] + 1
             died = {"status": "failed", "error": f"its actor died {attempts} times: {error}"}
             return line | {"attempts": attempts} | (died if attempts >= self.attempts else {})
-        except RayTaskError as error:  # a fault of ours
-            made = {**(line or {}), "status": "failed", "error": str(error)}
         self.failed_starts = 0
         self.idle.append(actor)
         return made if line else None

@@ -104,7 +104,11 @@ def ensure(stage: str = "run") -> Path:
             run_stamp.write_text("complete\n")
         if stage == "dev":
             dev_begun.touch()
-            setup.install_dev()
+            try:
+                setup.install_dev()
+            except SetupError:  # pip ended by itself, and left nothing half-way
+                dev_begun.unlink()
+                raise
             dev_stamp.write_text("complete\n")
             dev_begun.unlink()
         _say(f"Environment ready after {setup.elapsed()}: {environment}")

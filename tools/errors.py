@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import threading
 import zlib
 
 from PIL import Image
@@ -13,6 +14,8 @@ DAMAGED = (
     RuntimeError,  # of the AVIF plugin; and RecursionError, of deep JSON
 )
 """What Pillow and parsers raise for damaged data."""
+DECODING = threading.Lock()
+"""Pillow has one switch for files that are cut off, for all threads."""
 
 
 class ClientError(RuntimeError):

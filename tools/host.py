@@ -38,6 +38,8 @@ FOLDERS = ("custom_nodes", "models", "input", "output", "user")
 EXAMPLES = ("example.png", "large.png", "frames")
 """Of what `write_examples` writes, the oldest and the newest."""
 NOT_IN_A_COPY = (".git", "__pycache__", "demo_out", "runs", "tests")
+COPY_MARK = ".copied-by-tools-host"
+"""In a copy of the pack that we may replace; a folder without it is somebody's own."""
 
 
 class HostError(RuntimeError):
@@ -131,6 +133,13 @@ class Host:
                 self.kill()
         self.process = None
 
+    def clear(self) -> None:
+        """Removes uploads, results and previews from a temporary base, which they would fill."""
+        for folder in ("input", "output", "temp") if self.temporary else ():
+            for path in (self.base / folder).rglob("*"):
+                if not path.is_dir():
+                    path.unlink(missing_ok=True)
+
     def running(self) -> bool:
         return self.process is not None and self.process.poll() is None
 
@@ -204,15 +213,25 @@ class Host:
 
 
 def link_pack(place: Path) -> None:
-    """Puts this repository at ``place`` as a symbolic link, or as a copy where links fail."""
+    """Puts this repository at ``place`` as a symbolic link, or as a copy where links fail.
+
+    Raises `HostError` rather than touch what somebody else put there.
+    """
+    if place.resolve() == ROOT:  # also a clone in the user's own ComfyUI
+        return
     if place.is_symlink():
         place.unlink()
-    elif place.exists():
+    elif (place / COPY_MARK).exists():
         shutil.rmtree(place)
+    elif place.exists():
+        raise HostError(f"{place} is there, and is not ours: move it, or name another DIR (--dir)")
     try:
         place.symlink_to(ROOT, target_is_directory=True)
     except OSError:
-        shutil.copytree(ROOT, place, ignore=shutil.ignore_patterns(*NOT_IN_A_COPY))
+        place.mkdir()
+        (place / COPY_MARK).touch()
+        ignored = shutil.ignore_patterns(*NOT_IN_A_COPY)
+        shutil.copytree(ROOT, place, ignore=ignored, dirs_exist_ok=True)
 
 
 def free_port() -> int:
@@ -222,13 +241,18 @@ def free_port() -> int:
 
 
 def exit_on_termination() -> None:
-    """Makes SIGTERM and SIGHUP unwind the program, so that a running host is stopped."""
+    """Makes SIGTERM and SIGHUP unwind the program, so that a running host is stopped.
+
+    Not where they are ignored, as under nohup.
+    """
 
     def leave(number: int, frame: FrameType | None) -> None:
         sys.exit(128 + number)
 
-    signal.signal(signal.SIGTERM, leave)
-    signal.signal(signal.SIGHUP, leave)
+    for name in ("SIGTERM", "SIGHUP"):  # Windows has no SIGHUP
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, leave)
 
 
 def _die_with_parent() -> Callable[[], None] | None:
@@ -256,6 +280,7 @@ def serve(base: Path, port: int, cpu: bool, arguments: Sequence[str]) -> int:
             while host.running():
                 sys.stderr.write(log.read())
                 time.sleep(0.2)
+            sys.stderr.write(log.read())  # its last words
         return host.process.returncode if host.process else 0
 
 

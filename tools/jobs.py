@@ -8,8 +8,9 @@ import hashlib
 import json
 import os
 import time
+import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -102,23 +103,36 @@ def digest_workflow(workflow: Workflow, max_side: int) -> str:
     return hashlib.sha256(json.dumps([workflow, max_side], sort_keys=True).encode()).hexdigest()
 
 
-def plan(named: Sequence[Path], out: Path, *, recursive: bool = False) -> list[Job]:
+def plan(
+    named: Sequence[Path],
+    out: Path,
+    *,
+    recursive: bool = False,
+    tell: Callable[[Path, Counter[str]], None] = lambda folder, others: None,
+) -> list[Job]:
     """Lists the photos of files and folders, each once, with the files that their results go to.
 
     The photo ``trip/day1/sea.jpg`` of the folder ``trip`` goes to ``<out>/day1/sea_restored.png``.
     Photos whose results would have one name get their own ending into it; where that does not help
     they fail, and no photo is ever the output of another. Where ``out`` is part of one of the
-    folders it is left out. Raises `ClientError` if there is no photo at all.
+    folders it is left out, and a folder that cannot be read is a job that failed. ``tell`` gets the
+    endings of other pictures in a folder. Raises `ClientError` if there is no photo at all.
     """
     jobs: dict[Path, Job] = {}
+    faults: dict[Path, Job] = {}
     for path in named:
         # Not Path's own methods, which raise for names that are too long and links in a circle.
         folder = os.path.isdir(path)
-        found = find_photos(path, out, recursive=recursive) if folder else [path]
-        for photo in found:
+        found = find_photos(path, out, recursive=recursive) if folder else Found([path])
+        for photo in found.photos:
             below = photo.parent.relative_to(path) if folder else Path()
             jobs.setdefault(_real(photo), Job(photo, out / below / result_name(photo)))
-    if not jobs:
+        for fault in found.faults:
+            place = Path(fault.filename)
+            faulty = faults.setdefault(_real(place), Job(place, out / place.relative_to(path)))
+            faulty.fail(f"the folder {place} cannot be read: {fault.strerror}")
+        tell(path, found.others)
+    if not (jobs or faults):
         folders = ", ".join(map(str, named))
         hint = "" if recursive else " (--recursive looks into its folders, too)"
         raise ClientError(f"no photo in {folders}{hint}. Accepted are {' '.join(SUFFIXES)}")
@@ -130,29 +144,36 @@ def plan(named: Sequence[Path], out: Path, *, recursive: bool = False) -> list[J
             job.fail(f"{job.source} is no file: it is a pipe or a device. Save the photo as a file")
         elif (other := jobs.get(_real(job.output))) is not None:
             job.fail(f"its result would replace the photo {other.source}: choose another --out")
-    return list(jobs.values())
+    return [*jobs.values(), *faults.values()]
 
 
-def find_photos(folder: Path, out: Path, *, recursive: bool = False) -> Iterator[Path]:
-    """Yields the photos of a folder in the order of their names; never a result of this program."""
+@dataclass(frozen=True)
+class Found:
+    """What there is in a folder."""
 
-    def complain(error: OSError) -> None:
-        raise ClientError(f"the folder {error.filename} cannot be read: {error.strerror}")
+    photos: list[Path]
+    """In the order of their names; never a result of this program."""
+    others: Counter[str] = field(default_factory=Counter[str])
+    """Endings of pictures that are no photos to us -> how many."""
+    faults: list[OSError] = field(default_factory=list[OSError])
+    """Of folders that cannot be read."""
 
-    for place, folders, files in os.walk(folder, onerror=complain):
+
+def find_photos(folder: Path, out: Path, *, recursive: bool = False) -> Found:
+    """Looks into a folder, but for ``out`` and what is hidden."""
+    found = Found([])
+    for place, folders, files in os.walk(folder, onerror=found.faults.append):
         below = (name for name in sorted(folders) if recursive and not name.startswith("."))
         folders[:] = [name for name in below if _real(Path(place, name)) != _real(out)]
         for path in (Path(place, name) for name in sorted(files)):
-            named_so = sort_of(path.name) == "photo"
-            if named_so and os.path.isfile(path) and result_record(path) is None:
-                yield path
-
-
-def count_others(folder: Path, *, recursive: bool = False) -> Counter[str]:
-    """Endings of pictures in a folder that `find_photos` passes over -> how many."""
-    found = folder.rglob("*") if recursive else folder.iterdir()
-    others = (path for path in found if sort_of(path.name) == "other" and path.is_file())
-    return Counter(path.suffix.lower() for path in others)
+            sort = sort_of(path.name)
+            if sort is None or not os.path.isfile(path):
+                continue
+            if sort == "other":
+                found.others[path.suffix.lower()] += 1
+            elif result_record(path) is None:
+                found.photos.append(path)
+    return found
 
 
 def sort_of(name: str) -> Literal["photo", "other"] | None:
@@ -167,15 +188,15 @@ def _real(path: Path) -> Path:
     return Path(os.path.realpath(path))
 
 
-def result_name(photo: Path, *, whole: bool = False) -> str:
+def result_name(photo: Path, *, whole: bool = False, apart: str = "") -> str:
     """``sea_restored.png``, or ``.tif`` for a TIFF file; ``whole`` keeps the photo's own ending.
 
-    A name that would become too long is cut, and told apart by a digest of it.
+    A name that would become too long is cut, and told apart by a digest of it, or of ``apart``.
     """
     name = photo.name if whole else photo.stem
     end = f"_restored{'.tif' if photo.suffix.lower() in ('.tif', '.tiff') else '.png'}"
-    if len(os.fsencode(name + end)) > LONGEST_NAME:
-        end = f"~{hashlib.sha256(os.fsencode(name)).hexdigest()[:8]}{end}"
+    if apart or len(os.fsencode(name + end)) > LONGEST_NAME:
+        end = f"~{hashlib.sha256(os.fsencode(apart or name)).hexdigest()[:8]}{end}"
         while len(os.fsencode(name + end)) > LONGEST_NAME:
             name = name[:-1]
     return name + end
@@ -244,10 +265,19 @@ def make_room(job: Job) -> None:
 
 
 def part_twins(jobs: Collection[Job]) -> None:
-    """Tells results of one name apart by the photos' endings; fails those where that is no help."""
+    """Tells results of one name apart by the photos' endings; fails those where that is no help.
+
+    Names that differ in case alone, which are one name to many disks, get a digest of themselves.
+    """
     for twins in _twins(jobs):
         for job in twins:
             job.output = job.output.with_name(result_name(job.source, whole=True))
+    for twins in _twins(jobs):
+        common = os.path.commonpath([job.output for job in twins])
+        for job in twins:
+            if job.output != Path(common):
+                apart = os.path.relpath(job.output, common)
+                job.output = job.output.with_name(result_name(job.source, whole=True, apart=apart))
     for twins in _twins(jobs):
         sources = " and ".join(str(job.source) for job in twins)
         for job in twins:
@@ -260,5 +290,6 @@ def part_twins(jobs: Collection[Job]) -> None:
 def _twins(jobs: Iterable[Job]) -> list[list[Job]]:
     groups: defaultdict[str, list[Job]] = defaultdict(list)
     for job in jobs:
-        groups[os.path.normcase(job.output)].append(job)
+        # As macOS and exFAT compare names; case and spelling of accents make no difference.
+        groups[unicodedata.normalize("NFC", str(job.output)).casefold()].append(job)
     return [group for group in groups.values() if len(group) > 1]

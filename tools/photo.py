@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import io
 import struct
-import threading
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -20,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import ExifTags, Image, ImageCms, ImageFile, PngImagePlugin, TiffImagePlugin
 
-from tools.errors import DAMAGED, ClientError
+from tools.errors import DAMAGED, DECODING, ClientError
 
 # Editors put whole histories into PNG files; Pillow's 1 MB would refuse the photo for its text.
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 256 * 2**20
@@ -48,8 +47,6 @@ DESCRIPTIONS = (270, 271, 272, 305, 306, 315, 18246, 33432, 40091, 40092, 40093,
 SUB_FOLDERS = (int(ExifTags.IFD.Exif), int(ExifTags.IFD.GPSInfo))
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "RGBa", "La", "CMYK", "YCbCr", "HSV")
 DEEP_GREY = ("I;16", "I;16L", "I;16B", "I;16N")
-DECODING = threading.Lock()
-"""Pillow has one switch for files that are cut off, for all threads."""
 
 
 class PhotoError(ClientError):

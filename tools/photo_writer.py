@@ -51,9 +51,10 @@ def write(path: Path, photo: Photo, record: Mapping[str, Any]) -> None:
     try:
         with whole(path) as stream:
             (_write_tiff if path.suffix == ".tif" else _write_png)(stream, photo, note)
-    except OSError as error:
-        kind = OutputError if error.errno in NO_SPACE else PhotoError
-        raise kind(f"{path} cannot be written: {error.strerror or error}") from error
+    except DAMAGED as error:  # of odd EXIF, too
+        kind = OutputError if getattr(error, "errno", None) in NO_SPACE else PhotoError
+        reason = getattr(error, "strerror", None) or error
+        raise kind(f"{path} cannot be written: {reason}") from error
 
 
 @contextmanager

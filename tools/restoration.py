@@ -89,7 +89,11 @@ def restore(client: Client, workflow: Workflow, photo: Image.Image, name: str) -
 
 
 async def restore_pixels(
-    client: AsyncClient, workflow: Workflow, pixels: Pixels, on_progress: OnProgress
+    client: AsyncClient,
+    workflow: Workflow,
+    pixels: Pixels,
+    on_progress: OnProgress,
+    prefix: str | None = None,
 ) -> Restoration:
     """Sends pixels through a workflow.
 
@@ -97,10 +101,14 @@ async def restore_pixels(
         workflow: In API format, with a LoadImage node titled ``Degraded photo`` and a SaveImage
             node titled ``Restored``; it is not changed. It may use the transparency or not.
         pixels: (H, W, 3) or (H, W, 4), uint8 or uint16.
+        prefix: Of the result's file on the server, in place of the workflow's. Where results are
+            removed it must be new: the server answers the same photo with the same file.
     """
     filled = copy.deepcopy(workflow)
     source = find_node(filled, "LoadImage", INPUT_TITLE)
     target = find_node(filled, "SaveImage", OUTPUT_TITLE)
+    if prefix is not None:
+        filled[target]["inputs"]["filename_prefix"] = prefix
     deep = pixels.dtype == np.uint16
     if deep:
         upper, lower = (pixels >> 8).astype(np.uint8), (pixels & 255).astype(np.uint8)

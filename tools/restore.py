@@ -28,7 +28,7 @@ from tools.client import AsyncClient
 from tools.ending import in_words, say
 from tools.errors import ClientError, ServerUnreachableError, WorkflowError
 from tools.host import Host, exit_on_termination
-from tools.jobs import Job, count_others, digest_workflow, make_room, plan, reserve, settle
+from tools.jobs import Job, digest_workflow, make_room, plan, reserve, settle
 from tools.photo_writer import whole
 from tools.restoration import INPUT_TITLE, NANO_WORKFLOW, OUTPUT_TITLE, PRESETS, with_preset
 from tools.terminal import Display, summarise, tell_others
@@ -93,9 +93,7 @@ def run(options: argparse.Namespace) -> int:
         except ImportError as error:
             raise ClientError(f'--ray needs Ray ({error}): pip install "ray[data]"') from error
         return cluster.run(options, workflow)
-    jobs = plan(options.photos, options.out, recursive=options.recursive)
-    for folder in (path for path in options.photos if os.path.isdir(path)):
-        tell_others(folder, count_others(folder, recursive=options.recursive))
+    jobs = plan(options.photos, options.out, recursive=options.recursive, tell=tell_others)
     with reserve(options.out):
         return _restore_all(options, workflow, jobs, begun)
 
@@ -188,6 +186,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error("URIs, --per-node and --actors are for a cluster: name it with --ray")
     if options.ray is not None and (options.server or len(options.photos) > 1):
         parser.error("--ray takes one folder of photos, and no --server: its nodes start their own")
+    least, most = options.actors or (1, 1)
+    if least > most:
+        parser.error(f"--actors {least} {most}: the least comes first, then the most")
     return options
 
 

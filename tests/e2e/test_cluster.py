@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -15,11 +16,14 @@ from typing import Any
 
 import pytest
 
+from tests.e2e.graph import Runner
 from tests.e2e.holding import put_photos
 from tools import restore
+from tools.batch import Options, Server
 from tools.errors import ClientError
 from tools.host import free_port
-from tools.jobs import Job
+from tools.jobs import Job, digest_workflow
+from tools.workflow import load_workflow
 
 # Ray reads them when it is imported.
 os.environ |= {
@@ -148,6 +152,83 @@ def test_a_uri_that_cannot_be_opened_is_named():
         cluster.Place.of("nope://bucket/photos")
 
 
+@pytest.mark.parametrize("gpu", [False, True])
+def test_where_nothing_can_run_is_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], gpu: bool
+):
+    from tools import cluster
+
+    nodes = [{"Alive": True, "Resources": {"CPU": 2.0}}]
+    monkeypatch.setattr(cluster.ray, "nodes", lambda: nodes)
+    assert cluster.shares(None, gpu=gpu) == ({"num_gpus": 1} if gpu else {"num_cpus": 2}, 1)
+    told = capsys.readouterr().err
+    assert ("Waiting for room: no node of the cluster has a GPU" in told) == gpu
+
+
+def test_a_cluster_that_is_gone_empties_no_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from tools import cluster
+
+    def fail(address: str, **settings: Any) -> None:
+        raise ConnectionError("nobody there")
+
+    monkeypatch.setattr(cluster.ray, "init", fail)
+    (tmp_path / "out").mkdir()
+    report = tmp_path / "out/diff-restorer-report.jsonl"
+    report.write_text("before\n")
+    options = [str(tmp_path), "--out", str(report.parent), "--ray", "127.0.0.1:1"]
+    with pytest.raises(ClientError, match=r"no Ray cluster answers.*nobody there"):
+        restore.run(restore.parse(options))
+    assert report.read_text() == "before\n"
+
+
+def restorer_on(url: str, folder: Path) -> Any:
+    """As an actor has it, without Ray."""
+    from tools.cluster import Place, Restorer
+
+    restorer = object.__new__(Restorer)
+    restorer.photos, restorer.out = Place.of(folder / "in"), Place.of(folder / "out")
+    restorer.workflow = load_workflow(restore.NANO_WORKFLOW)
+    restorer.options, restorer.overwrite = Options(), False
+    restorer.digest = digest_workflow(restorer.workflow, 0)
+    restorer.server, restorer.name = Server(url), "node 1"
+    return restorer
+
+
+def test_what_an_actor_makes_of_a_line(runner: Runner, tmp_path: Path):
+    put_photos(tmp_path / "in", 1)
+    (tmp_path / "in/broken.png").write_bytes(b"no picture")
+    restorer = restorer_on(runner.host.url, tmp_path)
+    names = ("photo 0.png", "broken.png")
+    lines = [Job(Path(name), Path(f"sub/{name}")).report() for name in names]
+    done, broken = map(restorer.restore, lines)
+    assert (done["status"], done["server"], done["error"]) == ("done", "node 1", None)
+    assert (tmp_path / "out/sub/photo 0.png").exists()
+    assert restorer.restore(lines[0])["status"] == "skipped"
+    assert broken["status"] == "failed"
+    assert str(tmp_path / "in/broken.png") in broken["error"]
+    missing = restorer.restore(Job(Path("none.png"), Path("none.png")).report())
+    assert missing["status"] == "failed"
+    assert f"{tmp_path}/in/none.png cannot be copied to this node" in missing["error"]
+
+
+@pytest.mark.parametrize("place", ["copy_files", "TemporaryDirectory"])
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS])
+def test_a_node_without_room_is_no_fault_of_the_photo(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, place: str, number: int
+):
+    from tools import cluster
+
+    def fail(*arguments: Any, **named: Any) -> None:
+        raise OSError(number, os.strerror(number))
+
+    restorer = restorer_on("http://127.0.0.1:1", tmp_path)
+    monkeypatch.setattr(cluster.fs if place == "copy_files" else cluster, place, fail)
+    line = restorer.restore(Job(Path("a.png"), Path("a.png")).report())
+    assert line["status"] == "full"
+    assert os.strerror(number) in line["error"]
+    assert "(node node 1)" in line["error"]
+
+
 @pytest.mark.slow
 def test_a_node_and_a_comfyui_die_half_way(cluster: Any, tmp_path: Path):
     photos = put_photos(tmp_path / "photos", COUNT)
@@ -173,9 +254,7 @@ def test_a_node_and_a_comfyui_die_half_way(cluster: Any, tmp_path: Path):
 
 @pytest.mark.slow
 def test_a_photo_that_actors_die_of_fails_alone(cluster: Any):
-    import ray
-
-    from tools.cluster import Actors, connect
+    from tools.cluster import Actors, connected
 
     def list_names() -> Iterator[dict[str, Any]]:
         for name in ("a.png", "deadly.png", "faulty.png", "b.png"):
@@ -195,13 +274,10 @@ def test_a_photo_that_actors_die_of_fails_alone(cluster: Any):
             raise OSError("no ComfyUI here")
 
     options = restore.parse([".", "--ray", cluster.address, "--attempts", "2"])
-    connect(options.ray)
-    try:
+    with connected(options.ray):
         lines = list(Actors(Dying, (), options).stream(list_names))
         with pytest.raises(ClientError, match=r"actors did not start(.|\n)*no ComfyUI here"):
             list(Actors(Unborn, (), options).stream(list_names))
-    finally:
-        ray.shutdown()
     found = {line["source"]: line for line in lines if "source" in line}
     assert len(lines) == 5
     assert {name: line["status"] for name, line in found.items()} == {

@@ -14,7 +14,7 @@ import pytest
 
 from tools import environment
 from tools.environment import ROOT, SetupError
-from tools.host import Host, HostError, free_port, link_pack
+from tools.host import Host, HostError, exit_on_termination, free_port, link_pack, serve
 
 pytestmark = pytest.mark.comfy
 
@@ -62,6 +62,95 @@ def test_pack_is_linked_again(tmp_path: Path):
     assert place.resolve() == ROOT
     link_pack(place)
     assert (place / "pyproject.toml").samefile(ROOT / "pyproject.toml")
+
+
+@pytest.mark.parametrize("name", ["diff-restorer", "diff-restorer/nodes/own.py"])
+def test_what_users_put_there_is_kept(tmp_path: Path, name: str):
+    place, own = tmp_path / "diff-restorer", tmp_path / name
+    own.parent.mkdir(parents=True, exist_ok=True)
+    own.write_text("mine")
+    with pytest.raises(HostError, match=f"{place} is there.*name another DIR"):
+        link_pack(place)
+    assert own.read_text() == "mine"
+
+
+def test_the_clone_itself_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    clone = tmp_path / "custom_nodes/diff-restorer"
+    clone.mkdir(parents=True)
+    (clone / "own.py").write_text("mine")
+    monkeypatch.setattr("tools.host.ROOT", clone)
+    link_pack(clone)
+    assert not clone.is_symlink()
+    assert (clone / "own.py").read_text() == "mine"
+
+
+def test_only_copies_of_ours_are_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def fail(place: Path, target: Path, target_is_directory: bool) -> None:
+        raise OSError("no links here")
+
+    clone, place = tmp_path / "clone", tmp_path / "pack"
+    clone.mkdir()
+    (clone / "old.py").touch()
+    monkeypatch.setattr("tools.host.ROOT", clone)
+    monkeypatch.setattr(Path, "symlink_to", fail)
+    link_pack(place)
+    assert (place / "old.py").exists()
+    (clone / "old.py").rename(clone / "new.py")
+    link_pack(place)
+    assert [(place / name).exists() for name in ("old.py", "new.py")] == [False, True]
+
+
+@pytest.mark.parametrize("ignored", [False, True])
+def test_nohup_is_respected(ignored: bool):
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL)
+        exit_on_termination()
+        assert (signal.getsignal(signal.SIGHUP) is signal.SIG_IGN) == ignored
+        assert callable(signal.getsignal(signal.SIGTERM))
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def test_serve_shows_why_the_server_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    host = Host(tmp_path, 1)
+    answers = iter([True, False])
+
+    def running(self: Host) -> bool:
+        with self.log.open("a") as log:
+            log.write("out of memory\n")
+        return next(answers)
+
+    monkeypatch.setattr(Host, "__enter__", lambda self: self.log.touch() or self)
+    monkeypatch.setattr(Host, "running", running)
+    monkeypatch.setattr("tools.host.EXAMPLES", ())
+    serve(host.base, 1, cpu=True, arguments=())
+    assert capsys.readouterr().err.count("out of memory") == 2
+
+
+def test_a_set_up_that_fails_costs_no_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("DIFF_RESTORER_CACHE", str(tmp_path))
+    monkeypatch.delenv("COMFYUI_PATH", raising=False)
+    made = tmp_path / f"env-{environment._run_key()}"
+    for path in (environment.comfyui_root() / "main.py", made / "bin/python", made / "run.stamp"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    faults = iter([SetupError("no network"), KeyboardInterrupt()])
+
+    def fail(self: object) -> None:
+        raise next(faults)
+
+    monkeypatch.setattr(environment._Setup, "install_dev", fail)
+    with pytest.raises(SetupError):
+        environment.ensure("dev")
+    with pytest.raises(KeyboardInterrupt):
+        environment.ensure("dev")
+    assert environment.ensure("run") == made / "bin/python"
+    # What was interrupted may be half-way, and is made anew.
+    assert (made / "dev.begun").exists()
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux ends orphans itself")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -94,6 +95,28 @@ def test_what_still_collides_fails_alone(tmp_path: Path):
         assert "--out" in str(job.error)
 
 
+def test_names_that_are_one_to_some_disks_are_told_apart(tmp_path: Path):
+    """As on macOS and exFAT, whatever this disk does."""
+    names = ("x/IMG.jpg", "y/img.jpg", "x/\u00e9.png", "y/e\u0301.png", "a.png")
+    named = [put(tmp_path / name, seed) for seed, name in enumerate(names)]
+    jobs = plan(named, tmp_path / "out")
+    assert {job.status for job in jobs} == {"pending"}
+    assert len({job.output.name.casefold() for job in jobs}) == len(names)
+    assert jobs[0].output.name.startswith("IMG.jpg~")
+    assert jobs[-1].output.name == "a_restored.png"
+    # The same in another place, or a second run would restore them again.
+    again = plan(named[:2], Path("elsewhere"))
+    assert [job.output.name for job in again] == [job.output.name for job in jobs[:2]]
+
+
+def test_folders_that_are_one_to_some_disks_are_told_apart(tmp_path: Path):
+    for seed, name in enumerate(("in/A/b.png", "in/a/b.png")):
+        put(tmp_path / name, seed)
+    jobs = plan([tmp_path / "in"], tmp_path / "out", recursive=True)
+    assert {job.status for job in jobs} == {"pending"}
+    assert len({str(job.output).casefold() for job in jobs}) == len(jobs)
+
+
 def test_no_photo_is_an_output(tmp_path: Path):
     named = [put(tmp_path / "a.jpg"), put(tmp_path / "a_restored.png", 1)]
     first, second = plan(named, tmp_path)
@@ -109,10 +132,10 @@ def test_results_are_no_photos(tmp_path: Path):
             finish(job)
     put(out / "c.png", 2)
     found = find_photos(tmp_path / "in", out, recursive=True)
-    assert sorted(found) == photos
+    assert sorted(found.photos) == photos
     # Photos of others in that folder are photos, once it is not the folder of the results.
     found = find_photos(tmp_path / "in", tmp_path / "elsewhere", recursive=True)
-    assert sorted(found) == sorted([*photos, out / "c.png"])
+    assert sorted(found.photos) == sorted([*photos, out / "c.png"])
 
 
 def test_missing_photos_fail_alone(tmp_path: Path):
@@ -171,7 +194,7 @@ def test_notes_of_other_programs_are_no_records(tmp_path: Path):
     photo_writer.write(tmp_path / "in/b.png", source, note)
     photo_writer.write(tmp_path / "in/c.png", source, {"version": 1, "photo": 3})
     found = find_photos(tmp_path / "in", tmp_path / "out")
-    assert [path.name for path in found] == ["a.png", "b.png", "c.png"]
+    assert [path.name for path in found.photos] == ["a.png", "b.png", "c.png"]
     first = plan([tmp_path / "in"], tmp_path / "out")[0]
     photo_writer.write(first.output, source, note)
     settle(first, WORKFLOW, overwrite=False)
@@ -207,15 +230,34 @@ def test_a_name_that_no_file_can_have_fails_alone(tmp_path: Path):
     (tmp_path / "loop.png").symlink_to("loop.png")
     named = [tmp_path / ("a" * 300 + ".png"), tmp_path / "loop.png", put(tmp_path / "b.png")]
     assert [job.status for job in plan(named, tmp_path / "out")] == ["failed", "failed", "pending"]
-    assert [path.name for path in find_photos(tmp_path, tmp_path / "out")] == ["b.png"]
+    assert [path.name for path in find_photos(tmp_path, tmp_path / "out").photos] == ["b.png"]
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes with names")
 def test_pipes_are_no_photos(tmp_path: Path):
     os.mkfifo(tmp_path / "x.png")
     photo_path = put(tmp_path / "a.png")
-    assert list(find_photos(tmp_path, tmp_path / "out")) == [photo_path]
+    assert find_photos(tmp_path, tmp_path / "out").photos == [photo_path]
     assert "is no file" in str(plan([tmp_path / "x.png"], tmp_path / "out")[0].error)
+
+
+def test_a_folder_that_cannot_be_read_fails_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    paths = [put(tmp_path / "in/a.png"), put(tmp_path / "in/open/b.png")]
+    closed = tmp_path / "in/closed"
+    put(closed / "c.png")
+    scan = os.scandir
+
+    def refuse(path: str) -> object:
+        if Path(path) == closed:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)  # root may read everything
+    *jobs, failed = plan([tmp_path / "in"], tmp_path / "out", recursive=True)
+    assert [(job.source, job.status) for job in jobs] == [(path, "pending") for path in paths]
+    assert (failed.source, failed.status) == (closed, "failed")
+    assert failed.error == f"the folder {closed} cannot be read: Permission denied"
+    assert [job.status for job in plan([closed], tmp_path / "out")] == ["failed"]
 
 
 def main_without_server(*arguments: Path | str) -> int:
@@ -233,6 +275,15 @@ def test_pictures_that_are_left_out_are_told(tmp_path: Path, capsys: pytest.Capt
     assert "2 .heic" in printed
     assert "1 .nef" in printed
     assert ".txt" not in printed
+
+
+def test_only_what_is_looked_into_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    put(tmp_path / "in/a.png")
+    for name in (".trash/a.heic", "out/b.heic", "deep/c.heic", ".d.heic"):
+        (tmp_path / "in" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "in" / name).touch()
+    main_without_server(tmp_path / "in", "--recursive", "--out", tmp_path / "in/out")
+    assert f"{tmp_path / 'in'}: 1 .heic left out" in capsys.readouterr().err
 
 
 def test_an_out_that_cannot_be_written_is_named_at_once(
@@ -340,6 +391,7 @@ def test_ray_is_asked_for_by_name(
         (["photos", "--per-node", "2"], "name it with --ray"),
         (["one", "two", "--ray", "auto"], "one folder"),
         (["photos", "--ray", "auto", "--server", "http://127.0.0.1:1"], "no --server"),
+        (["photos", "--ray", "auto", "--actors", "100", "1"], "--actors 100 1: the least comes"),
     ],
 )
 def test_what_is_for_a_cluster_only(

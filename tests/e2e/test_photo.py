@@ -327,6 +327,18 @@ def test_files_of_others_have_no_record(tmp_path: Path):
     assert photo_writer.read_record(tmp_path / "nowhere.png") is None
 
 
+def test_exif_that_tiff_cannot_hold_is_a_fault_of_the_photo(tmp_path: Path):
+    exif = Image.Exif()
+    exif[ExifTags.IFD.GPSInfo] = {int(ExifTags.GPS.GPSLatitudeRef): "N"}
+    latitude = exif.tobytes().replace(b"\0\1\0\2\0\0\0\2N", b"\0\2\0\2\0\0\0\2N")
+    make_photo().save(tmp_path / "jpeg.tif", "JPEG", exif=latitude)
+    odd = photo.read(tmp_path / "jpeg.tif")
+    with pytest.raises(PhotoError, match=r"out\.tif cannot be written: bad operand") as caught:
+        photo_writer.write(tmp_path / "out.tif", odd, {})
+    assert not isinstance(caught.value, photo_writer.OutputError)
+    assert [path.name for path in tmp_path.iterdir()] == ["jpeg.tif"]
+
+
 @pytest.mark.parametrize("share", [0.5, 1.0])
 @pytest.mark.parametrize("suffix", [".jpg", ".png", ".bmp", ".gif", ".tif", ".tga"])
 def test_what_is_there_of_a_photo_is_read(tmp_path: Path, suffix: str, share: float):

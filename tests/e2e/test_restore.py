@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import os
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tifffile
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, ImageFile
 
 from tests.e2e.graph import Runner, make_photo
 from tests.e2e.holding import Holding, pixels_of, put_photos, read_report, run
 from tools import photo, photo_writer, restore
-from tools.batch import Batch, Event, Options, Server
-from tools.host import free_port
+from tools.batch import Batch, Event, Options, Server, server_of
+from tools.client import AsyncClient, Client, Result
+from tools.errors import DECODING, ClientError, ServerUnreachableError
+from tools.host import Host, free_port
 from tools.jobs import plan
-from tools.restoration import PRESETS, with_preset
+from tools.restoration import PRESETS, encode, with_preset
 from tools.workflow import load_workflow
 
 pytestmark = pytest.mark.comfy
@@ -212,6 +216,81 @@ def test_a_fault_of_the_caller_is_no_fault_of_the_photo(tmp_path: Path):
     with pytest.raises(BrokenPipeError):
         Batch([Server("http://127.0.0.1:1")], {}, jobs, Options()).run(fail)
     assert [job.status for job in jobs] == ["failed", "pending"]
+
+
+def test_a_fault_of_the_caller_leaves_no_run_behind(
+    runner: Runner, holding: Holding, tmp_path: Path
+):
+    jobs = plan(put_photos(tmp_path / "in", 1), tmp_path / "out")
+    holding.hold()
+
+    def fail(event: Event) -> None:
+        if event.progress and event.progress.node == "hold":
+            raise BrokenPipeError
+
+    with pytest.raises(BrokenPipeError):
+        Batch([Server(runner.host.url)], holding.nodes, jobs, Options()).run(fail)
+    deadline = time.monotonic() + 60
+    while any(runner.client.get("/queue").values()):
+        assert time.monotonic() < deadline, "the run is still there, and held"
+        time.sleep(0.1)
+
+
+def picture_of(data: bytes, monkeypatch: pytest.MonkeyPatch) -> list[Image.Image]:
+    """What a client makes of this answer."""
+
+    async def answer(self: Client, method: str, path: str, **arguments: object) -> bytes:
+        return data
+
+    monkeypatch.setattr(AsyncClient, "request", answer)
+    result = Result("id", {"save": {"images": [{"filename": "a.png"}]}}, 1.0)
+    return Client().images(result, "save")
+
+
+def test_a_result_that_is_too_large_is_no_fault_of_the_server(monkeypatch: pytest.MonkeyPatch):
+    data, _ = encode(np.asarray(make_photo()))
+    assert [each.size for each in picture_of(data, monkeypatch)] == [(96, 72)]
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(ClientError, match="picture of node save is too large") as caught:
+        picture_of(data, monkeypatch)
+    assert not isinstance(caught.value, ServerUnreachableError)
+
+
+def test_a_damaged_photo_hides_no_damaged_result(monkeypatch: pytest.MonkeyPatch):
+    """Pillow's switch for the one is for all threads."""
+    data, _ = encode(np.asarray(make_photo()))
+    with DECODING, ThreadPoolExecutor(1) as pool:
+        monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+        asked = pool.submit(picture_of, data[: len(data) // 2], monkeypatch)
+        with pytest.raises(TimeoutError):
+            asked.result(0.5)
+        monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", False)
+        DECODING.release()
+        with pytest.raises(ServerUnreachableError, match="/view"):
+            asked.result(60)
+        DECODING.acquire()
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_a_server_of_our_own_keeps_nothing(comfyui_root: Path, tmp_path: Path, bits: int):
+    folder, nodes = tmp_path / "in", load_workflow(restore.NANO_WORKFLOW)
+    folder.mkdir()
+    pixels = photo.to_bits(np.asarray(make_photo(64, 48)), bits)
+    for name in ("a.png", "b.png", "c.png"):  # one photo thrice, as people keep copies
+        photo_writer.write(folder / name, photo.Photo(pixels, None, False, b"", b"", None, ""), {})
+    jobs = plan([folder], tmp_path / "out")
+    left: list[int] = []
+    with Host() as host:
+
+        def watch(event: Event) -> None:
+            if event.job and not event.progress:
+                places = ("input", "output", "temp")
+                files = [path for place in places for path in (host.base / place).rglob("*.*")]
+                left.append(len(files))
+
+        Batch([server_of(host)], with_preset(nodes, "fast"), jobs, Options(wait=20)).run(watch)
+    assert [(job.status, job.attempts, job.bits) for job in jobs] == [("done", 1, bits)] * 3
+    assert left == [0, 0, 0]
 
 
 def test_a_full_disk_ends_the_run_at_once(

@@ -74,9 +74,12 @@ class Photos:
         failed: Exception | None = None
         try:
             found = photo.read(path)
-            photo_writer.write(self.folder / "again.png", found, RECORD)
-            if photo_writer.read_record(self.folder / "again.png") != RECORD:
-                raise FaultError("the record is another one")
+            # Pillow opens no TIFF of 16-bit grey with alpha.
+            deep_grey = found.grey and found.alpha is not None and found.bits == 16
+            for again in map(self.folder.joinpath, ("again.png", "again.tif")[: 2 - deep_grey]):
+                photo_writer.write(again, found, RECORD)
+                if photo_writer.read_record(again) != RECORD:
+                    raise FaultError("the record is another one")
         except photo.PhotoError as error:
             failed = error
         check_picture(self.pack.nodes.folders.load_photo(path))

@@ -45,13 +45,14 @@ class Record:
     different: list[str] = field(default_factory=list)
     """Restorations that gave another picture than before."""
     memory: list[float] = field(default_factory=list)
-    """GB of the server after each prompt."""
+    """GB of the server after each prompt; not-a-number where the system does not tell."""
 
     @property
     def slope(self) -> float:
         """GB in 1000 prompts, once warm."""
-        used = self.memory[int(WARM * len(self.memory)) :]
-        return float(np.polyfit(np.arange(len(used)), used, 1)[0] * 1000)
+        used = np.array(self.memory[int(WARM * len(self.memory)) :])
+        told = np.flatnonzero(~np.isnan(used))
+        return float(np.polyfit(told, used[told], 1)[0] * 1000) if len(told) > 1 else 0.0
 
 
 class Soak:

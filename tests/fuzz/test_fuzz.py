@@ -13,6 +13,7 @@ from tests.fuzz.cases import FaultError, Kind, found_cases, outcome, smaller
 from tests.fuzz.files import Files
 from tests.fuzz.photos import Photos
 from tests.fuzz.servers import Prompts, Servers
+from tests.fuzz.soak import Record
 from tests.fuzz.toys import Toys
 from tests.fuzz.values import Values
 
@@ -52,6 +53,14 @@ def test_a_good_result_or_a_named_error(kind: Kind, name: str) -> None:
     for _ in range(CASES[name]):
         outcome(kind, kind.make(random))
     kind.run_next()
+
+
+@pytest.mark.parametrize(
+    ("memory", "slope"),
+    [([], 0.0), ([1.0], 0.0), ([float("nan")] * 9, 0.0), ([1, 1, 1, 2, float("nan")], 500.0)],
+)
+def test_a_soak_needs_no_memory_that_is_told(memory: list[float], slope: float) -> None:
+    assert Record(memory=memory).slope == pytest.approx(slope)
 
 
 class Divider:

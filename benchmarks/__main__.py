@@ -32,6 +32,8 @@ from .report import summary, write_report
 from .stage import write_large, write_models
 
 log = logging.getLogger(__name__)
+AREAS = (512, 1024, 2048, 4096)
+"""Sides of the pictures for Nano's whole graph, pixels."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class Config:
 
     out: Path = Path("bench_out")
     """Folder for bench.json, benchmarks.md and the plots. What bench.json has already from this
-    machine is not measured again, so that a stopped run goes on."""
+    machine is not measured again, so that a stopped run goes on; delete it to begin anew."""
     cases: tuple[str, ...] = ()
     """Which cases; all by default."""
     rounds: int = 3
@@ -49,10 +51,6 @@ class Config:
     """Sides of the large pictures to decode, pixels; whole ones only the first."""
     vae_width: int = 0
     """Channels of the VAE for large pictures; 0 is SD 1.5's 128 on a GPU and 32 on a CPU."""
-    areas: tuple[int, ...] = (512, 1024, 2048, 4096)
-    """Sides of the pictures for Nano's whole graph, pixels."""
-    again: bool = False
-    """Measure what bench.json has, too."""
     run: str = ""
     """A case as JSON: measure it in this process and print JSON (used by the program)."""
 
@@ -82,9 +80,7 @@ def main(config: Config) -> None:
 
     results["machine"], revision = machine, git_revision()
     jobs = [job for job in _plan(config) if not config.cases or job[0] in config.cases]
-    missing = [
-        job for job in jobs if config.again or results.get(_key(*job), {}).get("on") != machine
-    ]
+    missing = [job for job in jobs if results.get(_key(*job), {}).get("on") != machine]
     with tempfile.TemporaryDirectory(prefix="diff-restorer-bench-") as folder:
         if any(name not in (*NANO, *LARGE) for name, _ in missing):
             log.info("writing random weights at the size of SD 1.5 (4 GB)")
@@ -116,7 +112,7 @@ def _plan(config: Config) -> list[tuple[str, int]]:
         for name in LARGE
         if side == first or "untiled" not in name
     ]
-    return small + large + [("area", side) for side in config.areas]
+    return small + large + [("area", side) for side in AREAS]
 
 
 def _key(name: str, side: int) -> str:

@@ -8,7 +8,7 @@ from types import ModuleType
 
 import pytest
 
-from tests.e2e.graph import HOST_NODES, Runner
+from tests.e2e.graph import Runner, with_own_nodes
 from tools import environment, in_process
 from tools.host import Host
 
@@ -41,11 +41,8 @@ def pack(comfyui: Path) -> ModuleType:
 
 @pytest.fixture(scope="session")
 def runner(comfyui_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runner]:
-    """A server with the pack and `HOST_NODES`."""
-    base = tmp_path_factory.mktemp("server")
-    (base / "custom_nodes").mkdir()
-    (base / "custom_nodes/e2e_host_nodes").symlink_to(HOST_NODES, target_is_directory=True)
-    with Host(base) as host:
+    """A server with the pack and the tests' own nodes."""
+    with Host(with_own_nodes(tmp_path_factory.mktemp("server"))) as host:
         yield Runner(host)
 
 

@@ -20,6 +20,11 @@ def photo(name: str) -> Tensor:
     return torch.from_numpy(getattr(data, name)().copy()).permute(2, 0, 1)[None].float() / 255
 
 
+def seeded(seed: int = 0) -> torch.Generator:
+    """By which a degradation is repeated."""
+    return torch.Generator().manual_seed(seed)
+
+
 def write(folder: Path, names: tuple[str, ...], size: tuple[int, int]) -> Path:
     """PNG files of that width and height in a folder, which is returned."""
     folder.mkdir(exist_ok=True)

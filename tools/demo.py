@@ -141,9 +141,9 @@ def restore_samples(client: Client, workflow: Workflow, out: Path) -> None:
     print(f"{'mean':<10} {means['psnr_lq']:5.2f} -> {means['psnr_restored']:5.2f} dB")
 
 
-def restore_own(client: Client, host: Host | None, path: Path, max_side: int, out: Path) -> None:
+def restore_own(client: Client, host: Host | None, path: Path, out: Path) -> None:
     """Restores the user's photo and writes it with a before/after sheet."""
-    photo = read(path, max_side).picture
+    photo = read(path).picture
     large = photo.width * photo.height > LARGE
     workflow = load_workflow(LARGE_WORKFLOW if large else NANO_WORKFLOW)
     before = host.memory() if host else None
@@ -178,7 +178,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add = parser.add_argument
     add("--image", type=Path, metavar="PHOTO", help="restore this photo instead")
-    add("--max-side", type=int, default=0, metavar="PIXELS", help="shrink a larger photo first")
     add("--out", type=Path, default=Path("demo_out"), metavar="DIR")
     add("--server", metavar="URL", help="use this server instead of starting one")
     add("--port", type=int, help="port of the server (default: a free one)")
@@ -193,7 +192,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with own as host:
         client = Client(host.url if host else options.server)
         if options.image:
-            restore_own(client, host, options.image, options.max_side, options.out)
+            restore_own(client, host, options.image, options.out)
         else:
             restore_samples(client, load_workflow(NANO_WORKFLOW), options.out)
     print(f"\nPictures: {options.out.resolve()}")

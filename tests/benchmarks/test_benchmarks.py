@@ -14,8 +14,8 @@ import pytest
 from benchmarks.__main__ import Config, main
 from benchmarks.pictures import compare
 from benchmarks.report import rows, summary, write_report
+from tools.environment import ROOT
 
-ROOT = Path(__file__).parents[2]
 MACHINE = {
     "device": "a CPU",
     "threads": 2,

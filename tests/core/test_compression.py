@@ -9,6 +9,7 @@ from diff_restorer.degradations import jpeg_codec
 from diff_restorer.degradations.compression import compress_jpeg
 from diff_restorer.degradations.draw import Draw
 from diff_restorer.degradations.resampling import rescale
+from diff_restorer.similarity import psnr
 from tests.photos import photo
 
 
@@ -20,10 +21,6 @@ def photos() -> Tensor:
         for name in ("coffee", "chelsea", "astronaut")
     ]
     return (torch.cat(images).clamp(0, 1) * 255).round() / 255
-
-
-def psnr(a: Tensor, b: Tensor) -> Tensor:
-    return -10 * (a - b).square().mean((1, 2, 3)).log10()
 
 
 @pytest.mark.parametrize("size", [(240, 320), (233, 317)])

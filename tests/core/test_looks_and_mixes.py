@@ -9,10 +9,7 @@ from torch.nn import functional as F
 
 from diff_restorer.degradations import ALL_KINDS, KINDS, MIXES, draw_mix, random_look
 from tests import photos
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
+from tests.photos import seeded
 
 
 @pytest.fixture(scope="module")

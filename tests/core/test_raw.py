@@ -15,10 +15,7 @@ from diff_restorer.degradations.raw import (
     camera_noise,
 )
 from tests import photos
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
+from tests.photos import seeded
 
 
 @pytest.fixture(scope="module")
@@ -88,8 +85,8 @@ def test_bright_parts_have_more_noise_in_linear_light() -> None:
 
 def test_blown_highlights_are_no_error() -> None:
     """A white area that is resized is brighter than white by a rounding."""
-    white = torch.rand(1, 3, 128, 128, generator=torch.Generator().manual_seed(0))
+    white = torch.rand(1, 3, 128, 128, generator=seeded())
     white[..., :64, :] = 1
     for seed in range(40):
-        noisy = camera_noise(white, torch.tensor([0.5]), torch.Generator().manual_seed(seed))
+        noisy = camera_noise(white, torch.tensor([0.5]), seeded(seed))
         assert noisy.isfinite().all()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.graph import HOST_NODES, Graph, Runner, make_photo
+from tests.e2e.graph import Graph, Runner, make_photo, with_own_nodes
 from tests.e2e.holding import Holding
 from tools.host import Host
 
@@ -37,8 +37,5 @@ def holding(tmp_path: Path) -> Iterator[Holding]:
 @pytest.fixture
 def host(comfyui_root: Path, tmp_path: Path) -> Iterator[Host]:
     """A server that a test may kill."""
-    base = tmp_path / "server"
-    (base / "custom_nodes").mkdir(parents=True)
-    (base / "custom_nodes/e2e_host_nodes").symlink_to(HOST_NODES, target_is_directory=True)
-    with Host(base) as host:
+    with Host(with_own_nodes(tmp_path / "server")) as host:
         yield host

@@ -17,8 +17,7 @@ from tools.host import Host
 from tools.restoration import NANO_WORKFLOW, OUTPUT_TITLE
 from tools.workflow import Workflow, find_node, load_workflow
 
-HOST_NODES = Path(__file__).parent / "host_nodes"
-"""The tests' own nodes."""
+OWN_NODES = Path(__file__).parent / "host_nodes"
 OnProgress = Callable[[Progress], None]
 AFTER_RUN = {"seed": "fixed", "index": "increment"}
 """What the front end does with a number after a run."""
@@ -125,6 +124,14 @@ def expand_subgraph(
         nodes[f"{outer['id']}:{node['id']}"] = {"class_type": node["type"], "inputs": inputs}
     (output,) = inner["outputs"]
     return nodes, source(output["linkIds"][0])
+
+
+def with_own_nodes(base: Path) -> Path:
+    """A base directory for a server that is to have the tests' own nodes; returns it."""
+    folder = base / "custom_nodes"
+    folder.mkdir(parents=True)
+    (folder / "e2e_host_nodes").symlink_to(OWN_NODES, target_is_directory=True)
+    return base
 
 
 class Runner:

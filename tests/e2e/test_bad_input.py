@@ -3,57 +3,28 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from diff_restorer.checkpoint import write_checkpoint
 from tests import toy_weights
 from tests.e2e.graph import Graph, Runner
-from tests.toy_weights import VaeSizes, VisionSizes
 from tools.environment import ROOT
 from tools.errors import ClientError, ExecutionError, PromptRejectedError
 
 pytestmark = pytest.mark.comfy
 
 SHIPPED = ROOT / "models/diff_restorer_nano.safetensors"
-Change = Callable[[Graph, Path], None]
-
-
-def write_damaged_files(folder: Path) -> None:
-    """Everything that people put into models/diff_restorer by mistake."""
-    folder.mkdir(parents=True, exist_ok=True)
-    good = toy_weights.write_restorer(folder / "good.safetensors")
-    toy_weights.write_truncated(folder / "truncated.safetensors", good)
-    toy_weights.write_pickle(folder / "pickle.safetensors")
-    toy_weights.write_wrong_kind(folder / "vae.safetensors")
-    toy_weights.write_newer(folder / "newer.safetensors")
-    (folder / "empty.safetensors").write_bytes(b"")
-
-
-def write_other_models(path: Path) -> Path:
-    """A self-contained file whose vision model is wider and whose VAE has 16 channels."""
-    vision = replace(VisionSizes(), width=128)
-    vae = replace(VaeSizes(), latent_channels=16)
-    tensors = toy_weights.restorer_tensors() | toy_weights.base_tensors(vae=vae, vision=vision)
-    write_checkpoint(path, tensors, toy_weights.info())
-    return path
-
-
-def write_kl_vae(path: Path) -> Path:
-    """A self-contained file whose VAE is an AutoencoderKL, as Stable Diffusion's; Nano's is not."""
-    tensors = toy_weights.restorer_tensors() | toy_weights.base_tensors()
-    write_checkpoint(path, tensors, toy_weights.info())
-    return path
+Change = Callable[[Graph], None]
 
 
 def load_file(name: str) -> Change:
-    def change(graph: Graph, models: Path) -> None:
+    def change(graph: Graph) -> None:
         nano = graph.node("DiffRestorerNanoLoader")
         loader = graph.add("DiffRestorerLoader", file=name)
         graph.replace_link([nano, 3], [loader, 0])
@@ -61,94 +32,40 @@ def load_file(name: str) -> Change:
     return change
 
 
-BROUGHT = {
-    1: ("clip_vision", ("DiffRestorerPromptProcessor",)),
-    2: ("vae", ("DiffRestorerDegradationControl", "DiffRestorerAwareVAEDecode")),
-}
-"""Output of Nano -> the inputs that need no wire from it."""
+def break_widget(graph: Graph) -> None:
+    graph.set("DiffRestorerPromptProcessor", semantic_strength="nan")
 
 
-def use_output_of(
-    class_type: str, output: int, nano_output: int, file: str = "other.safetensors"
-) -> Change:
-    def change(graph: Graph, models: Path) -> None:
-        inputs = {"path": str(models / file)} if class_type == "E2EToyModels" else {}
-        loader = graph.add(class_type, **inputs)
-        nano = graph.node("DiffRestorerNanoLoader")
-        graph.replace_link([nano, nano_output], [loader, output])
-        name, nodes = BROUGHT.get(nano_output, ("", ()))
-        for node in nodes:
-            graph.set(node, **{name: [loader, output]})
-
-    return change
-
-
-def break_image(graph: Graph, models: Path) -> None:
-    loaded = graph.node("LoadImage")
-    broken = graph.add("E2ENanImage", image=[loaded, 0])
-    graph.replace_link([loaded, 0], [broken, 0])
-    graph.nodes[broken]["inputs"]["image"] = [loaded, 0]
-
-
-def set_input(class_type: str, **inputs: object) -> Change:
-    def change(graph: Graph, models: Path) -> None:
-        graph.set(class_type, **inputs)
-
-    return change
-
-
-CASES: dict[str, tuple[Change, tuple[str | tuple[str, ...], ...]]] = {
-    "truncated file": (load_file("truncated.safetensors"), ("truncated.safetensors",)),
-    "empty file": (load_file("empty.safetensors"), ("empty.safetensors",)),
-    "pickle": (load_file("pickle.safetensors"), ("pickle.safetensors", "safetensors")),
-    "file of another kind": (load_file("vae.safetensors"), ("vae.safetensors", "models/vae")),
-    "file of a newer format": (load_file("newer.safetensors"), ("newer.safetensors", "99")),
+CASES: dict[str, tuple[Change, tuple[str, ...]]] = {
+    "truncated file": (load_file("truncated.safetensors"), (r"truncated\.safetensors",)),
+    # Newer hosts check the list themselves, before the loader can name its folder.
     "missing file": (
         load_file("nowhere.safetensors"),
-        # Newer hosts check the list themselves, before the loader can name its folder.
-        ("nowhere.safetensors", ("diff_restorer", "file: 'nowhere.safetensors' not in")),
+        (r"nowhere\.safetensors", r"diff_restorer|file: 'nowhere\.safetensors' not in"),
     ),
-    "wrong CLIP width": (use_output_of("E2EToyModels", 1, 1), ("clip_vision", "128")),
-    "VAE of another kind": (
-        use_output_of("E2EToyModels", 2, 2, "kl.safetensors"),
-        ("vae", "AutoencoderKL", "TAESD"),
-    ),
-    "VAE of 16 channels": (use_output_of("E2EToyModels", 2, 2), ("vae", "16")),
-    "SDXL model": (use_output_of("E2ESdxlModel", 0, 0), ("model", "2048", "SDXL")),
-    "NaN image": (break_image, ("image", "NaN")),
     # Which a host's own check of widgets lets pass.
-    **{
-        f"NaN {name}": (set_input(node, **{name: "nan"}), (f"{name}: nan, expected 0 to {most}",))
-        for node, name, most in (
-            ("DiffRestorerPromptProcessor", "semantic_strength", 2),
-            ("DiffRestorerDegradationControl", "strength", 10),
-            ("DiffRestorerDegradationControl", "start_percent", 1),
-            ("DiffRestorerAwareVAEDecode", "fidelity", 1),
-        )
-    },
+    "NaN in a widget": (break_widget, ("semantic_strength: nan, expected 0 to 2",)),
 }
+"""What is changed, and patterns that the message has."""
 
 
-@pytest.fixture(scope="module")
-def models(runner: Runner, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    write_damaged_files(runner.host.base / "models/diff_restorer")
-    folder = tmp_path_factory.mktemp("other_models")
-    write_other_models(folder / "other.safetensors")
-    write_kl_vae(folder / "kl.safetensors")
-    return folder
+@pytest.fixture(scope="module", autouse=True)
+def _truncated_file(runner: Runner) -> None:
+    folder = runner.host.base / "models/diff_restorer"
+    folder.mkdir(parents=True, exist_ok=True)
+    toy_weights.write_truncated(folder / "truncated.safetensors", SHIPPED)
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_bad_input_is_named_and_survived(runner: Runner, nano: Graph, models: Path, case: str):
-    change, fragments = CASES[case]
+def test_bad_input_is_named_and_survived(runner: Runner, nano: Graph, case: str):
+    change, patterns = CASES[case]
     bad = nano.copy()
-    change(bad, models)
+    change(bad)
     with pytest.raises(ClientError) as caught:
         runner.run(bad)
     assert isinstance(caught.value, ExecutionError | PromptRejectedError)
     message = str(caught.value)
-    choices = [(each,) if isinstance(each, str) else each for each in fragments]
-    assert [each for each in choices if not any(words in message for words in each)] == []
+    assert [pattern for pattern in patterns if not re.search(pattern, message)] == []
     # What a programmer would have to translate is no message for a user.
     assert not any(name in message for name in ("KeyError", "AttributeError", "size mismatch"))
     (restored,) = runner.pictures(nano)

@@ -74,7 +74,6 @@ def test_what_we_have_to_mend_keeps_its_traceback(main: Callable[[], None]):
 @pytest.mark.parametrize(
     ("program", "words"),
     [
-        (("benchmarks", "--cases", "nosuch"), "error: --cases: unknown ['nosuch']; known are"),
         (("training.evaluate", "--data.clean", "/nowhere", "--out", "{out}"), "error: "),
         (("training.plots", "/nowhere"), "error: "),
     ],

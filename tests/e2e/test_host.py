@@ -42,11 +42,22 @@ def test_port_in_use_is_named(tmp_path: Path):
             pass
 
 
+class Remembering(Host):
+    """Keeps its server's process, which a host that stops forgets."""
+
+    server: subprocess.Popen[bytes] | None = None
+
+    def _start(self) -> None:
+        super()._start()
+        self.server = self.process
+
+
 def test_early_end_shows_the_log(tmp_path: Path):
-    host = Host(tmp_path, arguments=["--no-such-argument"])
+    host = Remembering(tmp_path, arguments=["--no-such-argument"])
     with pytest.raises(HostError, match="no-such-argument"), host:
         pass
-    assert not host.running()
+    assert host.server is not None
+    assert host.server.poll() not in (None, 0)
 
 
 def test_folder_without_comfyui_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

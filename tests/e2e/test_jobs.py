@@ -357,17 +357,28 @@ def test_every_name_can_be_printed(tmp_path: Path, encoding: str):
 
 
 @pytest.mark.parametrize(
-    "text",
-    ['{"1": {"class_type": "LoadImage"}}', '{"1": []}', "[" * 100_000, '{"1": {"inputs": {}}}'],
+    ("text", "message"),
+    [
+        ('{"1": {"class_type": "LoadImage"}}', ""),
+        ('{"1": []}', ""),
+        ("[" * 100_000, ""),
+        ('{"1": {"inputs": {}}}', ""),
+        ((ROOT / "workflows/restore_nano.json").read_text(), "not in API format"),
+        (None, "there is no workflow file"),
+    ],
+    ids=range(6),
 )
 def test_what_is_no_workflow_is_named(
-    tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, text: str | None, message: str, capsys: pytest.CaptureFixture[str]
 ):
     path = tmp_path / "workflow.json"
-    path.write_text(text)
+    if text is not None:
+        path.write_text(text)
     arguments = (put(tmp_path / "a.png"), "--out", tmp_path / "out", "--workflow", path)
     assert main_without_server(*arguments) == 1
-    assert str(path) in capsys.readouterr().err
+    printed = capsys.readouterr().err
+    assert str(path) in printed
+    assert message in printed
 
 
 # A cluster; see test_cluster.py for what needs one.

@@ -401,15 +401,6 @@ def test_a_note_without_an_end_is_no_record(tmp_path: Path):
     assert photo_writer.read_record(tmp_path / "photo.png") is None
 
 
-def test_what_lies_in_wait_under_a_temporary_name_is_left_alone(tmp_path: Path):
-    (tmp_path / "victim").write_text("mine")
-    (tmp_path / ".photo.png.part").symlink_to(tmp_path / "victim")
-    photo_writer.write(tmp_path / "photo.png", as_photo(deep_pixels(3)), {})
-    assert (tmp_path / "victim").read_text() == "mine"
-    assert photo.read(tmp_path / "photo.png").bits == 16
-    assert len(list(tmp_path.iterdir())) == 3
-
-
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_a_full_disk_is_no_fault_of_the_photo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def full(stream: BinaryIO, *arguments: object) -> None:

@@ -17,6 +17,7 @@ from tests.e2e.holding import Holding, pixels_of, put_photos, read_report, run
 from tools import photo, photo_writer, restore
 from tools.batch import Batch, Event, Options, Server, server_of
 from tools.client import AsyncClient, Client, Result
+from tools.environment import ROOT
 from tools.errors import DECODING, ClientError, ServerUnreachableError
 from tools.host import Host, free_port
 from tools.jobs import plan
@@ -109,17 +110,18 @@ def test_bad_photos_are_named_and_the_others_done(
     (folder / "broken.jpg").write_bytes(b"no picture")
     make_photo(20, 20).save(folder / "Überraschung & ämter 東京.png")
     make_photo(20, 20).save(os.fsencode(folder) + b"/not \xff text.png", "PNG")
-    assert run(holding, runner, folder, "--recursive", "--out", out) == 1
-    printed = capsys.readouterr()
-    assert str(folder / "broken.jpg") in printed.err
-    assert "4 restored, 0 done before, 1 failed" in printed.err
+    bad = [str(folder / "broken.jpg"), str(ROOT / "LICENSE")]
+    assert run(holding, runner, folder, bad[1], "--recursive", "--out", out) == 1
+    printed = capsys.readouterr().err
+    assert all(f"{path} is not a picture" in printed for path in bad)
+    assert "4 restored, 0 done before, 2 failed" in printed
     report = read_report(out)
-    assert report["counts"] == {"done": 4, "skipped": 0, "failed": 1, "pending": 0}
+    assert report["counts"] == {"done": 4, "skipped": 0, "failed": 2, "pending": 0}
     assert (out / "Überraschung & ämter 東京_restored.png").exists()
-    (failed,) = (entry for entry in report["photos"] if entry["status"] == "failed")
-    assert failed["source"] == str(folder / "broken.jpg")
+    failed = [entry for entry in report["photos"] if entry["status"] == "failed"]
+    assert [entry["source"] for entry in failed] == bad
     for entry in report["photos"]:
-        if entry is not failed:
+        if entry not in failed:
             assert (entry["server"], entry["attempts"]) == (runner.host.url, 1)
             assert entry["seconds"] > 0
             assert entry["error"] is None

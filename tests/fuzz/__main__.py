@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from tests.e2e.graph import HOST_NODES, Runner
+from tests.e2e.graph import Runner, with_own_nodes
 from tests.e2e.holding import Holding
 from tests.fuzz.cases import FaultError, Kind, keep, outcome, smaller
 from tests.fuzz.files import Files
@@ -117,10 +117,7 @@ def _open(names: Sequence[str], folder: Path, stack: ExitStack) -> dict[str, Kin
         made["photos"] = lambda: Photos(pack, folder)
         made["values"] = lambda: Values(toys)
     if set(names) & {"prompts", "servers"}:
-        base = folder / "server"
-        (base / "custom_nodes").mkdir(parents=True)
-        (base / "custom_nodes/e2e_host_nodes").symlink_to(HOST_NODES, target_is_directory=True)
-        runner = Runner(stack.enter_context(Host(base)))
+        runner = Runner(stack.enter_context(Host(with_own_nodes(folder / "server"))))
         made["prompts"] = lambda: Prompts(runner)
         made["servers"] = lambda: Servers(runner, Holding(folder))
     return {name: made[name]() for name in names}

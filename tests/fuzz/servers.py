@@ -13,6 +13,7 @@ from tests.e2e.graph import Graph, Runner, make_photo
 from tests.e2e.holding import Holding
 from tests.e2e.test_bad_servers import Answer, Handler, serving
 from tests.fuzz.cases import NUMBERS, WORDS, Case, FaultError, Step, some
+from tests.fuzz.soak import DECODE, edit, tile
 from tools.client import Client
 from tools.errors import (
     ClientError,
@@ -39,14 +40,7 @@ class Prompts:
         self.runner = runner
         photo = runner.upload(make_photo(40, 24), "fuzz.png")
         self.graph = Graph.load(photo=photo).set("KSampler", steps=1)
-        loader = [self.graph.node("DiffRestorerNanoLoader"), 0]
-        read = [self.graph.node("DiffRestorerPromptProcessor"), 2]
-        tiled = self.graph.add("DiffRestorerTiledDiffusion", model=loader, degradation=read,
-                               tile_size=64, overlap=16, locality=1.0)  # fmt: skip
-        self.graph.set("KSampler", model=[tiled, 0])
-        edit = self.graph.add("DiffRestorerEditDegradation", degradation=[tiled, 2], type="noise",
-                              mode="mix", weight=0.1)  # fmt: skip
-        self.graph.set("DiffRestorerAwareVAEDecode", degradation=[edit, 0])
+        edit(self.graph, tile(self.graph), 0.1, DECODE)
         self.expected = [self._pictures(self.graph, seed) for seed in SEEDS]
 
     def _pictures(self, graph: Graph, seed: int) -> np.ndarray:

@@ -28,6 +28,8 @@ from tools.ending import in_words
 from tools.errors import ExecutionError, PromptInterruptedError, PromptRejectedError
 from tools.host import Host, exit_on_termination
 
+PROCESSOR, CONTROL = "DiffRestorerPromptProcessor", "DiffRestorerDegradationControl"
+DECODE = "DiffRestorerAwareVAEDecode"
 SIZES = ((64, 64), (96, 72), (72, 96), (130, 70), (160, 128))
 FAIL, INTERRUPT = 0.15, 0.15
 """Shares of the prompts."""
@@ -105,7 +107,7 @@ class Soak:
 
     def _interrupt(self, graph: Graph) -> None:
         """In the sampler, or a little later."""
-        wanted = graph.node(self.random.choice(["KSampler", "DiffRestorerAwareVAEDecode"]))
+        wanted = graph.node(self.random.choice(["KSampler", DECODE]))
 
         def cancel(progress: Progress) -> None:
             if progress.node == wanted:
@@ -119,38 +121,38 @@ class Soak:
             self.record.outcomes["interrupted"] += 1
 
 
-def _tile(graph: Graph) -> None:
-    nano, read = graph.node("DiffRestorerNanoLoader"), graph.node("DiffRestorerPromptProcessor")
+def tile(graph: Graph) -> list[Any]:
+    """Sample in tiles; the link to their degradation, which the decode has, too."""
+    nano, read = graph.node("DiffRestorerNanoLoader"), graph.node(PROCESSOR)
     tiled = graph.add("DiffRestorerTiledDiffusion", model=[nano, 0], degradation=[read, 2],
                       tile_size=64, overlap=16, locality=1.0)  # fmt: skip
     graph.set("KSampler", model=[tiled, 0])
-    graph.set("DiffRestorerAwareVAEDecode", degradation=[tiled, 2])
+    graph.set(DECODE, degradation=[tiled, 2])
+    return [tiled, 2]
 
 
-def _edit(graph: Graph) -> None:
-    read = graph.node("DiffRestorerPromptProcessor")
-    edit = graph.add("DiffRestorerEditDegradation", degradation=[read, 2], type="noise",
-                     mode="mix", weight=0.5)  # fmt: skip
-    graph.set("DiffRestorerDegradationControl", degradation=[edit, 0])
-    graph.set("DiffRestorerAwareVAEDecode", degradation=[edit, 0])
+def edit(graph: Graph, degradation: list[Any], weight: float, *readers: str) -> None:
+    """Mix noise into a degradation on its way to the nodes of these classes."""
+    edited = graph.add("DiffRestorerEditDegradation", degradation=degradation, type="noise",
+                       mode="mix", weight=weight)  # fmt: skip
+    for reader in readers:
+        graph.set(reader, degradation=[edited, 0])
 
 
 CHANGES: dict[str, Callable[[Graph], Any]] = {
     "plain": lambda graph: None,
     "guided": lambda graph: graph.set("KSampler", cfg=2.0),
     "not abstaining": lambda graph: graph.set("DiffRestorerNanoLoader", abstain=False),
-    "exact tiles": lambda graph: graph.set("DiffRestorerAwareVAEDecode", tile_size=64),
-    "fast tiles": lambda graph: graph.set(
-        "DiffRestorerAwareVAEDecode", tile_size=64, overlap=16, tiling="fast"
-    ),
-    "tiled": _tile,
-    "edited": _edit,
+    "exact tiles": lambda graph: graph.set(DECODE, tile_size=64),
+    "fast tiles": lambda graph: graph.set(DECODE, tile_size=64, overlap=16, tiling="fast"),
+    "tiled": tile,
+    "edited": lambda graph: edit(graph, [graph.node(PROCESSOR), 2], 0.5, CONTROL, DECODE),
 }
 FAULTS = (
-    ("DiffRestorerPromptProcessor", "semantic_strength", "nan"),
-    ("DiffRestorerDegradationControl", "start_percent", "nan"),
-    ("DiffRestorerAwareVAEDecode", "tile_size", 65),
-    ("DiffRestorerAwareVAEDecode", "tiling", "none"),
+    (PROCESSOR, "semantic_strength", "nan"),
+    (CONTROL, "start_percent", "nan"),
+    (DECODE, "tile_size", 65),
+    (DECODE, "tiling", "none"),
     ("LoadImage", "image", "nowhere.png"),
     ("KSampler", "sampler_name", "none"),
 )

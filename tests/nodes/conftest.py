@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,6 +27,14 @@ def _as_in_the_host() -> Iterator[None]:
 def run(pack: ModuleType) -> Callable[..., tuple[Any, ...]]:
     """Execute a node by id, as the executor does: on a locked clone, with defaults filled in."""
     return in_process.execute
+
+
+@pytest.fixture(scope="session")
+def schemas(pack: ModuleType) -> dict[str, Any]:
+    """What the nodes declare, by their ids, in the order in which the host lists them."""
+    extension = asyncio.run(pack.comfy_entrypoint())
+    nodes = asyncio.run(extension.get_node_list())
+    return {node.GET_SCHEMA().node_id: node.GET_SCHEMA() for node in nodes}
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from tests import toy_weights
+from tests.nodes.test_decode import VAES_OF_OTHER_LATENTS
 
 pytestmark = pytest.mark.comfy
 
@@ -115,7 +117,8 @@ def test_every_link_of_a_chain_has_its_own_context(toy, prepare, photo, ours_las
 @pytest.mark.parametrize("cfg", [1.0, 7.5])
 @pytest.mark.parametrize("sampler", ["euler", "uni_pc", "ddim"])
 def test_sampling_in_a_chain(toy, prepare, photo, sample, cfg: float, sampler: str) -> None:
-    """Applied before and after a stock ControlNet by the host's node: the same picture."""
+    """Applied before and after a stock ControlNet by the host's node: the same picture. Not so
+    between two of them."""
     import nodes
 
     apply = nodes.ControlNetApplyAdvanced().apply_controlnet  # type: ignore
@@ -129,6 +132,11 @@ def test_sampling_in_a_chain(toy, prepare, photo, sample, cfg: float, sampler: s
     torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
     only = sample(plain.positive, plain.negative, plain.latent, cfg=cfg, sampler=sampler)
     assert not torch.allclose(a, only, rtol=1e-2, atol=1e-2)
+    between = apply(
+        ours_last.positive, ours_last.negative, stock_control(toy, 21), image, 0.5, 0.0, 1.0
+    )
+    c = sample(*between, plain.latent, cfg=cfg, sampler=sampler)
+    assert not torch.allclose(c, a, rtol=1e-2, atol=1e-2)
 
 
 def test_shared_between_positive_and_negative(prepare, photo) -> None:
@@ -386,23 +394,10 @@ def test_a_degradation_of_another_file(toy, prepare, photo, pack: ModuleType) ->
         prepare(photo(), degradation=foreign)
 
 
-def test_another_vae(prepare, photo) -> None:
-    import comfy.sd
-
-    sizes = toy_weights.VaeSizes(128, (1, 2, 4, 4), 2, latent_channels=16)
-    vae = comfy.sd.VAE(sd=toy_weights.random_state(toy_weights.vae_shapes(sizes)))
-    with pytest.raises(ValueError, match="vae: its latents have 16 channels at 1/8 size"):
-        prepare(photo(), vae=vae)
-
-
-def test_a_tiny_vae_of_as_many_channels(prepare, photo) -> None:
-    """Its latents are of another kind, which no size tells."""
-    import comfy.sd
-    import comfy.taesd.taesd
-
-    tiny = comfy.sd.VAE(sd=comfy.taesd.taesd.TAESD(latent_channels=4).state_dict())
-    with pytest.raises(ValueError, match=r"vae: found a TAESD, but nano.* an AutoencoderKL"):
-        prepare(photo(), vae=tiny)
+@pytest.mark.parametrize(("make", "message"), VAES_OF_OTHER_LATENTS)
+def test_other_vaes(prepare, photo, make: Callable[[], Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        prepare(photo(), vae=make())
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

@@ -447,14 +447,20 @@ def vae_of(sizes: toy_weights.VaeSizes) -> Any:
     return comfy.sd.VAE(sd=toy_weights.random_state(toy_weights.vae_shapes(sizes)))
 
 
+VAES_OF_OTHER_LATENTS = [
+    (taesd, "vae: found a TAESD, but nano.* was trained with an AutoencoderKL"),
+    (
+        lambda: vae_of(toy_weights.VaeSizes(128, (1, 2, 4, 4), 2, 16)),
+        "vae: its latents have 16 channels at 1/8 size",
+    ),
+]
+"""How each is made, and what is said of it. No size tells the first one."""
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (taesd, "vae: found a TAESD, but nano.* was trained with an AutoencoderKL"),
-        (
-            lambda: vae_of(toy_weights.VaeSizes(128, (1, 2, 4, 4), 2, 16)),
-            "vae: its latents have 16",
-        ),
+        *VAES_OF_OTHER_LATENTS,
         (
             lambda: vae_of(toy_weights.SD15_VAE),
             "vae: found a .* with 128 channels at 1/1 size, but nano.* with 32",

@@ -2,24 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 
+from tools.environment import ROOT
+
 pytestmark = pytest.mark.comfy
-
-ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(scope="module")
-def schemas(pack: ModuleType) -> dict[str, Any]:
-    extension = asyncio.run(pack.comfy_entrypoint())
-    return {node.GET_SCHEMA().node_id: node.GET_SCHEMA()
-            for node in asyncio.run(extension.get_node_list())}  # fmt: skip
 
 
 def test_help_in_both_languages(schemas: dict[str, Any]) -> None:

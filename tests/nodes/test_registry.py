@@ -9,7 +9,8 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+from tools.environment import ROOT
+
 FORBIDDEN_CALLS = {"eval", "exec", "compile", "__import__"}
 FORBIDDEN_MODULES = {
     "subprocess", "socket", "urllib", "http", "requests", "aiohttp", "httpx", "pip", "pickle",

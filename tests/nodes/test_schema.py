@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from types import ModuleType
 from typing import Any
 
@@ -165,13 +164,6 @@ OPTIONAL = {
     *(("DiffRestorerDegradationClassifier", name) for name in BROUGHT),
     ("DiffRestorerMeasure", "lq"),
 }
-
-
-@pytest.fixture(scope="module")
-def schemas(pack: ModuleType) -> dict[str, Any]:
-    extension = asyncio.run(pack.comfy_entrypoint())
-    nodes = asyncio.run(extension.get_node_list())
-    return {node.GET_SCHEMA().node_id: node.GET_SCHEMA() for node in nodes}
 
 
 def test_the_nodes_of_the_design(schemas: dict[str, Any]) -> None:

@@ -13,11 +13,12 @@ import pytest
 from PIL import Image
 
 from tests.e2e.graph import AFTER_RUN, expand_blueprint, expand_subgraph, inputs_of
+from tools.environment import ROOT
 
 pytestmark = pytest.mark.comfy
 
-FOLDER = Path(__file__).parents[2] / "workflows"
-(BLUEPRINT,) = (Path(__file__).parents[2] / "subgraphs").glob("*.json")
+FOLDER = ROOT / "workflows"
+(BLUEPRINT,) = (ROOT / "subgraphs").glob("*.json")
 NAMES = (
     "compare_decoders", "measure_restoration", "restore_by_kind", "restore_folder",
     "restore_frames", "restore_if_degraded", "restore_large", "restore_nano", "restore_override",

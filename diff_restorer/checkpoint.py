@@ -43,9 +43,9 @@ __all__ = [
 EPSILON, V_PREDICTION = "epsilon", "v_prediction"
 ONE_KIND, ANY_KINDS = "ce", "bce"
 FORMAT = "diff-restorer"
-FORMAT_VERSION = 3
+FORMAT_VERSION = 2
 """Newest that this code reads: 2 has a decoder with a detail path, which code for 1 would leave out
-without a word; 3 has a detail path with a `Grade`."""
+without a word."""
 DETAIL_PREFIX = "decoder.detail."
 REQUIRED_PREFIXES = ("prompt_processor.", "control.")
 BASE_PREFIXES = ("base.unet.", "base.vae.", "base.clip_vision.")
@@ -320,9 +320,8 @@ def write_checkpoint(path: Path | str, tensors: Mapping[str, Tensor], info: Chec
         info: Becomes the metadata.
     """
     contiguous = {key: tensor.detach().contiguous() for key, tensor in tensors.items()}
-    newest = {DETAIL_PREFIX: 2, f"{DETAIL_PREFIX}grade.": 3}
-    needed = (n for begin, n in newest.items() if any(key.startswith(begin) for key in tensors))
-    info = replace(info, format_version=max((info.format_version, *needed)))
+    needed = 2 if any(key.startswith(DETAIL_PREFIX) for key in tensors) else 1
+    info = replace(info, format_version=max(needed, info.format_version))
     with written_whole(Path(path)) as part:
         save_file(contiguous, part, metadata=info.to_metadata())
         part.chmod(0o644)  # safetensors makes files private to their owner

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .control import zero_init
-from .grade import Grade, grade_input, with_grade
 from .local import Condition, LocalPooled, film
 from .photo_statistics import NOISE_LEVELS, STATISTICS
 from .shrinkage import THRESHOLDS, shrink
@@ -36,8 +35,6 @@ class DetailConfig:
     """Width of pooled P_D."""
     kinds: int = 9
     """Heads: what they find is added up by how sure P_D is of the kind of damage of each."""
-    grade: int = 0
-    """Hidden width of `Grade`; 0 is none."""
 
     @property
     def channels(self) -> tuple[tuple[int, int], ...]:
@@ -66,7 +63,6 @@ class DetailConfig:
             vae_channels=(merged[0][1], merged[1][1] // 2, merged[2][1] // 2),
             context_width=state["norm.weight"].shape[0],
             kinds=state["kind.weight"].shape[0],
-            grade=state["grade.first.weight"].shape[0] if "grade.first.weight" in state else 0,
         )
 
 
@@ -185,9 +181,6 @@ class DetailPath(nn.Module):
             for w, depth in zip(widths, config.depths, strict=True)
         )
         self.out = zero_init(layers.conv(half, 12 * config.kinds))
-        self.grade: Grade | None = None
-        if config.grade:
-            self.grade = Grade(config.kinds, config.grade, layers.linear)
         self._start_small()
 
     def _start_small(self) -> None:
@@ -222,26 +215,6 @@ class DetailPath(nn.Module):
         seen = torch.cat([4 * quantiles - 2, (255 * levels + 0.5).log()], dim=-1).to(pooled)
         tone = self.tone(torch.cat([self.norm(pooled), seen], dim=-1))
         return torch.cat([tone, levels.to(pooled), 2 * self.kind(pooled).sigmoid()], dim=-1)
-
-    def graded(self, restored: Tensor, photo: Tensor, pooled: Tensor) -> Tensor:
-        """Restored photos with black and white where they belong, as far as P_D is sure of kinds
-        that change the tone. It looks at whole photos, and so comes after tiles.
-
-        Args:
-            restored: (B, 3, H, W) in [0, 1].
-            photo: LQ photos, likewise.
-            pooled: Pooled P_D, (B, context_width).
-        """
-        if self.grade is None:
-            return restored
-        shares, strength = self.tone_shares(pooled)
-        grade = self.grade(grade_input(photo, restored, shares))
-        return with_grade(restored, grade, strength)
-
-    def tone_shares(self, pooled: Tensor) -> tuple[Tensor, Tensor]:
-        """Of each kind (B, kinds) in [0, 2], and of all that change the tone (B, 1) in [0, 1]."""
-        shares = 2 * self.kind(pooled).sigmoid()
-        return shares, (SLOW * self.toned(shares)).clamp(0, 1)
 
     def forward(
         self,

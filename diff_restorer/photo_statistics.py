@@ -9,8 +9,8 @@ from .local import LocalPooled
 from .shrinkage import opponent
 
 NOISE_LEVELS = 3
-QUANTILES = 16
-STATISTICS = 3 * QUANTILES + NOISE_LEVELS
+_QUANTILES = 16
+STATISTICS = 3 * _QUANTILES + NOISE_LEVELS
 """Numbers for each photo, of which the last are noise levels."""
 _ROWS = 128
 """Rows and columns of a photo that its quantiles are read from: of large ones as many to twice as
@@ -50,7 +50,7 @@ def tone_quantiles(photo: Tensor) -> Tensor:
     # Counting the levels takes a tenth of the time of sorting the pixels.
     counts = pixels.new_zeros(*pixels.shape[:2], 256)
     counts.scatter_add_(2, (pixels * 255).round().long(), torch.ones_like(pixels))
-    share = torch.linspace(0.005, 0.995, QUANTILES, device=photo.device)
+    share = torch.linspace(0.005, 0.995, _QUANTILES, device=photo.device)
     places = (share * (pixels.shape[2] - 1)).round() + 0.5
     wanted = places.expand(*pixels.shape[:2], -1).contiguous()
     return torch.searchsorted(counts.cumsum(dim=2), wanted).flatten(1) / 255

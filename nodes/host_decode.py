@@ -78,23 +78,7 @@ class AwareDecoder:
         images = self._try_whole(inputs, needed) if tile == 0 else None
         if images is None:
             images = self._in_tiles(inputs, tile or AUTO_TILE, overlap, tiling)
-        self._grade(images, photo, pooled)
         return images.to(self.vae.output_device).movedim(1, -1)
-
-    def _grade(self, images: Tensor, photo: Tensor, pooled: Tensor | LocalPooled) -> None:
-        """Set black and white of whole images (B, 3, H, W), in place, if the file has learnt it."""
-        path = self.restorer.fusion.model if self._fuses else None
-        if not isinstance(path, DetailPath) or path.grade is None:
-            return
-        batch = len(images)
-        lq = to_batch(photo, batch).movedim(-1, 1)
-        if isinstance(pooled, LocalPooled):
-            pooled = pooled.tiles.mean(dim=(2, 3))
-        seen = to_batch(pooled, batch).to(self.vae.device).float()
-        for index in range(batch):
-            one = slice(index, index + 1)
-            done = path.graded(images[one].float(), lq[one], seen[one]).clamp(0, 1)
-            images[one] = torch.lerp(images[one].float(), done, self.fidelity)
 
     def _trunk(self) -> VaeTrunk:
         module, tuned = self.vae.first_stage_model, self.restorer.tuned_decoder

@@ -254,7 +254,6 @@ def restorer_tensors(
     fusion_levels: tuple[int, ...] = (0, 1, 2),
     tuned_decoder: bool = False,
     detail: bool = False,
-    grade: int = 0,
     dtype: torch.dtype = torch.float32,
 ) -> dict[str, Tensor]:
     """What a Diff-Restorer file holds for models of the given sizes."""
@@ -266,9 +265,7 @@ def restorer_tensors(
     if detail:
         first, second, third = (vae.channels * each for each in vae.mult[1:])
         path = DetailPath(
-            DetailConfig(
-                *((16, 24, 32), (1, 2, 1, 1, 1), (first, second, third), unet.context), grade=grade
-            ),
+            DetailConfig((16, 24, 32), (1, 2, 1, 1, 1), (first, second, third), unet.context),
             device=torch.device("meta"),
         )
         tensors |= random_state(_shapes(path), "decoder.detail.", 3, dtype)

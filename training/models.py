@@ -260,13 +260,6 @@ class Models(nn.Module):
         with own_precision(self.vae):
             return self.vae.decode(suited(self.vae, latent / self.latent_scale)).sample.float()
 
-    def graded(self, restored: Tensor, photo: Tensor, pooled: Tensor) -> Tensor:
-        """`DetailPath.graded`, where the decoder has such a step; photos in [0, 1]."""
-        extension = self.decoder.extension
-        if not isinstance(extension, DetailPath) or extension.grade is None:
-            return restored
-        return extension.graded(restored.clamp(0, 1), photo, pooled)
-
     def read(self, batch: Mapping[str, Tensor]) -> PromptOutput:
         """P_S of the whole photo; P_D and logits of the view that this model reads them from.
 

@@ -59,8 +59,6 @@ class Sizes:
     fusion blocks."""
     detail_depths: tuple[int, ...] = (2, 3, 6, 3, 2)
     """Blocks of its five groups."""
-    detail_grade: int = 0
-    """Hidden width of its last step, which `training.nano.grade` adds; 0 is none."""
     fusion_levels: tuple[int, ...] = (1, 2, 3)
     fusion_growth: int = 16
     fusion_depth: int = 3
@@ -166,7 +164,6 @@ def build_extension(sizes: Sizes, vae: Any, kinds: int) -> DetailPath | FusionBl
         vae_channels=(channels[1], channels[2], channels[3]),
         context_width=sizes.context_width,
         kinds=kinds,
-        grade=sizes.detail_grade,
     )
     return DetailPath(config)
 
@@ -290,11 +287,7 @@ def _fusion_sizes(state: Mapping[str, Tensor]) -> dict[str, Any]:
 
 def _detail_sizes(state: Mapping[str, Tensor]) -> dict[str, Any]:
     config = DetailConfig.from_state_dict(state)
-    return {
-        "detail_widths": config.widths,
-        "detail_depths": config.depths,
-        "detail_grade": config.grade,
-    }
+    return {"detail_widths": config.widths, "detail_depths": config.depths}
 
 
 def _count(state: Mapping[str, Tensor], key: str) -> int:

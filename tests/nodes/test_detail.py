@@ -65,31 +65,6 @@ def test_exact_tiles_are_the_whole_picture(decode, photo, fidelity: float, size:
     assert (255 * error).abs().max() < 0.02
 
 
-def test_black_and_white_are_set_once_for_the_whole_photo(
-    pack, toy_folder, decode_with, photo
-) -> None:
-    """In tiles as without them, by the file's own step; not at fidelity 0."""
-    files = [
-        toy_weights.write_restorer(
-            toy_folder / f"grade{width}.safetensors", detail=True, grade=width
-        )
-        for width in (0, 8)
-    ]
-    plain, graded = map(pack.nodes.host_models.load_restorer, files)
-    path = graded.fusion.model
-    with torch.no_grad():
-        path.toned.bias.fill_(40.0)  # all photos are of a kind that changes the tone
-        plain.fusion.model.toned.bias.fill_(40.0)
-    image = photo(96, 150, batch=2)
-    whole, before = decode_with(graded, image), decode_with(plain, image)
-    assert (whole - before).abs().mean() > 0.01
-    assert (255 * (decode_with(graded, image, tile_size=64) - whole)).abs().max() < 0.05
-    half = decode_with(graded, image, fidelity=0.5) - decode_with(plain, image, fidelity=0.5)
-    assert 0 < half.abs().mean() < (whole - before).abs().mean()
-    stock = [decode_with(each, image, fidelity=0.0) for each in (plain, graded)]
-    assert torch.equal(*stock)
-
-
 def test_all_tiles_know_the_tone_of_the_whole_photo(decode, prepare, restorer, photo) -> None:
     """Fast tiles, too: a tile of a dark part is decoded as part of a photo that is not dark."""
     image = torch.cat([0.2 * photo(64, 64), photo(64, 64, seed=1)], dim=2)

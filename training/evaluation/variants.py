@@ -113,9 +113,6 @@ class Photo:
                 extension.condition(pooled, statistics),
                 variant.fidelity,
             )
-            if variant.fidelity:
-                photo = (self.pixels + 1) / 2
-                image = 2 * self.models.graded((image.float() + 1) / 2, photo, pooled) - 1
         height, width = self.size
         image = (image.float().cpu()[..., :height, :width] + 1) / 2
         return to_8_bit(image)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -14,8 +14,9 @@ from .control import zero_init
 from .local import Condition, LocalPooled, film
 from .photo_statistics import NOISE_LEVELS, STATISTICS
 from .shrinkage import THRESHOLDS, shrink
-from .tone import guided_tone, no_change, with_tone
+from .tone import guided_tone, no_change, stretched, with_tone
 
+HAZE = "haze"
 SLOW = 0.1
 """Factor on what layers find that start with knowledge, and do not have it to learn: AdamW moves
 all weights alike, which would undo that in the first steps."""
@@ -215,6 +216,22 @@ class DetailPath(nn.Module):
         seen = torch.cat([4 * quantiles - 2, (255 * levels + 0.5).log()], dim=-1).to(pooled)
         tone = self.tone(torch.cat([self.norm(pooled), seen], dim=-1))
         return torch.cat([tone, levels.to(pooled), 2 * self.kind(pooled).sigmoid()], dim=-1)
+
+    def without_haze(self, restored: Tensor, pooled: Tensor, types: Sequence[str]) -> Tensor:
+        """Restored photos, `stretched` as far as P_D is sure of haze: fully from 0.45 on, and below
+        0.35, where flat photos are that need nothing, not at all.
+
+        The last step, for it needs the whole photo, which tiles do not see.
+
+        Args:
+            restored: (B, 3, H, W) in [0, 1].
+            pooled: Pooled P_D, (B, context_width).
+            types: Names of the kinds.
+        """
+        if HAZE not in types:
+            return restored
+        sure = self.kind(pooled).float().sigmoid()[:, types.index(HAZE)]
+        return stretched(restored, (10 * sure - 3.5).clamp(0, 1))
 
     def forward(
         self,

@@ -6,11 +6,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .photo_statistics import tone_quantiles
+
 _EIGHTH = 8
 """Pixels of the photo along each side of a place at 1/8 size."""
 _RADIUS, _FLAT = 2, 4e-4
 """Of the guided filter: places that it looks around, and what variance of pixels in [-1, 1] is as
 good as none."""
+_LEAST_RANGE = 0.2
+"""Between black and white; what has less, such as a wall, is not hazy."""
 
 
 def guided_tone(photo: Tensor, wanted: Tensor) -> Tensor:
@@ -50,3 +54,20 @@ def no_change(tone: Tensor) -> Tensor:
     none = torch.zeros_like(tone[:, :, :1, :1])
     none[:, :3] = 1
     return none
+
+
+def stretched(image: Tensor, share: Tensor) -> Tensor:
+    """Photos with black and white in them, which haze takes away, and a restoration gives back in
+    part: a linear stretch of all channels alike, from the lowest of their 0.5 % quantiles to the
+    highest of their 99.5 % quantiles.
+
+    Args:
+        image: Whole photos, (B, 3, H, W) in [0, 1].
+        share: How much of it, (B,) in [0, 1]; where it is 0 a photo stays as it is, bit for bit.
+    """
+    quantiles = tone_quantiles(image)
+    low, high = quantiles.amin(dim=1), quantiles.amax(dim=1)
+    gain = 1 / (high - low).clamp_min(_LEAST_RANGE)
+    low, gain, share = (v.to(image)[:, None, None, None] for v in (low, gain, share))
+    changed = (image + share * ((image - low) * gain - image)).clamp(0, 1)
+    return torch.where(share > 0, changed, image)

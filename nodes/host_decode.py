@@ -78,7 +78,21 @@ class AwareDecoder:
         images = self._try_whole(inputs, needed) if tile == 0 else None
         if images is None:
             images = self._in_tiles(inputs, tile or AUTO_TILE, overlap, tiling)
+        self._take_haze(images, pooled)
         return images.to(self.vae.output_device).movedim(1, -1)
+
+    def _take_haze(self, images: Tensor, pooled: Tensor | LocalPooled) -> None:
+        """What is left of it in whole images (B, 3, H, W), in place, one after the other."""
+        path = self.restorer.fusion.model if self._fuses else None
+        if not isinstance(path, DetailPath):
+            return
+        if isinstance(pooled, LocalPooled):
+            pooled = pooled.tiles.mean(dim=(2, 3))
+        pooled = to_batch(pooled, len(images)).to(self.vae.device).float()
+        for index in range(len(images)):
+            one = slice(index, index + 1)
+            done = path.without_haze(images[one], pooled[one], self.restorer.info.types)
+            images[one] = torch.lerp(images[one], done, self.fidelity)
 
     def _trunk(self) -> VaeTrunk:
         module, tuned = self.vae.first_stage_model, self.restorer.tuned_decoder

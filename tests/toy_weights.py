@@ -269,6 +269,8 @@ def restorer_tensors(
             device=torch.device("meta"),
         )
         tensors |= random_state(_shapes(path), "decoder.detail.", 3, dtype)
+        if "haze" in types:  # random P_D is not hazy, so that pictures are not stretched
+            tensors["decoder.detail.kind.bias"][types.index("haze")] = -50
     elif fusion_levels:
         channels = tuple((level, vae.channels * vae.mult[level]) for level in fusion_levels)
         blocks = FusionBlocks(

@@ -260,6 +260,13 @@ class Models(nn.Module):
         with own_precision(self.vae):
             return self.vae.decode(suited(self.vae, latent / self.latent_scale)).sample.float()
 
+    def without_haze(self, restored: Tensor, pooled: Tensor) -> Tensor:
+        """`DetailPath.without_haze` of photos (B, 3, H, W) around [0, 1], where there is one."""
+        extension = self.decoder.extension
+        if not isinstance(extension, DetailPath):
+            return restored
+        return extension.without_haze(restored, pooled, self.types)
+
     def read(self, batch: Mapping[str, Tensor]) -> PromptOutput:
         """P_S of the whole photo; P_D and logits of the view that this model reads them from.
 

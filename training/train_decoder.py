@@ -309,7 +309,7 @@ class DecoderLoss:
             tokens = prompt.semantic, prompt.degradation
             latent = sample(self.models, latent, *tokens, steps, generator)
         pixels = self.decode(latent, features, prompt.pooled, batch["statistics"])
-        return (pixels.float() + 1) / 2
+        return self.models.without_haze((pixels.float() + 1) / 2, prompt.pooled)
 
     def _latent_and_features(
         self, batch: dict[str, Tensor], generator: torch.Generator

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -41,20 +42,23 @@ def test_fidelity_goes_from_the_stock_decode_to_the_detail_path(
     torch.testing.assert_close(mixed[inner], torch.lerp(stock, full, 0.4)[inner])
 
 
-def test_an_untrained_detail_path_gives_the_photo_with_all_its_digits(
-    decode, restorer, photo
-) -> None:
-    model, image = restorer.fusion.model, photo(61, 75)
+@pytest.fixture
+def untrained(restorer) -> Iterator[Any]:
+    """The detail path with zeros where one starts with zeros."""
+    model = restorer.fusion.model
     zero_at_start = torch.nn.ModuleList([model.out, model.finer, model.toned, model.thresholds])
     kept = {key: tensor.clone() for key, tensor in zero_at_start.state_dict().items()}
-    try:
-        for parameter in zero_at_start.parameters():
-            parameter.zero_()
-        found = [decode(image, tile_size=tile) for tile in (0, 64)]
-    finally:
-        zero_at_start.load_state_dict(kept)
-    for each in found:
-        torch.testing.assert_close(each, image, rtol=0, atol=1e-6)
+    for parameter in zero_at_start.parameters():
+        parameter.zero_()
+    yield model
+    zero_at_start.load_state_dict(kept)
+
+
+@pytest.mark.usefixtures("untrained")
+def test_an_untrained_detail_path_gives_the_photo_with_all_its_digits(decode, photo) -> None:
+    image = photo(61, 75)
+    for tile in (0, 64):
+        torch.testing.assert_close(decode(image, tile_size=tile), image, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("fidelity", [0.0, 0.3, 1.0])
@@ -63,6 +67,24 @@ def test_exact_tiles_are_the_whole_picture(decode, photo, fidelity: float, size:
     image = photo(*size, batch=2)
     error = decode(image, fidelity=fidelity, tile_size=64) - decode(image, fidelity=fidelity)
     assert (255 * error).abs().max() < 0.02
+
+
+def test_haze_is_taken_from_the_whole_photo(decode, restorer, untrained, photo) -> None:
+    """In tiles as without them, each photo by itself, and not from the plain decode."""
+    hazy = torch.cat([0.3 + 0.4 * photo(96, 150), 0.5 + 0.3 * photo(96, 150, seed=1)])
+    plain, haze = decode(hazy, fidelity=0.0), restorer.info.types.index("haze")
+    known = untrained.kind.bias.clone()
+    untrained.kind.bias[haze] = 50.0
+    try:
+        clear, tiled = decode(hazy), decode(hazy, tile_size=64)
+        assert torch.equal(decode(hazy, fidelity=0.0), plain)
+    finally:
+        untrained.kind.bias.copy_(known)
+    assert (255 * (tiled - clear)).abs().max() < 0.1
+    for found, given in zip(clear, hazy, strict=True):
+        was, now = (value.quantile(torch.tensor([0.01, 0.99])) for value in (given, found))
+        assert was[1] - was[0] < 0.6
+        assert now[1] - now[0] > 0.9
 
 
 def test_all_tiles_know_the_tone_of_the_whole_photo(decode, prepare, restorer, photo) -> None:

@@ -98,11 +98,11 @@ class Photo:
             steps: Sampling steps where the variant names none.
         """
         latent = self._latent(variant, variant.steps or steps)
+        neutral = self.models.prompt.prototypes.mean(dim=0, keepdim=True)
+        pooled = self.prompt.pooled if variant.pooled else neutral
         if variant.decoder == "stock":
             image = self.models.decode(latent)
         else:
-            neutral = self.models.prompt.prototypes.mean(dim=0, keepdim=True)
-            pooled = self.prompt.pooled if variant.pooled else neutral
             extension = self.models.decoder.extension
             statistics = photo_statistics((self.pixels + 1) / 2)
             image = aware_decode(
@@ -114,8 +114,10 @@ class Photo:
                 variant.fidelity,
             )
         height, width = self.size
-        image = (image.float().cpu()[..., :height, :width] + 1) / 2
-        return to_8_bit(image)
+        image = (image.float()[..., :height, :width] + 1) / 2
+        if variant.decoder != "stock" and variant.fidelity:
+            image = self.models.without_haze(image.clamp(0, 1), pooled)
+        return to_8_bit(image.cpu())
 
     def _latent(self, variant: Variant, steps: int) -> Tensor:
         if variant.latent == "lq":

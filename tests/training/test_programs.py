@@ -463,9 +463,12 @@ def distillation(files: dict[str, Path], photos: Path, out: Path, **changes: Any
     return replace(config, **changes)
 
 
-def mean_loss(config: distill.Config) -> float:
+def mean_loss(config: distill.Config, student: Path | None = None) -> float:
+    """Of the start of a training, or of the student that it made."""
     models, loaded = open_models(config.model)
     _, batches = distill.build(models, loaded, config)
+    if student is not None:
+        models, _ = open_models(nano(student))
     loss = distill.make_loss(models, config)
     drawn = (batches.finish(batches[number], torch.device("cpu")) for number in range(4))
     values = [loss(batch, torch.Generator())["loss"] for batch in drawn]
@@ -485,7 +488,11 @@ def test_a_student_comes_nearer_to_its_teacher(
 ) -> None:
     config = distillation(files, photos, tmp_path)
     student = distill.main(config)
-    assert mean_loss(replace(config, model=nano(student))) < 0.7 * mean_loss(config)
+    assert mean_loss(config, student) < 0.7 * mean_loss(config)
+    with pytest.raises(ValueError, match="sampled with another stage 1 than --model has"):
+        distill.main(
+            replace(config, model=nano(student), loop=loop(tmp_path / "again", batch_size=2))
+        )
     for prefix in ("base.vae.", "base.clip_vision.", "decoder."):
         assert changed(files["decoder"], student, prefix) == {False}
     assert changed(files["decoder"], student, "prompt_processor.degradation.") == {False}

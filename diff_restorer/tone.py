@@ -65,6 +65,8 @@ def stretched(image: Tensor, share: Tensor) -> Tensor:
         image: Whole photos, (B, 3, H, W) in [0, 1].
         share: How much of it, (B,) in [0, 1]; where it is 0 a photo stays as it is, bit for bit.
     """
+    if not share.any():
+        return image
     quantiles = tone_quantiles(image)
     low, high = quantiles.amin(dim=1), quantiles.amax(dim=1)
     gain = 1 / (high - low).clamp_min(_LEAST_RANGE)

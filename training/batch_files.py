@@ -78,7 +78,7 @@ def require_origin(batches: RestorationBatches, origin: Mapping[str, Any], made:
             )
 
 
-def weights_digest(*networks: nn.Module) -> str:
+def networks_digest(*networks: nn.Module) -> str:
     """SHA-256 of all weights."""
     total = hashlib.sha256()
     for network in networks:

@@ -28,9 +28,9 @@ from .batch_files import (
     claim,
     fill,
     missing,
+    networks_digest,
     require_one_process,
     require_origin,
-    weights_digest,
 )
 from .checkpoints import require_space
 from .common import DataConfig, ModelConfig, Precision, data_for, half, home, open_models
@@ -145,7 +145,7 @@ def read_encoded(folder: Path, batches: RestorationBatches, models: Models) -> E
         )
     told = json.loads((folder / RECORD).read_text())
     require_origin(batches, told["origin"], f"--encoded: {folder} was made")
-    if told["networks"] != weights_digest(models.vae, models.vision):
+    if told["networks"] != networks_digest(models.vae, models.vision):
         raise ValueError(
             f"--encoded: {folder} was made with another VAE or vision tower than --model has; "
             "make it anew"
@@ -169,7 +169,7 @@ def main(config: Config) -> Path:
     train = train.sized(config.batch_size)
     told = {
         "origin": train.origin(),
-        "networks": weights_digest(models.vae, models.vision),
+        "networks": networks_digest(models.vae, models.vision),
         "precision": config.precision,
     }
     claim(config.out, json.dumps(told))

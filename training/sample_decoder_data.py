@@ -25,10 +25,10 @@ from .batch_files import (
     claim,
     fill,
     missing,
+    networks_digest,
     require_one_process,
     require_same,
     save,
-    weights_digest,
 )
 from .checkpoints import require_space
 from .common import DataConfig, ModelConfig, Precision, data_for, half, home, open_models
@@ -159,7 +159,7 @@ def batch_numbers(config: Config) -> range:
 def digests(models: Models) -> dict[str, str]:
     """Of what latents depend on beside the photos."""
     stage_1 = (models.vision, models.prompt, models.unet, models.control)
-    return {"VAE": weights_digest(models.vae), "stage 1": weights_digest(*stage_1)}
+    return {"VAE": networks_digest(models.vae), "stage 1": networks_digest(*stage_1)}
 
 
 def _restore(

@@ -20,7 +20,7 @@ from diff_restorer.checkpoint import open_safetensors
 from diff_restorer.decoder import PIXELS, Features
 from diff_restorer.similarity import psnr
 
-from .batch_files import require_origin, weights_digest
+from .batch_files import networks_digest, require_origin
 from .common import (
     DataConfig,
     ModelConfig,
@@ -205,7 +205,7 @@ def read_sampled(
         )
     require_origin(batches, origin, f"--latents: {latents} was sampled")
     for name, found in (networks or {}).items():
-        if origin["networks"][name] != found:
+        if origin.get("networks", {}).get(name) != found:
             raise ValueError(
                 f"--latents: {latents} was sampled with another {name} than --model has; make it "
                 "anew with training.sample_decoder_data"
@@ -477,7 +477,7 @@ def build(
         ValueError: As `prepare` and `read_sampled`.
     """
     # Before it is frozen in bf16, which would change it.
-    vae = weights_digest(models.vae) if config.latents else ""
+    vae = networks_digest(models.vae) if config.latents else ""
     fresh = not loaded & set(models.decoder_parts)
     if fresh:
         models.start_decoder()

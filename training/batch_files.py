@@ -6,18 +6,21 @@ import hashlib
 import math
 import os
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from diff_restorer.files import written_whole
 
-from .data import RestorationBatches
+from .common import Precision, half, home
+from .data import Batch, RestorationBatches, load
 
+Result = TypeVar("Result")
 RECORD = "settings.json"
 """What the batches of a folder depend on."""
 
@@ -76,6 +79,23 @@ def require_origin(batches: RestorationBatches, origin: Mapping[str, Any], made:
                 f"{made} with {name} {origin.get(name)}, this run has {value}; give both programs "
                 "the same --data and batch size"
             )
+
+
+@torch.no_grad()
+def computed(
+    batches: RestorationBatches,
+    numbers: Sequence[int],
+    precision: Precision,
+    workers: int,
+    compute: Callable[[int, Batch], Result],
+) -> Iterator[tuple[int, Result]]:
+    """Number and result of each batch on the device of this process, one after the other."""
+    dtype = half(precision)
+    loaded = load(batches, numbers, home(), workers)
+    for number, batch in zip(numbers, loaded, strict=True):
+        with torch.autocast(home().type, dtype, enabled=dtype != torch.float32):
+            result = compute(number, batch)
+        yield number, result
 
 
 def networks_digest(*networks: nn.Module) -> str:

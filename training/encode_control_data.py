@@ -26,6 +26,7 @@ from .batch_files import (
     RECORD,
     batch_file,
     claim,
+    computed,
     fill,
     missing,
     networks_digest,
@@ -33,9 +34,9 @@ from .batch_files import (
     require_origin,
 )
 from .checkpoints import require_space
-from .common import DataConfig, ModelConfig, Precision, data_for, half, home, open_models
+from .common import DataConfig, ModelConfig, Precision, data_for, half, open_models
 from .config import run_program
-from .data import Batch, RestorationBatches, load, seeded, to_device
+from .data import Batch, RestorationBatches, seeded, to_device
 from .models import Models, to_pixels
 
 log = logging.getLogger(__name__)
@@ -192,11 +193,8 @@ def main(config: Config) -> Path:
 def _made(
     models: Models, batches: RestorationBatches, numbers: Sequence[int], config: Config
 ) -> Iterator[tuple[int, Batch]]:
-    dtype = half(config.precision)
-    loaded = load(batches, numbers, home(), config.workers)
-    for number, batch in zip(numbers, loaded, strict=True):
-        with torch.autocast(home().type, dtype, enabled=dtype != torch.float32):
-            seen = encoded(models, batch)
+    def kept(number: int, batch: Batch) -> Batch:
+        seen = encoded(models, batch)
         made = {name: value.half() for name, value in seen._asdict().items()}
         if seen.close is seen.whole:
             del made["close"]
@@ -204,7 +202,9 @@ def _made(
         if number == numbers[0]:
             size = sum(value.nbytes for value in made.values())
             require_space(config.out, len(numbers) * size, "encoded photos")
-        yield number, {key: value.cpu().contiguous() for key, value in made.items()}
+        return {key: value.cpu().contiguous() for key, value in made.items()}
+
+    return computed(batches, numbers, config.precision, config.workers, kept)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from diff_restorer.checkpoint import open_safetensors
 from .batch_files import (
     batch_file,
     claim,
+    computed,
     fill,
     missing,
     networks_digest,
@@ -31,9 +32,9 @@ from .batch_files import (
     save,
 )
 from .checkpoints import require_space
-from .common import DataConfig, ModelConfig, Precision, data_for, half, home, open_models
+from .common import DataConfig, ModelConfig, Precision, data_for, half, open_models
 from .config import run_program
-from .data import RestorationBatches, load, sampling_noise
+from .data import Batch, RestorationBatches, sampling_noise
 from .diffusion import sample
 from .evaluation.pictures import file_digest
 from .models import Models, to_pixels
@@ -137,18 +138,16 @@ def open_batches(
     return train.sized(config.batch_size)
 
 
-@torch.no_grad()
 def sampled(
     models: Models, batches: RestorationBatches, numbers: Sequence[int], config: Config
 ) -> Iterator[tuple[int, Tensor]]:
     """Number and latents, (B, 4, h, w) fp16, of each batch, one after the other."""
-    dtype = half(config.precision)
-    loaded = load(batches, numbers, home(), config.workers)
-    for number, batch in zip(numbers, loaded, strict=True):
+
+    def restored(number: int, batch: Batch) -> Tensor:
         noise = sampling_noise(config.seed, number)
-        with torch.autocast(home().type, dtype, enabled=dtype != torch.float32):
-            latents = _restore(models, batch, config.steps, noise)
-        yield number, latents.half().cpu().contiguous()
+        return _restore(models, batch, config.steps, noise).half().cpu().contiguous()
+
+    return computed(batches, numbers, config.precision, config.workers, restored)
 
 
 def batch_numbers(config: Config) -> range:

@@ -18,15 +18,8 @@ _BACKGROUND, _TEXT, _TRACK, _BAR, _BEST = "#1f1f1f", "#dddddd", "#333333", "#5b7
 
 
 def bar_chart(probabilities: Mapping[str, float], highlighted: Collection[str]) -> Tensor:
-    """One row per type.
-
-    Args:
-        probabilities: Type -> probability in [0, 1], in the order to be shown.
-        highlighted: Types to draw in the colour of what was found.
-
-    Returns:
-        Picture (H, W, 3) in [0, 1].
-    """
+    """Picture (H, W, 3) in [0, 1] with a row for each type and its probability in [0, 1], in their
+    order; those `highlighted` have the colour of what was found."""
     height = 2 * _MARGIN + _ROW * len(probabilities)
     picture = Image.new("RGB", (_WIDTH, height), _BACKGROUND)
     draw, font = ImageDraw.Draw(picture), ImageFont.load_default(15)
@@ -65,15 +58,12 @@ def degradation_map(
     parts: Sequence[tuple[int, int, int, int]],
     types: Sequence[tuple[int, str, float]],
 ) -> Tensor:
-    """A photo with what each part of it suffers from.
+    """A photo (H, W, 3) in [0, 1] with what each part of it suffers from, its long side at most
+    1024 pixels.
 
     Args:
-        photo: (H, W, 3) in [0, 1].
         parts: (top, left, height, width) of each part in pixels; they may overlap.
         types: For each part the number of its type, its name and its probability.
-
-    Returns:
-        Picture (h, w, 3) in [0, 1], its long side at most 1024 pixels.
     """
     pixels = (photo.cpu().clamp(0, 1) * 255).round().byte().numpy()
     picture = Image.fromarray(pixels)

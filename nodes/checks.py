@@ -28,9 +28,8 @@ _OF_THE_HOST = {"MODEL": "model_options", "VAE": "first_stage_model", "CLIP_VISI
 def checked(execute: Callable[..., Any]) -> Callable[..., Any]:
     """A node's `execute` that checks each of its inputs, as its schema declares them, before.
 
-    Raises:
-        ValueError: One is not what it is declared as, out of its limits or not finite; the
-            message begins with its name.
+    Raises ValueError, which begins with the name of the input, where one is not what it is declared
+    as, out of its limits or not finite.
     """
 
     @functools.wraps(execute)
@@ -102,16 +101,13 @@ def _check_conditioning(name: str, value: Any) -> None:
     for entry in value:
         whole = isinstance(entry, list | tuple) and len(entry) == 2 and isinstance(entry[1], dict)
         tokens = entry[0] if whole else None
-        if not (isinstance(tokens, Tensor) and _is_tokens(tokens)):
-            is_tensor = isinstance(tokens, Tensor)
-            given = f"{tuple(tokens.shape)} of {tokens.dtype}" if is_tensor else kind_of(tokens)
+        given, fits = kind_of(tokens), False
+        if isinstance(tokens, Tensor):
+            given = f"{tuple(tokens.shape)} of {tokens.dtype}"
+            fits = tokens.ndim == 3 and 0 not in tokens.shape and tokens.is_floating_point()
+        if not fits:
             raise ValueError(
                 f"{name}: expected tokens (batch, tokens, width), found {given}. Connect the "
                 "output of a text encoder or of the Prompt Processor."
             )
         check_finite(name, tokens, "They come from the text encoder: is its file damaged?")
-
-
-def _is_tokens(value: Any) -> bool:
-    shaped = isinstance(value, Tensor) and value.ndim == 3 and 0 not in value.shape
-    return shaped and value.is_floating_point()

@@ -12,6 +12,7 @@ from .checks import checked
 from .host import check_interrupt
 from .images import common_batch, split_alpha, to_batch
 from .sockets import CATEGORY, found_by
+from .sources import share_input
 
 
 class DiffRestorerColorFix(io.ComfyNode):
@@ -48,13 +49,8 @@ class DiffRestorerColorFix(io.ComfyNode):
                         "stays."
                     ),
                 ),
-                io.Float.Input(
-                    "strength",
-                    default=1.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="0 leaves the image as it is, 1 takes all colours of the reference.",
+                share_input(
+                    "strength", "0 leaves the image as it is, 1 takes all colours of the reference."
                 ),
             ],
             outputs=[

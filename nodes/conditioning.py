@@ -31,6 +31,7 @@ from .sources import (
     photos_of,
     restorer_input,
     restorer_of,
+    share_input,
     vae_input,
     vae_of,
 )
@@ -39,11 +40,8 @@ Conditioning = list[list[Any]]
 
 
 def join_text(text: Conditioning, semantic: Tensor) -> Conditioning:
-    """Append P_S to the text tokens of every entry; everything else of an entry stays.
-
-    Raises:
-        ValueError: The text was encoded for another model, or for another batch.
-    """
+    """Append P_S to the text tokens of every entry; everything else of an entry stays. Raises
+    ValueError for text that was encoded for another model, or for another batch."""
     joined = []
     for tokens, extra in text:
         if tokens.shape[-1] != semantic.shape[-1]:
@@ -201,21 +199,17 @@ class DiffRestorerDegradationControl(io.ComfyNode):
                         "as they are."
                     ),
                 ),
-                io.Float.Input(
+                share_input(
                     "start_percent",
+                    "Part of the sampling after which the control begins to act.",
                     default=0.0,
-                    min=0.0,
-                    max=1.0,
                     step=0.001,
-                    tooltip="Part of the sampling after which the control begins to act.",
                 ),
-                io.Float.Input(
+                share_input(
                     "end_percent",
+                    "Part of the sampling after which the control stops.",
                     default=1.0,
-                    min=0.0,
-                    max=1.0,
                     step=0.001,
-                    tooltip="Part of the sampling after which the control stops.",
                 ),
             ],
             outputs=[
@@ -268,11 +262,8 @@ class DiffRestorerDegradationControl(io.ComfyNode):
 
 
 def check_degradation(degradation: Degradation, diff_restorer: DiffRestorer) -> None:
-    """Refuse a degradation that another file's Prompt Processor has read.
-
-    Raises:
-        ValueError: The widths differ.
-    """
+    """Raises ValueError for a degradation that another file's Prompt Processor has read, of another
+    width."""
     width, needed = degradation.pooled.shape[-1], diff_restorer.sizes.context_width
     if width != needed:
         raise ValueError(

@@ -24,6 +24,7 @@ from .sources import (
     photos_of,
     restorer_input,
     restorer_of,
+    share_input,
     vae_input,
     vae_of,
 )
@@ -50,16 +51,9 @@ class DiffRestorerAwareVAEDecode(io.ComfyNode):
                 restorer_input(),
                 degradation_input(),
                 photos_input("The degraded photos that were restored."),
-                io.Float.Input(
+                share_input(
                     "fidelity",
-                    default=1.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip=(
-                        "How much of the photo's own detail is put back. 0 decodes the latent "
-                        "alone."
-                    ),
+                    "How much of the photo's own detail is put back. 0 decodes the latent alone.",
                 ),
                 io.Int.Input(
                     "tile_size",
@@ -156,11 +150,8 @@ def check_tiling(tile_size: int, overlap: int, tiling: str) -> None:
 
 
 def check_batches(latents: int, **photos: int) -> None:
-    """The latents must be a multiple of the photos, by the name of their input.
-
-    Raises:
-        ValueError: They are not, or the inputs do not go together.
-    """
+    """Raises ValueError where the latents are no multiple of the photos, by the name of their
+    input, or the inputs do not go together."""
     common_batch(**photos)
     for name, count in photos.items():
         if latents % count:
@@ -173,11 +164,8 @@ def check_batches(latents: int, **photos: int) -> None:
 
 
 def local_degradation(degradation: Degradation, latent: Tensor) -> Tensor | LocalPooled:
-    """Pooled P_D of the photos, (B, C), or of each place, where Tiled Diffusion has looked there.
-
-    Raises:
-        ValueError: It has looked at a photo of another size.
-    """
+    """Pooled P_D of the photos, (B, C), or of each place, where Tiled Diffusion has looked there;
+    raises ValueError where that was a photo of another size."""
     local = degradation.local
     if local is None:
         return degradation.pooled
@@ -192,11 +180,8 @@ def local_degradation(degradation: Degradation, latent: Tensor) -> Tensor | Loca
 
 
 def check_size(latent: Tensor, photo: Tensor, channels: int) -> None:
-    """The latent must show the photo, padded to a multiple of 8 pixels.
-
-    Raises:
-        ValueError: It has another size, or other channels.
-    """
+    """Raises ValueError where the latent does not show the photo, padded to a multiple of 8 pixels,
+    or has other channels."""
     if latent.shape[1] != channels:
         raise ValueError(
             f"samples: latents of {latent.shape[1]} channels, needed are {channels}. Those of "

@@ -26,11 +26,8 @@ NO_FOLDER = "(make a folder in ComfyUI's input folder)"
 
 
 def load_photo(path: Path) -> Tensor:
-    """A photo upright, (1, H, W, 3 or 4) in [0, 1].
-
-    Raises:
-        ValueError: The file is damaged or no photo.
-    """
+    """A photo upright, (1, H, W, 3 or 4) in [0, 1]; raises ValueError for a file that is damaged or
+    no photo."""
     try:
         with Image.open(path) as stored:
             pixels = _pixels(ImageOps.exif_transpose(stored))

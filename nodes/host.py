@@ -53,11 +53,8 @@ def model_files() -> list[str]:
 
 
 def model_path(name: str) -> Path:
-    """Full path of one of `model_files`.
-
-    Raises:
-        ValueError: There is no such file; the message says where it belongs.
-    """
+    """Full path of one of `model_files`; raises ValueError, which says where it belongs, where
+    there is no such file."""
     path = folder_paths.get_full_path(MODEL_FOLDER, name)
     if path is None:
         folders = " or ".join(folder_paths.get_folder_paths(MODEL_FOLDER))
@@ -74,11 +71,8 @@ def photo_folders() -> list[str]:
 
 
 def photos_of_folder(name: str) -> list[Path]:
-    """The photos in one of `photo_folders`, in the order of their names.
-
-    Raises:
-        ValueError: There is no such folder, or no photo in it.
-    """
+    """The photos in one of `photo_folders`, in the order of their names; raises ValueError where
+    there is no such folder, or no photo in it."""
     folders = photo_folders()
     if name not in folders:  # nor one outside of the input folder
         raise ValueError(
@@ -116,12 +110,8 @@ def nano_vae_dtype() -> torch.dtype | None:
 
 
 def for_cpu(module: nn.Module, dtype: torch.dtype | None) -> None:
-    """Lay out the weights as oneDNN's bf16 convolutions like them: a quarter less time in the VAE.
-
-    Args:
-        module: A network with 2D convolutions.
-        dtype: From `nano_unet_dtype` or `nano_vae_dtype`; None changes nothing.
-    """
+    """Lay out the weights as oneDNN's bf16 2D convolutions like them: a quarter less time in the
+    VAE. Nothing where `nano_unet_dtype` or `nano_vae_dtype` was None."""
     if dtype is not None:
         cast(Any, module).to(memory_format=torch.channels_last)
 

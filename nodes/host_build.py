@@ -41,12 +41,10 @@ _HEADS = {"num_heads": 8, "num_head_channels": -1}
 
 @contextmanager
 def sized_by(checkpoint: Checkpoint, part: str) -> Iterator[None]:
-    """Around what reads sizes from a file's shapes and builds a network of them.
+    """Around what reads sizes from a file's shapes and builds a network of them: raises
+    CheckpointKeysError where they make none.
 
     Much code of ours and of the host does so, each with its own idea of shapes that cannot be.
-
-    Raises:
-        CheckpointKeysError: The shapes make no network.
     """
     try:
         yield
@@ -70,18 +68,11 @@ def fill(
     part: str,
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Read tensors into a module that was built without memory (device meta).
+    """Read the tensors of a file under `prefix` into a module that was built without memory (device
+    meta), in its number format or as `dtype`; errors call it `part`.
 
-    Args:
-        module: Takes the tensors as they are.
-        checkpoint: Their file.
-        prefix: Of their keys.
-        part: Its name, for the error.
-        dtype: Number format to convert them to; None keeps that of the file.
-
-    Raises:
-        CheckpointKeysError: Keys or sizes differ, which is found before anything is read.
-        CheckpointValuesError: Values are not finite.
+    Raises CheckpointKeysError where keys or sizes differ, which is found before anything is read,
+    and CheckpointValuesError where values are not finite.
     """
     check_fit(module, checkpoint.shapes(prefix), checkpoint.path, part)
     module.load_state_dict(checkpoint.state(prefix, dtype), assign=True)
@@ -89,11 +80,8 @@ def fill(
 
 
 def detect_unet(state: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Sizes of a UNet or ControlNet in LDM layout, in the host's terms.
-
-    Raises:
-        KeyError: The tensors are not those of a UNet.
-    """
+    """Sizes of a UNet or ControlNet in LDM layout, in the host's terms; raises KeyError for other
+    tensors."""
     config = comfy.model_detection.detect_unet_config(dict(state), "")
     if config is None or config.get("context_dim") is None:
         raise KeyError("input_blocks.0.0.weight")
@@ -101,11 +89,8 @@ def detect_unet(state: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def vae_config(state: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Constructor arguments of an AutoencoderKL's halves, from its decoder (LDM layout).
-
-    Raises:
-        KeyError: A tensor that carries a size is missing.
-    """
+    """Constructor arguments of an AutoencoderKL's halves, from its decoder (LDM layout); raises
+    KeyError where a tensor that carries a size is missing."""
     levels = comfy.model_detection.count_blocks(state.keys(), "decoder.up.{}.")
     blocks = comfy.model_detection.count_blocks(state.keys(), "decoder.up.0.block.{}.")
     channels = [state[f"decoder.up.{i}.block.0.conv1.weight"].shape[0] for i in range(levels)]

@@ -170,9 +170,10 @@ class DegradationControlNet(comfy.controlnet.ControlNet):
         own, needed = config.get("context_dim"), self.network.context_width
         if own != needed:
             width = f"{own} wide" if own else "of another kind"
+            family = " (Stable Diffusion 1.5)" if needed == 768 else ""
             raise ValueError(
                 f"model: its cross-attention is {width}, this Diff-Restorer file needs {needed}"
-                f"{_family(needed)}. SDXL (2048), SD 2 (1024) and Flux models do not work with it: "
+                f"{family}. SDXL (2048), SD 2 (1024) and Flux models do not work with it: "
                 "connect the model that the file was trained for."
             )
         # What does not fit, the host leaves out with a line in its log.
@@ -189,11 +190,8 @@ class DegradationControlNet(comfy.controlnet.ControlNet):
         super().pre_run(model, percent_to_timestep_function)
 
     def check_batch(self, latents: int) -> None:
-        """Whether so many latents are of the photos that the control was made for.
-
-        Raises:
-            ValueError: The host would repeat some of the photos.
-        """
+        """Raises ValueError where so many latents are not of the photos that the control was made
+        for: the host would repeat some of the photos."""
         hint = cast(Tensor, self.cond_hint_original)
         photos = max(len(self.extra_args["degradation"]), len(hint))
         if latents % photos:
@@ -208,7 +206,3 @@ class DegradationControlNet(comfy.controlnet.ControlNet):
         """The host's evaluation, once the batches are known to go together."""
         self.check_batch(x_noisy.shape[0] // batched_number)
         return super().get_control(x_noisy, t, cond, batched_number, *rest)
-
-
-def _family(context_width: int) -> str:
-    return " (Stable Diffusion 1.5)" if context_width == 768 else ""

@@ -75,7 +75,13 @@ class AwareDecoder:
         trunk, carried = self._trunk(), self._carried_features(photo)
         needed = self._load(latent, carried, tile)
         inputs = self._inputs(trunk, latent, photo, pooled, carried)
-        images = self._try_whole(inputs, needed) if tile == 0 else None
+        images = None
+        if tile == 0:
+            images = try_whole(
+                at_once(needed, self.vae.device, self.vae.patcher),
+                lambda count: self._whole(inputs, count),
+                "Aware VAE Decode",
+            )
         if images is None:
             images = self._in_tiles(inputs, tile or AUTO_TILE, overlap, tiling)
         self._take_haze(images, pooled)
@@ -168,14 +174,6 @@ class AwareDecoder:
         features = {level: to_batch(value, batch) for level, value in carried.items()}
         pixels = self.vae.process_input(to_batch(photo, batch).movedim(-1, 1))
         return _Inputs(trunk, latent, pixels, self._condition(pooled, pixels), features)
-
-    def _try_whole(self, inputs: _Inputs, needed: float) -> Tensor | None:
-        """Whole pictures; None where memory is too small for one."""
-        return try_whole(
-            at_once(needed, self.vae.device, self.vae.patcher),
-            lambda count: self._whole(inputs, count),
-            "Aware VAE Decode",
-        )
 
     def _in_tiles(self, inputs: _Inputs, side: int, overlap: int, tiling: str) -> Tensor:
         """Tiles as asked for, but fast ones where exact ones cannot be."""

@@ -16,12 +16,7 @@ from ..diff_restorer.abstention import CLEAN, draw
 from ..diff_restorer.checkpoint import Checkpoint, CheckpointKeysError, read_checkpoint
 from ..diff_restorer.views import NATIVE, WHOLE, native_views
 from .host import check_interrupt
-from .host_build import (
-    build_control,
-    build_extension,
-    build_prompt_processor,
-    build_tuned_decoder,
-)
+from .host_build import build_control, build_extension, build_prompt_processor, build_tuned_decoder
 from .images import check_finite, digest, split_alpha
 from .sockets import Degradation
 
@@ -38,10 +33,9 @@ class DiffRestorer:
         control_dtype: torch.dtype | None = None,
         abstain: bool = True,
     ) -> None:
-        """Build all parts of the file.
+        """Build all parts of an opened file.
 
         Args:
-            checkpoint: The opened file.
             control_dtype: Number format of the control module; None leaves it to the host.
             abstain: Leave photos alone that are not surely damaged, where the file tells how sure
                 is sure.
@@ -70,11 +64,8 @@ class DiffRestorer:
         self._last: tuple[weakref.ref[Any], bytes, PromptOutput] | None = None
 
     def _check_widths(self) -> None:
-        """Each part has been found to be whole; whether they are parts of one model.
-
-        Raises:
-            CheckpointKeysError: They take P_D of another width than is read.
-        """
+        """Each part has been found to be whole; raises CheckpointKeysError where they are not parts
+        of one model: they take P_D of another width than is read."""
         widths = {"control module": self.control.network.context_width}
         if self.fusion is not None:
             widths["decoder"] = self.fusion.model.config.context_width
@@ -97,13 +88,11 @@ class DiffRestorer:
         return self.prompt_processor.model.config
 
     def read(self, clip_vision: Any, image: Tensor) -> tuple[Tensor, Degradation]:
-        """P_S (B, T, C) and the degradation of photos (B, H, W, 1 to 4) in [0, 1].
+        """P_S (B, T, C) and the degradation of photos (B, H, W, 1 to 4) in [0, 1]; raises
+        ValueError where `clip_vision` is not the model that the file was trained with.
 
         What is read is remembered for the graph's next node. The photos are recognised by their
         bytes, which costs a thousandth of the vision model.
-
-        Raises:
-            ValueError: `clip_vision` is not the model that the file was trained with.
         """
         out = self._recall(clip_vision, split_alpha(image)[0], remember=True)
         return out.semantic, self._degradation(out, image)
@@ -209,15 +198,8 @@ class DiffRestorer:
 
 
 def load_restorer(path: Path, abstain: bool = True) -> DiffRestorer:
-    """Read a Diff-Restorer file for use with models of the user's own.
-
-    Args:
-        path: The file.
-        abstain: See `DiffRestorer`.
-
-    Raises:
-        CheckpointError: The file cannot be used; the message says why.
-    """
+    """A `DiffRestorer` file for use with models of the user's own; raises CheckpointError, which
+    says why, where it cannot be used."""
     return DiffRestorer(read_checkpoint(path), abstain=abstain)
 
 

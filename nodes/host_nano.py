@@ -54,16 +54,8 @@ class _NanoUNet(comfy.supported_models.SD15):
 
 
 def load_nano(path: Path, abstain: bool = True) -> tuple[Any, Any, Any, DiffRestorer]:
-    """MODEL, CLIP_VISION, VAE and DIFF_RESTORER of one self-contained file.
-
-    Args:
-        path: The file.
-        abstain: See `DiffRestorer`.
-
-    Raises:
-        FileNotFoundError: There is no such file.
-        CheckpointError: The file cannot be used; the message says why.
-    """
+    """MODEL, CLIP_VISION, VAE and DIFF_RESTORER of one self-contained file; raises CheckpointError,
+    which says why, where it cannot be used."""
     checkpoint = read_checkpoint(path)
     if not checkpoint.self_contained:
         raise UnsupportedCheckpointError(
@@ -155,11 +147,8 @@ def _clip_vision(checkpoint: Checkpoint) -> Any:
 
 
 def _clip_config(state: Mapping[str, Tensor], trained: Mapping[str, Any]) -> dict[str, Any]:
-    """Sizes of a CLIP vision transformer in Hugging Face layout.
-
-    Raises:
-        KeyError: A tensor that carries a size is missing.
-    """
+    """Sizes of a CLIP vision transformer in Hugging Face layout; raises KeyError where a tensor
+    that carries a size is missing."""
     width, _, patch, _ = state["vision_model.embeddings.patch_embedding.weight"].shape
     positions = state["vision_model.embeddings.position_embedding.weight"].shape[0]
     layers = comfy.model_detection.count_blocks(state.keys(), "vision_model.encoder.layers.{}.")

@@ -24,11 +24,8 @@ below which a lack of memory is not answered by smaller tiles."""
 
 
 def check_vae(vae: Any, restorer: DiffRestorer) -> None:
-    """Refuse VAEs whose latents are of another kind.
-
-    Raises:
-        ValueError: Channels, scale or architecture differ.
-    """
+    """Raises ValueError for VAEs whose latents are of another kind: channels, scale or
+    architecture."""
     vae.throw_exception_if_invalid()
     needed = restorer.control.network.latent_channels
     channels, scale = vae.latent_channels, vae.spacial_compression_encode()

@@ -17,21 +17,14 @@ def kind_of(value: Any) -> str:
 
 
 def check_finite(name: str, value: Tensor, remedy: str) -> None:
-    """Refuse what would end as a black picture.
-
-    Raises:
-        ValueError: Not all values are finite.
-    """
+    """Raises ValueError for what would end as a black picture: values that are not finite."""
     if not is_finite(value):
         raise ValueError(f"{name}: holds NaN or infinite values. {remedy}")
 
 
 def check_image(image: Any, name: str) -> None:
-    """Refuse what is no image.
-
-    Raises:
-        ValueError: It has another shape, is empty, or holds NaN or infinite values.
-    """
+    """Raises ValueError for what is no image: of another shape, empty, or with NaN or infinite
+    values."""
     if not isinstance(image, Tensor) or not image.is_floating_point():
         kind = str(image.dtype) if isinstance(image, Tensor) else kind_of(image)
         raise ValueError(
@@ -52,10 +45,8 @@ def check_image(image: Any, name: str) -> None:
 
 
 def split_alpha(image: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Take an image apart, as fp32 from 0 to 1: what is brighter, as in EXR files, is white.
-
-    Args:
-        image: (B, H, W, C), C = 1 (grey), 2 (grey and alpha), 3 (RGB) or 4 (RGBA).
+    """Take an image (B, H, W, 1 to 4) apart, as fp32 from 0 to 1: what is brighter, as in EXR
+    files, is white. Two channels are grey and alpha.
 
     Returns:
         RGB (B, H, W, 3) and alpha (B, H, W, 1), None where the image has none.
@@ -78,11 +69,8 @@ def pad_to_multiple(rgb: Tensor, multiple: int) -> Tensor:
 
 
 def common_batch(**batches: int) -> int:
-    """The batch size of inputs that must go together, where 1 goes with any.
-
-    Raises:
-        ValueError: Two inputs have different sizes, neither of them 1.
-    """
+    """The batch size of inputs that must go together, where 1 goes with any; raises ValueError for
+    two others that differ."""
     sizes = {size for size in batches.values() if size != 1}
     if len(sizes) > 1:
         given = ", ".join(f"{name} {size}" for name, size in batches.items())

@@ -11,6 +11,7 @@ from .checks import checked
 from .host import check_interrupt
 from .images import split_alpha
 from .sockets import CATEGORY, found_by
+from .sources import share_input
 
 KINDS = tuple(kind for kind in ALL_KINDS if kind != "clean")
 
@@ -35,13 +36,10 @@ class DiffRestorerSimulateDegradation(io.ComfyNode):
                 io.Combo.Input(
                     "type", options=list(KINDS), default="noise", tooltip="The degradation."
                 ),
-                io.Float.Input(
+                share_input(
                     "severity",
+                    "0 is hardly visible; 0.25 to 0.75 is like the published test sets.",
                     default=0.5,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="0 is hardly visible; 0.25 to 0.75 is like the published test sets.",
                 ),
                 io.Int.Input(
                     "seed",

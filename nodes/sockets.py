@@ -75,13 +75,8 @@ class Degradation:
     """(C,) or 0."""
 
     def edited(self, scale: float, shift: Tensor) -> Degradation:
-        """With scale * P_D + shift in place of pooled P_D, of photos and their parts; tokens go
-        with it.
-
-        Args:
-            scale: In place of 1.
-            shift: (C,).
-        """
+        """With scale * P_D + shift, a number and (C,), in place of pooled P_D, of photos and their
+        parts; tokens go with it."""
         pooled, local = scale * self.pooled + shift, self.local
         if local is not None:
             local = replace(local, tiles=scale * local.tiles + shift[:, None, None])

@@ -45,23 +45,22 @@ def vae_input(*, what_for: str = "") -> Any:
     return io.Vae.Input("vae", optional=True, tooltip=tooltip)
 
 
-def restorer_of(given: DiffRestorer | None, degradation: Degradation | None) -> DiffRestorer:
-    """The connected file, else the one that read the degradation.
+def share_input(name: str, tooltip: str, *, default: float = 1.0, step: float = 0.01) -> Any:
+    """A share of something, from 0 to 1."""
+    return io.Float.Input(name, default=default, min=0.0, max=1.0, step=step, tooltip=tooltip)
 
-    Raises:
-        ValueError: Neither is connected.
-    """
+
+def restorer_of(given: DiffRestorer | None, degradation: Degradation | None) -> DiffRestorer:
+    """The connected file, else the one that read the degradation; raises ValueError where neither
+    is."""
     if given is not None:
         return given
     return _required(degradation, "diff_restorer", "Load Diff-Restorer").restorer
 
 
 def photos_of(given: Tensor | None, degradation: Degradation | None) -> Tensor:
-    """The connected photos, else those that the degradation was read from.
-
-    Raises:
-        ValueError: Neither is connected.
-    """
+    """The connected photos, else those that the degradation was read from; ValueError without
+    either."""
     if given is not None:
         return given
     return _required(degradation, "image", "the degraded photos").image
@@ -77,20 +76,12 @@ def _required(degradation: Degradation | None, name: str, source: str) -> Degrad
 
 
 def clip_vision_of(given: Any, restorer: DiffRestorer) -> Any:
-    """The connected vision model, else the file's own.
-
-    Raises:
-        ValueError: Nothing is connected, and the file has none.
-    """
+    """The connected vision model, else the file's own; raises ValueError where it has none."""
     return _part(given, restorer.clip_vision, "clip_vision", restorer, "Load CLIP Vision")
 
 
 def vae_of(given: Any, restorer: DiffRestorer) -> Any:
-    """The connected VAE, else the file's own.
-
-    Raises:
-        ValueError: Nothing is connected, and the file has none.
-    """
+    """The connected VAE, else the file's own; raises ValueError where it has none."""
     return _part(given, restorer.vae, "vae", restorer, "Load Checkpoint")
 
 

@@ -26,6 +26,7 @@ from .sources import (
     photos_of,
     restorer_input,
     restorer_of,
+    share_input,
 )
 
 
@@ -72,16 +73,10 @@ class DiffRestorerTiledDiffusion(io.ComfyNode):
                         "borders better and takes longer."
                     ),
                 ),
-                io.Float.Input(
+                share_input(
                     "locality",
-                    default=1.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip=(
-                        "How much each tile goes by its own content and degradation. 0 takes those "
-                        "of the whole photo for all tiles."
-                    ),
+                    "How much each tile goes by its own content and degradation. 0 takes those of "
+                    "the whole photo for all tiles.",
                 ),
                 DegradationSocket.Input(
                     "degradation",

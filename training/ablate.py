@@ -35,7 +35,7 @@ from diff_restorer.degradations import KINDS
 from tools.ending import in_words
 from tools.environment import ROOT
 
-from .common import Precision, git_revision, half, home, mixed_precision
+from .common import Precision, autocast, git_revision, half, mixed_precision
 from .evaluation import plots
 from .evaluation.metrics import fidelity
 from .evaluation.pictures import (
@@ -116,18 +116,16 @@ def check_names(config: Config) -> None:
 
 
 def chosen_variants(config: Config) -> dict[str, Variant]:
-    """Variants that can run, `full` first; one that needs training needs its file."""
-    names = dict.fromkeys(("full", *config.variants))
-    return {
-        name: as_trained(VARIANTS[name]) if name in config.retrained else VARIANTS[name]
-        for name in names
-        if name in config.retrained or not VARIANTS[name].retrained
-    }
-
-
-def as_trained(variant: Variant) -> Variant:
-    """The variant for a file of its own, which leaves out by itself what it was trained without."""
-    return replace(variant, semantic=True, degradation=True, pooled=True)
+    """Variants that can run, `full` first; one that needs training needs its file, which leaves out
+    by itself what it was trained without."""
+    chosen: dict[str, Variant] = {}
+    for name in ("full", *config.variants):
+        variant = VARIANTS[name]
+        if name in config.retrained:
+            chosen[name] = replace(variant, semantic=True, degradation=True, pooled=True)
+        elif not variant.retrained:
+            chosen[name] = variant
+    return chosen
 
 
 def score_case(
@@ -137,9 +135,7 @@ def score_case(
     lq, gt = read_image(case.lq), read_image(case.gt)
     photos: dict[Path, Photo] = {}
     scores: dict[str, dict[str, float]] = {}
-    number_format = half(config.precision)
-    mixed = number_format != torch.float32
-    with torch.no_grad(), torch.autocast(home().type, number_format, enabled=mixed):
+    with torch.no_grad(), autocast(config.precision):
         for name, variant in todo.items():
             file = config.retrained.get(name, config.file)
             if file not in photos:
@@ -177,15 +173,13 @@ def run(config: Config, cases: Sequence[Case]) -> Scores:
     return scores
 
 
-def difference(values: Sequence[float]) -> dict[str, Any]:
-    """Mean of paired differences, its `standard_error`, and `interval`, half the width of its 95 %
-    confidence interval by Student's t; both None for a single pair."""
-    return mean_difference([values])
-
-
 def mean_difference(kinds: Sequence[Sequence[float]]) -> dict[str, Any]:
-    """`difference` over several kinds that weigh alike, as means of independent samples (Welch and
-    Satterthwaite's degrees of freedom)."""
+    """Mean of paired differences, its `standard_error`, and `interval`, half the width of its 95 %
+    confidence interval by Student's t; both None for a single pair.
+
+    Several kinds weigh alike, as means of independent samples (Welch and Satterthwaite's degrees
+    of freedom).
+    """
     gap: dict[str, Any] = {"difference": math.nan, "standard_error": None, "interval": None}
     if kinds:
         gap["difference"] = float(np.mean([np.mean(values) for values in kinds]))
@@ -216,7 +210,7 @@ def summarize(config: Config, cases: Sequence[Case], scores: Scores) -> dict[str
             per_kind[kind] = {
                 "psnr": float(np.mean([scores[i][name]["psnr"] for i in ids])),
                 "ssim": float(np.mean([scores[i][name]["ssim"] for i in ids])),
-                **difference(gaps[kind]),
+                **mean_difference([gaps[kind]]),
             }
         row: dict[str, Any] = {"title": variant.title, "kinds": per_kind}
         row["file"] = config.retrained.get(name, config.file).name
@@ -242,13 +236,10 @@ def verdict(row: Mapping[str, Any]) -> str:
     return f"- {row['title']}: the full model is {worth:+.2f}{spread} dB ahead: {known}"
 
 
-def _format(config: Config) -> str:
-    return {"no": "fp32"}.get(name := mixed_precision(config.precision), name)
-
-
 def markdown(config: Config, rows: Mapping[str, Any], photos: int) -> str:
     """The table and how to read it."""
     kinds = list(rows["full"]["kinds"])
+    precision = mixed_precision(config.precision).replace("no", "fp32")
 
     def shown(entry: Mapping[str, Any]) -> str:
         gap, error = entry["difference"], entry["standard_error"]
@@ -275,7 +266,7 @@ def markdown(config: Config, rows: Mapping[str, Any], photos: int) -> str:
         "# Ablation",
         f"File `{config.file.name}` (tensors sha256 {weights_digest(config.file)[:16]}), code "
         f"{git_revision()}, {photos} photos of `{config.data.clean.name}` per kind, seed "
-        f"{config.data.seed}, {config.steps} DDIM steps, {_format(config)}. "
+        f"{config.data.seed}, {config.steps} DDIM steps, {precision}. "
         f"{SETTINGS[0].upper()}{SETTINGS[1:]}.",
         "The first row is PSNR in dB; the others are paired differences to it in dB, ± their "
         "standard error. \\* marks those beyond chance (t test at 5 %). The mean is over the "

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from diff_restorer.files import written_whole
 
-from .common import Precision, half, home
+from .common import Precision, autocast, home
 from .data import Batch, RestorationBatches, load
 
 Result = TypeVar("Result")
@@ -45,11 +45,8 @@ def missing(folder: Path, numbers: Sequence[int]) -> list[int]:
 
 
 def claim(folder: Path, settings: str) -> None:
-    """Makes a folder for batches that depend on these settings.
-
-    Raises:
-        ValueError: It holds batches of other settings.
-    """
+    """Makes a folder for batches that depend on these settings; raises ValueError where it holds
+    batches of others."""
     record = folder / RECORD
     if record.exists():
         require_same(settings, record.read_text(), folder)
@@ -66,13 +63,8 @@ def require_same(settings: str, found: str, place: Path) -> None:
 
 
 def require_origin(batches: RestorationBatches, origin: Mapping[str, Any], made: str) -> None:
-    """Raises ValueError where batches of that origin are not what `batches` would be.
-
-    Args:
-        batches: With any seed.
-        origin: `RestorationBatches.origin` of what is there.
-        made: What that is, for the message.
-    """
+    """Raises ValueError, which calls them `made`, where batches of that `RestorationBatches.origin`
+    are not what `batches`, with any seed, would be."""
     for name, value in batches.with_seed(origin["seed"]).origin().items():
         if origin.get(name) != value:
             raise ValueError(
@@ -90,10 +82,9 @@ def computed(
     compute: Callable[[int, Batch], Result],
 ) -> Iterator[tuple[int, Result]]:
     """Number and result of each batch on the device of this process, one after the other."""
-    dtype = half(precision)
     loaded = load(batches, numbers, home(), workers)
     for number, batch in zip(numbers, loaded, strict=True):
-        with torch.autocast(home().type, dtype, enabled=dtype != torch.float32):
+        with autocast(precision):
             result = compute(number, batch)
         yield number, result
 
@@ -125,18 +116,9 @@ def fill(
     metadata: dict[str, str] | None = None,
     until: float = math.inf,
 ) -> None:
-    """Writes batches as they are made, with a progress bar.
-
-    Args:
-        folder: Of `claim`.
-        made: Number and tensors of each.
-        batch_size: Samples in each.
-        done: Batches that are there.
-        total: Batches in all.
-        unit: What a sample is called.
-        metadata: Of each file.
-        until: When to stop with what there is, of `time.perf_counter`.
-    """
+    """Writes batches (number and tensors) into a folder of `claim` as they are made, with a
+    progress bar of samples, until `time.perf_counter` is past `until`. `done` of `total` batches
+    are there."""
     with tqdm(
         total=total * batch_size,
         initial=done * batch_size,

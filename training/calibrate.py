@@ -31,10 +31,9 @@ from diff_restorer.checkpoint import ONE_KIND, read_checkpoint, write_checkpoint
 from diff_restorer.similarity import psnr
 from tools.environment import ROOT
 
-from .calibration.fitting import Gains, Row, fit, start_for
-from .calibration.samples import Sample, degraded, near_clean
+from .calibration import Gains, Row, Sample, degraded, fit, near_clean, start_for
 from .checkpoints import compare_file, require_space
-from .common import Precision, half, home
+from .common import Precision, autocast, half
 from .config import run_program
 from .data import seeded
 from .evaluation.pictures import digest, weights_digest
@@ -81,10 +80,9 @@ class Config:
 def main(config: Config) -> Path:
     """Fit the file's abstention and write it.
 
-    Raises:
-        ValueError: The file does not know `clean` or has no prototypes, a setting cannot be, or
-            there is no photo of at least `SMALLEST` pixels.
-        DiskError: There is too little room for the file.
+    Raises ValueError where the file does not know `clean` or has no prototypes, a setting cannot
+    be, or there is no photo of at least `SMALLEST` pixels, and DiskError where the file has no
+    room.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     if config.loss < 1 or config.steps < 1 or config.limit < 0 or config.crop < SMALLEST:
@@ -103,12 +101,12 @@ def main(config: Config) -> Path:
     if not rows:
         raise ValueError(f"--photos: {config.photos} has no photo of {SMALLEST} px or more")
     gains = Gains.of(rows)
-    found = fit(gains, start_for(info.types, info.classification == ONE_KIND), config.loss)
-    log.info("%s", report(gains, found))
+    abstention = fit(gains, start_for(info.types, info.classification == ONE_KIND), config.loss)
+    log.info("%s", report(gains, abstention))
     out = config.out or config.file
     tensors = checkpoint.state("")
     require_space(out.parent, sum(value.nbytes for value in tensors.values()), "its tensors")
-    write_checkpoint(out, tensors, replace(info, abstention=found))
+    write_checkpoint(out, tensors, replace(info, abstention=abstention))
     compare_file(out, tensors)
     return out
 
@@ -172,9 +170,7 @@ def _samples(path: PhotoFile, place: int, types: Sequence[str], config: Config) 
 
 def restore_twice(models: Models, sample: Sample, photo: str, config: Config) -> Row:
     """One photo by its P_D as read and by the prototype of clean photos, with the same noise."""
-    number_format = half(config.precision)
-    mixed = number_format != torch.float32
-    with torch.no_grad(), torch.autocast(home().type, number_format, enabled=mixed):
+    with torch.no_grad(), autocast(config.precision):
         as_read = Photo(models, sample.lq, sample.gt, (config.seed, photo))
         restored = as_read.restore(VARIANTS["full"], config.steps)
         untouched = with_trust(as_read, 0.0).restore(VARIANTS["full"], config.steps)
@@ -204,12 +200,12 @@ def with_trust(photo: Photo, trust: float) -> Photo:
     return drawn
 
 
-def report(gains: Gains, found: Abstention) -> str:
+def report(gains: Gains, abstention: Abstention) -> str:
     """What the thresholds are and what they change on the photos that they were fitted on."""
-    lines = [f"{name}: {low} to {high}" for name, (low, high) in found.thresholds.items()]
+    lines = [f"{name}: {low} to {high}" for name, (low, high) in abstention.thresholds.items()]
     trusts = {
         "as read": torch.ones_like(gains.read),
-        "abstaining": found.trust(gains.probabilities),
+        "abstaining": abstention.trust(gains.probabilities),
         "always clean": torch.zeros_like(gains.read),
     }
     for name, trust in trusts.items():

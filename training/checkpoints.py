@@ -27,17 +27,12 @@ KEPT = 2
 _MANIFEST, _WRITING = "state.json", "writing"
 # Settings that a run may change when it goes on; any other that differs is named in a warning.
 _FREE = frozenset(
-    {
+    [
         *("out", "steps", "epochs", "minutes", "workers", "threads", "compile", "tensorboard"),
-        *("log_every", "checkpoint_every", "checkpoint_minutes", "validate_every"),
-        *(
-            "validate_minutes",
-            "validation_steps",
-            "validation_samples",
-            "memory_mb",
-            "gradient_checkpointing",
-        ),
-    }
+        *("log_every", "checkpoint_every", "checkpoint_minutes", "memory_mb"),
+        *("validate_every", "validate_minutes", "validation_steps", "validation_samples"),
+        "gradient_checkpointing",
+    ]
 )
 
 
@@ -49,17 +44,8 @@ def state_bytes(trainable: nn.Module) -> int:
 
 
 def require_space(folder: Path, needed: int, what: str, option: str = "--out") -> None:
-    """Check that `needed` bytes fit into `folder`.
-
-    Args:
-        folder: Exists.
-        needed: Bytes.
-        what: Is to be written, in the plural.
-        option: Names the folder on the command line.
-
-    Raises:
-        DiskError: They do not; names the folder and both figures.
-    """
+    """Raises DiskError, which names both figures, where `what` (a plural) needs more than `folder`
+    has room for; `option` names the folder on the command line."""
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise DiskError(
@@ -79,25 +65,16 @@ class Checkpoints:
     def __init__(
         self, accelerator: Accelerator, out: Path, size: int, settings: Mapping[str, Any]
     ) -> None:
-        """Serves what is registered with `accelerator`.
-
-        Args:
-            accelerator: Has the module, the optimizer and the average.
-            out: Run folder, which `prepare` makes.
-            size: Expected bytes of one checkpoint.
-            settings: The run's configuration, to compare when it goes on.
-        """
+        """Saves what is registered with `accelerator`, `size` bytes each as far as is known;
+        compares `settings` when a run goes on."""
         self.accelerator, self.out, self.size = accelerator, out, size
         self.settings = {**_flat(settings), "processes": accelerator.num_processes}
         accelerator.register_save_state_pre_hook(self._name_without_wrapper)
         accelerator.register_load_state_pre_hook(self._load_without_wrapper)
 
     def prepare(self) -> None:
-        """Make the run folder, and fail now rather than in an hour where the disk is too small.
-
-        Raises:
-            DiskError: The checkpoints to come do not fit: those that are kept, and one in writing.
-        """
+        """Make the run folder, and raise DiskError now rather than in an hour where the checkpoints
+        to come do not fit: those that are kept, and one in writing."""
         self.out.mkdir(parents=True, exist_ok=True)
         self._require_space(self.size * max(1, KEPT + 1 - len(self.folders())))
 
@@ -121,11 +98,8 @@ class Checkpoints:
         return sorted(p for p in self.out.glob("step_*") if re.fullmatch(r"step_\d{7,}", p.name))
 
     def save(self, step: int, extra: Mapping[str, Any]) -> None:
-        """Write the state after `step` steps, and `extra` (JSON).
-
-        Raises:
-            DiskError: There is too little space, or writing failed.
-        """
+        """Write the state after `step` steps, and `extra` (JSON); raises DiskError where that
+        fails."""
         temporary, final = self.out / _WRITING, self.out / f"step_{step:07d}"
         main = self.accelerator.is_main_process
         if main:
@@ -150,14 +124,8 @@ class Checkpoints:
         self.accelerator.wait_for_everyone()
 
     def resume(self) -> tuple[int, dict[str, Any]]:
-        """Load the newest checkpoint that can be read.
-
-        Returns:
-            Its step and `extra`; 0 and nothing where there is no checkpoint.
-
-        Raises:
-            ResumeError: There are checkpoints, but none can be read.
-        """
+        """Load the newest checkpoint that can be read: its step and `extra`, 0 and nothing where
+        there is none. Raises ResumeError where there are some, but none can be read."""
         damaged: list[Path] = []
         reason: Exception | None = None
         for folder in reversed(self.folders()):
@@ -217,15 +185,10 @@ def write_failure(folder: Path, what: str, error: Exception) -> DiskError:
 
 
 def compare_file(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Check that a Diff-Restorer file reads back as what is in memory, bit for bit.
+    """Check that a Diff-Restorer file reads back as the tensors that were written, bit for bit.
 
-    Args:
-        path: File that was just written.
-        tensors: What it should hold, such as `Models.file_tensors` returns.
-
-    Raises:
-        CheckpointKeysError: Tensors are missing, or too many.
-        ValueError: Tensors differ; names the file and the first of them.
+    Raises CheckpointKeysError for tensors that are missing or too many, and ValueError, which names
+    the first, for others.
     """
     read = read_checkpoint(path, required=()).state("")
     if read.keys() != tensors.keys():

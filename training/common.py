@@ -105,18 +105,15 @@ class ModelConfig:
 def open_models(
     config: ModelConfig, needed: tuple[str, ...] = (), seed: int = 0
 ) -> tuple[Models, set[str]]:
-    """Build the networks, on the device of this process, and load `config.init`.
-
-    Args:
-        needed: File prefixes that a program cannot start without.
-        seed: Of the random weights that no file replaces.
+    """Build the networks on the device of this process, and load `config.init`; `seed` is that of
+    the random weights that no file replaces.
 
     Returns:
-        The models and the prefixes that were loaded.
+        The models and the file prefixes that were loaded.
 
     Raises:
         FileNotFoundError: A file does not exist.
-        ValueError: A file is of another kind, or a needed part is in none of the files.
+        ValueError: A file is of another kind, or a part that is `needed` is in none of the files.
     """
     return load_models(config, [read_checkpoint(path, ()) for path in config.init], needed, seed)
 
@@ -190,6 +187,12 @@ def half(precision: Precision) -> torch.dtype:
     return dtypes[mixed_precision(precision)]
 
 
+def autocast(precision: Precision) -> torch.autocast:
+    """The context in which networks compute with that mixed precision, as in training."""
+    dtype = half(precision)
+    return torch.autocast(home().type, dtype, enabled=dtype != torch.float32)
+
+
 def to_home(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     """A batch on the device of this process."""
     return {key: value.to(home()) for key, value in batch.items()}
@@ -198,11 +201,8 @@ def to_home(batch: dict[str, Tensor]) -> dict[str, Tensor]:
 def data_for(
     models: Models, config: DataConfig, seed: int, reads: Set[str], store: PhotoStore | None = None
 ) -> tuple[RestorationBatches, dict[str, Tensor]]:
-    """`open_data` as these networks read it.
-
-    Raises:
-        ValueError: As `open_data`; or several crops would share what SD 1.5 reads for each.
-    """
+    """`open_data` as these networks read it; also raises ValueError where several crops would share
+    what SD 1.5 reads for each."""
     if models.base_model == SD15:
         if config.crops_per_part > 1:
             raise ValueError(
@@ -223,20 +223,12 @@ def open_data(
 ) -> tuple[RestorationBatches, dict[str, Tensor]]:
     """Training batches and one fixed validation batch from photos that training never sees.
 
-    Validation has one kind per photo, all in turn, and one crop of each, whatever the training has,
-    so that its scores compare.
+    Validation has one kind per photo, all in turn, one crop of each and everything to read,
+    whatever the training has, so that its scores compare. A `store` may hold photos that are
+    decoded already.
 
-    Args:
-        config: Photos, and how they are degraded and cut.
-        sizes: Of the networks that read them.
-        seed: Of all draws.
-        kinds: Types of degradations.
-        reads: What the program reads in training; the rest is not made. Validation has it all.
-        store: Photos that are decoded already, and those that will be.
-
-    Raises:
-        ValueError: There is neither a photo nor a pair, nothing is left for one of both parts, or
-            a setting cannot be.
+    Raises ValueError where there is neither a photo nor a pair, nothing is left for one of both
+    parts, or a setting cannot be.
     """
     _check(config, sizes)
     if not config.photos and not config.pairs:

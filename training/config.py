@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import json
 import sys
 import types
 from collections.abc import Callable, Mapping, Sequence
@@ -44,15 +45,10 @@ LENGTHS = ("steps", "epochs", "minutes")
 def parse(
     kind: type[ConfigT], description: str | None = None, args: Sequence[str] | None = None
 ) -> ConfigT:
-    """Read a program's settings from the command line, over a preset if `--config` names one.
+    """Read the settings of a program, whose config dataclass is defined in its module, from the
+    command line, over a preset if `--config` names one.
 
-    Args:
-        kind: The program's config dataclass, defined in its module.
-        description: Text of `--help`.
-        args: Command line, by default the process's own.
-
-    Raises:
-        ValueError: The preset does not exist, or holds what `kind` does not know.
+    Raises ValueError where the preset does not exist, or holds what `kind` does not know.
     """
     front = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     front.add_argument("--config")
@@ -81,10 +77,8 @@ def run_program(
 
 
 def exit_after(program: Callable[[], object]) -> NoReturn:
-    """Run a program and end the process.
-
-    See `tools.ending.sentence`, which decides between one line and a traceback.
-    """
+    """Run a program and end the process, see `tools.ending.sentence`, which decides between one
+    line and a traceback."""
     try:
         program()
     except Exception as error:
@@ -96,11 +90,8 @@ def exit_after(program: Callable[[], object]) -> NoReturn:
 
 
 def load(kind: type[ConfigT], preset: str | Path, overrides: Mapping[str, Any]) -> ConfigT:
-    """Settings of a program from a preset, with nested `overrides` over it.
-
-    Raises:
-        ValueError: As `parse`; or an option without a default is given by neither.
-    """
+    """Settings of a program from a preset, with nested `overrides` over it. Raises ValueError as
+    `parse`, or where an option without a default is given by neither."""
     values = _merged(_table(kind, str(preset)), overrides)
     return _build(kind, values, f"{preset}: [{table_name(kind)}]", complete=True)
 
@@ -115,8 +106,12 @@ def table_name(kind: type[Any]) -> str:
 
 def settings(config: Any) -> dict[str, Any]:
     """A config dataclass as nested tables that TOML and JSON can hold; None is left out."""
-    values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
-    return {name: _plain(value) for name, value in values.items() if value is not None}
+    return _without_none(json.loads(json.dumps(dataclasses.asdict(config), default=str)))
+
+
+def _without_none(table: Mapping[str, Any]) -> dict[str, Any]:
+    given = {name: value for name, value in table.items() if value is not None}
+    return {n: _without_none(v) if isinstance(v, dict) else v for n, v in given.items()}
 
 
 def write(config: Any, path: Path) -> None:
@@ -125,16 +120,6 @@ def write(config: Any, path: Path) -> None:
     for name in reversed(table_name(type(config)).split(".")):
         tables = {name: tables}
     path.write_text(tomli_w.dumps(tables), encoding="utf-8")
-
-
-def _plain(value: Any) -> Any:
-    if dataclasses.is_dataclass(value):
-        return settings(value)
-    if isinstance(value, Mapping):
-        return {str(name): _plain(inner) for name, inner in value.items() if inner is not None}
-    if isinstance(value, (tuple, list)):
-        return [_plain(inner) for inner in value]
-    return str(value) if isinstance(value, Path) else value
 
 
 def _preset_names() -> list[str]:

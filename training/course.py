@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -21,13 +20,10 @@ GAP_SECONDS = 60.0
 
 
 def learning_rate(place: float, length: float, warmup: float, decay: bool) -> float:
-    """Linear warm-up, then constant or cosine to zero; as a share of the peak.
+    """Linear warm-up, then constant, or cosine to zero with `decay`; as a share of the peak.
 
-    Args:
-        place: Steps or seconds done.
-        length: Of the run, in the same unit.
-        warmup: Of which this much is warm-up.
-        decay: Cosine after warm-up; else constant.
+    What is done (`place`), the `length` of the run and that of its warm-up are in one unit, steps
+    or seconds.
     """
     if place < warmup:
         return min(1.0, (place + 1) / warmup)
@@ -37,19 +33,23 @@ def learning_rate(place: float, length: float, warmup: float, decay: bool) -> fl
     return 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 
 
-class Course(ABC):
-    """A run on its way: asked before each step, told after it; `str` says where it is.
+class Course:
+    """A run of a number of steps: asked before each, told after it; `str` says where it is.
 
     Clocks of several processes differ. So what this one says of the step to come is a wish, of
     which `advance` is told what all have agreed on.
     """
 
-    unit: str
+    unit = "steps"
 
     def __init__(self, step: int, length: float, warmup: float, decay: bool) -> None:
         """Goes on from `step` steps; `length` and `warmup` as `learning_rate` has them."""
         self.step, self.length = step, length
         self._warmup, self._decay = warmup, decay
+        self._start, self._began = step, time.perf_counter()
+
+    def __str__(self) -> str:
+        return f"step {self.step} of {self.length}"
 
     def rate(self) -> float:
         """Learning rate of the step to come, as a share of the peak."""
@@ -66,62 +66,29 @@ class Course(ABC):
         return {}
 
     @property
-    @abstractmethod
     def place(self) -> float:
         """What is done, in the unit of `length`; the same for all processes."""
-
-    @property
-    @abstractmethod
-    def finished(self) -> bool:
-        """Whether no step is left."""
-
-    @abstractmethod
-    def ends(self) -> bool:
-        """Whether the step to come is the last."""
-
-    @abstractmethod
-    def reached(self) -> float:
-        """The place after this step, by this process's clock."""
-
-    @abstractmethod
-    def advance(self, ends: bool, place: float) -> None:
-        """A step is done, maybe the run (`ends`); `place` is what the main process reached."""
-
-    @abstractmethod
-    def seconds_left(self) -> float:
-        """Until the run is over, as far as that can be foreseen."""
-
-
-class StepCourse(Course):
-    """A run of a number of steps."""
-
-    unit = "steps"
-
-    def __init__(self, steps: int, warmup: int, decay: bool, step: int) -> None:
-        super().__init__(step, steps, warmup, decay)
-        self._start, self._began = step, time.perf_counter()
-
-    def __str__(self) -> str:
-        return f"step {self.step} of {self.length}"
-
-    @property
-    def place(self) -> float:
         return self.step
 
     @property
     def finished(self) -> bool:
+        """Whether no step is left."""
         return self.step >= self.length
 
     def ends(self) -> bool:
+        """Whether the step to come is the last."""
         return self.step + 1 >= self.length
 
     def reached(self) -> float:
+        """The place after this step, by this process's clock."""
         return self.step + 1
 
     def advance(self, ends: bool, place: float) -> None:
+        """A step is done, maybe the run (`ends`); `place` is what the main process reached."""
         self.step += 1
 
     def seconds_left(self) -> float:
+        """Until the run is over, as far as that can be foreseen."""
         elapsed = time.perf_counter() - self._began
         return elapsed / max(1, self.step - self._start) * (self.length - self.step)
 
@@ -178,11 +145,7 @@ class TimeCourse(Course):
         return self._seconds() + 2 * longest + self._reserve >= self.length
 
     def advance(self, ends: bool, place: float) -> None:
-        """As in general.
-
-        Raises:
-            ValueError: The first step of all left no time for the end; nothing has been learnt yet.
-        """
+        """As in general; raises ValueError where the first step of all left no time for the end."""
         self.step += 1
         self._steps.append(time.perf_counter() - self._step_began)
         if self._fresh and self.step == 1 and self._seconds() + self._reserve > self.length:
@@ -241,11 +204,7 @@ class Rhythm:
 
 
 def require_one_length(steps: int, epochs: float, minutes: float) -> None:
-    """Check that a run's length is given, once.
-
-    Raises:
-        ValueError: None or several of them are given.
-    """
+    """Raises ValueError where not one of a run's lengths is given."""
     given = {
         f"--loop.{name} {value:g}"
         for name, value in zip(LENGTHS, (steps, epochs, minutes), strict=True)

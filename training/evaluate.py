@@ -41,8 +41,7 @@ from .common import git_revision
 from .evaluation import independent, plots, report, suites, tables
 from .evaluation.anchors import run_bm3d, run_nafnet
 from .evaluation.competing import mean_seconds, run_baselines
-from .evaluation.features import draw_features
-from .evaluation.harm import draw_worst, summarize_harm
+from .evaluation.harm import summarize_harm
 from .evaluation.metrics import Learned
 from .evaluation.pictures import weights_digest, write_atomically
 from .evaluation.real_pairs import real
@@ -56,7 +55,7 @@ from .evaluation.restoring import (
     vae_round_trip,
 )
 from .evaluation.scoring import add_fid, score_all
-from .evaluation.sheets import draw_sheets
+from .evaluation.sheets import draw_sheets, draw_worst
 from .evaluation.testsets import SUITES, Case, Cases, Suite, suite_of, synthetic
 from .models import NANO, SD15
 from .pretrained import Sd15Config
@@ -122,11 +121,8 @@ class Config:
 
 
 def open_cases(config: Config) -> Cases:
-    """The test sets, made or found in the cache.
-
-    Raises:
-        ValueError: No set is asked for, or one is empty.
-    """
+    """The test sets, made or found in the cache; raises ValueError where none is asked for, or all
+    are empty."""
     data, cache = config.data, config.out / "testset"
     if not (data.clean or data.pairs or data.harm):
         raise ValueError("name test photos: --data.clean, --data.pairs or --data.harm FOLDER")
@@ -183,14 +179,6 @@ def restore_all(config: Config, cases: Sequence[Case]) -> dict[str, str]:
     return failed
 
 
-def run_anchors(config: Config, cases: Sequence[Case]) -> dict[str, str]:
-    """Lets the anchors restore their photos; returns anchor -> why it did not."""
-    if config.nafnet is not None:
-        run_nafnet(config.nafnet, config.out, cases)
-    reason = run_bm3d(config.out, cases)
-    return {"bm3d": reason} if reason else {}
-
-
 def evaluate(config: Config) -> tuple[Summary, dict[str, str]]:
     """Runs everything and writes the report; returns the summary and the failed photos."""
     nodes = {node["class_type"] for node in load_workflow(config.workflow).values()}
@@ -204,7 +192,10 @@ def evaluate(config: Config) -> tuple[Summary, dict[str, str]]:
     tried, lost = run_baselines(cases, config.out / "baselines", config.workers)
     failed |= lost
     cases = [case for case in cases if case.id not in failed]
-    missing = run_anchors(config, cases)
+    if config.nafnet is not None:
+        run_nafnet(config.nafnet, config.out, cases)
+    reason = run_bm3d(config.out, cases)
+    missing = {"bm3d": reason} if reason else {}
     learned = Learned(config.weights)
     photos = score_all(config.out, cases, tried, learned)
     if not photos:
@@ -215,13 +206,12 @@ def evaluate(config: Config) -> tuple[Summary, dict[str, str]]:
     missing |= learned.missing
     for (package, reason), count in opened.missing.items():
         missing[package] = f"{reason}; {count} photos left out"
-    if reason := draw_features(config.file, config.sd15, cases, config.out / "tsne.png"):
+    if reason := plots.draw_tsne(config.file, config.sd15, cases, config.out / "tsne.png"):
         missing["tsne"] = reason
     about = describe(config, photos)
     draw_sheets(config.out, cases, photos, summary, config.sheet_photos)
     if summary["harm"]:
-        sheet = config.out / "sheets/harm_worst.jpg"
-        draw_worst(summary["harm"], cases, photos, config.out / "restored", sheet)
+        draw_worst(config.out, cases, photos, summary["harm"])
     title = f"{TITLES[base_model]} (blind)"
     plots.draw_bars(summary, config.out / "bars.png", title)
     accuracy = summary["overall"]["accuracy"]

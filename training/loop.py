@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from . import config as record
 from .checkpoints import Checkpoints, state_bytes, write_failure
 from .common import Precision, mixed_precision
-from .course import GAP_SECONDS, Course, Rhythm, StepCourse, TimeCourse, require_one_length
+from .course import GAP_SECONDS, Course, Rhythm, TimeCourse, require_one_length
 from .data import Batch, Batches, BatchNumbers, load
 from .interruption import Interruption
 from .plots import draw_curves
@@ -120,15 +120,9 @@ class Stage:
 
 
 def count_steps(config: LoopConfig, photos: int, processes: int) -> LoopConfig:
-    """`config` with `steps` filled in, unless it has a time box.
-
-    Args:
-        photos: Length of the data set.
-        processes: How many share one step.
-
-    Raises:
-        ValueError: Not exactly one of steps, epochs and minutes is given.
-    """
+    """`config` with `steps` filled in, unless it has a time box, for a data set of so many photos
+    and so many processes that share a step. Raises ValueError where not exactly one length is
+    given."""
     require_one_length(config.steps, config.epochs, config.minutes)
     if config.epochs <= 0:
         return config
@@ -148,20 +142,15 @@ def run(
     program: Any = None,
     began: float | None = None,
 ) -> Path:
-    """Train `stage`; resume from the newest checkpoint in `config.out` if there is one.
+    """Train `stage`; resume from the newest checkpoint in `config.out` if there is one; returns the
+    path of the exported file.
 
     Under `accelerate launch`, processes share each step: W processes see and compute what one
     process with W times the `accumulate` does.
 
     Args:
-        stage: What to train.
-        data: Batches of any number.
-        config: Settings of the loop.
         program: The program's whole config dataclass, for config.toml and the exported file.
         began: When the time box began, of `time.perf_counter`; now.
-
-    Returns:
-        Path of the exported file.
 
     Raises:
         NonFiniteError: Names the loss term, input or parameter that is not finite.
@@ -183,12 +172,10 @@ def fit(
     began: float | None = None,
 ) -> Spent:
     """Train `stage` as `run` does, but keep all in memory: `stage.trainable` becomes the average.
+    Returns where the time went.
 
     The run folder gets the tables, curves and sheets alone. After an error or an interruption, the
     weights are the averages of the last validation.
-
-    Returns:
-        Where the time went.
     """
     torch.backends.cudnn.benchmark = True  # faster; nothing has to come out the same again
     trained = _Run(stage, data, config, program or config, in_files=False)
@@ -236,18 +223,7 @@ class _Run:
                 checkpoints.prepare()
             config.out.mkdir(parents=True, exist_ok=True)
         self.program = program
-        self.stepper = Stepper(
-            *(accelerator, stage.trainable, stage.loss),
-            lr=config.lr,
-            weight_decay=config.weight_decay,
-            ema=config.ema,
-            clip=config.clip,
-            accumulate=config.accumulate,
-            seed=config.seed,
-            opponents=stage.opponents,
-            hidden=stage.hidden,
-            muon=config.muon,
-        )
+        self.stepper = Stepper(accelerator, stage, config)
         self.average, self.clock = self.stepper.average, self.stepper.clock
         self.kept = {} if in_files else self.average.copied()
         accelerator.register_for_checkpointing(self.average)
@@ -259,7 +235,11 @@ class _Run:
         start, extra = self.checkpoints.resume() if self.checkpoints is not None else (0, {})
         if self.accelerator.is_main_process:  # now that it is known to go with what is there
             record.write(self.program, config.out / "config.toml")
-        self.course = course = _course(config, start, extra, began)
+        if config.minutes:
+            course = TimeCourse(config.minutes, config.decay, start, extra.get("course", {}), began)
+        else:
+            course = Course(start, config.steps, config.warmup, config.decay)
+        self.course = course
         self.stepper.means.state = extra.get("means", {})
         self.log = RunLog(
             config.out,
@@ -397,12 +377,6 @@ class _Run:
                 (folder / exported.name).replace(exported)
         except (OSError, SafetensorError) as error:
             raise write_failure(self.config.out, exported.name, error) from error
-
-
-def _course(config: LoopConfig, step: int, extra: dict[str, Any], began: float) -> Course:
-    if config.minutes:
-        return TimeCourse(config.minutes, config.decay, step, extra.get("course", {}), began)
-    return StepCourse(config.steps, config.warmup, config.decay, step)
 
 
 def _start_accelerate(config: LoopConfig) -> Accelerator:

@@ -124,14 +124,13 @@ class Models(nn.Module):
         degradation_view: str = NATIVE,
         base: Base | None = None,
     ) -> None:
-        """Build all parts with random weights, but for those of `base`.
+        """Build all parts with random weights, but for those of `base`, SD 1.5's UNet and VAE and
+        its vision tower; without it they are ours (Nano).
 
         Args:
             sizes: Widths and depths; those of `base` where there is one.
-            types: Names of the degradation types.
             prediction: What the UNet predicts, see `training.diffusion.scheduler`.
             degradation_view: What P_D is read from, see `diff_restorer.views`.
-            base: SD 1.5's UNet and VAE and its vision tower; without it they are ours (Nano).
         """
         super().__init__()
         self.sizes, self.types = sizes, tuple(types)
@@ -211,11 +210,8 @@ class Models(nn.Module):
         self.control = build_control(self.unet).to(memory_format=memory_format())
 
     def leave_out(self, *ablations: str) -> None:
-        """Run without these parts of the method, see `ABLATIONS`.
-
-        Raises:
-            ValueError: One is unknown.
-        """
+        """Run without these parts of the method; raises ValueError for one that is not in
+        `ABLATIONS`."""
         if unknown := set(ablations) - set(ABLATIONS):
             raise ValueError(f"ablations: unknown {sorted(unknown)}; known are {ABLATIONS}")
         self.ablations |= set(ablations)
@@ -268,14 +264,8 @@ class Models(nn.Module):
         return extension.without_haze(restored, pooled, self.types)
 
     def read(self, batch: Mapping[str, Tensor]) -> PromptOutput:
-        """P_S of the whole photo; P_D and logits of the view that this model reads them from.
-
-        Args:
-            batch: `clip_view` and, for a native `degradation_view`, `native_view`, in [0, 1].
-
-        Returns:
-            A row per view; of training batches, index it by `part` for a row per crop.
-        """
+        """P_S of the whole photo (`clip_view`); P_D and logits of the view that this model reads
+        them from (maybe `native_view`): a row per view, of training batches one per part."""
         return self.prompt_of(*self.tokens(batch))
 
     def read_pooled(self, batch: Mapping[str, Tensor]) -> Tensor:
@@ -343,22 +333,17 @@ class Models(nn.Module):
             return (DETAIL_PREFIX,)
         return "decoder.fusion.", "decoder.vae."
 
-    def parts(self) -> dict[str, nn.Module]:
-        """File prefix -> module whose keys need no renaming."""
-        return {
-            "prompt_processor.": self.prompt,
-            "base.clip_vision.": self.vision,
-            self.decoder_parts[0]: self.decoder.extension,
-        }
-
     @property
     def _vae_is_tiny(self) -> bool:
         return not hasattr(self.vae, "quant_conv")
 
-    def _renamed_parts(self) -> list[tuple[str, nn.Module, dict[str, str]]]:
-        """(file prefix, module, diffusers key -> LDM key) of the parts that diffusers names."""
+    def _parts(self) -> list[tuple[str, nn.Module, dict[str, str] | None]]:
+        """(file prefix, module, diffusers key -> LDM key where the file has the latter)."""
         keys_of_vae = tiny_vae_keys if self._vae_is_tiny else vae_keys
-        parts = [
+        parts: list[tuple[str, nn.Module, dict[str, str] | None]] = [
+            ("prompt_processor.", self.prompt, None),
+            ("base.clip_vision.", self.vision, None),
+            (self.decoder_parts[0], self.decoder.extension, None),
             ("base.unet.", self.unet, unet_keys(self.unet.state_dict())),
             ("control.", self.control, unet_keys(self.control.state_dict())),
             ("base.vae.", self.vae, keys_of_vae(self.vae.state_dict())),
@@ -367,8 +352,7 @@ class Models(nn.Module):
             decoder_only = nn.Module()
             decoder_only.decoder = self.decoder.decoder
             decoder_only.post_quant_conv = self.decoder.post_quant_conv
-            keys = keys_of_vae(decoder_only.state_dict())
-            parts.append(("decoder.vae.", decoder_only, keys))
+            parts.append(("decoder.vae.", decoder_only, keys_of_vae(decoder_only.state_dict())))
         return parts
 
     def file_tensors(self, prefixes: Sequence[str], dtype: torch.dtype) -> dict[str, Tensor]:
@@ -376,13 +360,11 @@ class Models(nn.Module):
         if self.base_model == SD15:  # its UNet, VAE and CLIP have files of their own
             prefixes = [prefix for prefix in prefixes if not prefix.startswith("base.")]
         tensors: dict[str, Tensor] = {}
-        for prefix, module in self.parts().items():
+        for prefix, module, keys in self._parts():
             if prefix in prefixes:
-                tensors |= {prefix + key: value for key, value in module.state_dict().items()}
-        for prefix, module, keys in self._renamed_parts():
-            if prefix in prefixes:
-                renamed = to_ldm(module.state_dict(), keys)
-                tensors |= {prefix + key: value for key, value in renamed.items()}
+                state = module.state_dict()
+                named = to_ldm(state, keys) if keys else state
+                tensors |= {prefix + key: value for key, value in named.items()}
         if "base.vae." in prefixes and self._vae_is_tiny:
             # The host's TAESD also holds a scale and a shift of its latent.
             tensors |= {"base.vae.vae_scale": torch.ones(()), "base.vae.vae_shift": torch.zeros(())}
@@ -407,13 +389,10 @@ class Models(nn.Module):
             self.history |= checkpoint.info.config
         loaded: set[str] = set()
         unwanted = () if decoder else self.decoder_parts
-        for prefix, module in self.parts().items():
+        for prefix, module, keys in self._parts():
             if prefix not in unwanted and (state := checkpoint.state(prefix, torch.float32)):
-                _load_strictly(module, state, prefix, checkpoint.path)
-                loaded.add(prefix)
-        for prefix, module, keys in self._renamed_parts():
-            if prefix not in unwanted and (state := checkpoint.state(prefix, torch.float32)):
-                _load_strictly(module, from_ldm(state, keys), prefix, checkpoint.path)
+                own = from_ldm(state, keys) if keys else state
+                _load_strictly(module, own, prefix, checkpoint.path)
                 loaded.add(prefix)
         if "base.vae." in loaded:
             self.latent_scale = checkpoint.info.latent_scale

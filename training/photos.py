@@ -77,13 +77,11 @@ def list_shards(source: Path) -> list[Path]:
 
 
 def list_members(shard: Path) -> list[ShardMember]:
-    """Files of an uncompressed tar, in their order there.
+    """Files of an uncompressed tar, in their order there; raises ValueError where it is none, or
+    cut off.
 
     Only the headers are read. With each member's place known, samples are read at random access: a
     run resumes exactly, which a stream of shards could not promise, and needs no package.
-
-    Raises:
-        ValueError: The file is no uncompressed tar, or cut off.
     """
     with shard.open("rb") as stream:
         whole = shard.stat().st_size % tarfile.BLOCKSIZE == 0
@@ -110,16 +108,12 @@ def is_photo(name: str) -> bool:
 
 
 def list_photos(source: Path) -> Sequence[PhotoFile]:
-    """Photo files named by a folder, a text list, a CSV manifest or tar shards, in a fixed order.
+    """Photo files named by a source, in a fixed order: a folder (searched recursively; shards in it
+    count where it has no loose photo), a tar shard (webdataset: `<key>.jpg`), a text file with one
+    path per line (`#` starts a comment), or a CSV file with a column `path` and, optionally, a
+    column `part` of which the rows `train` are taken. Paths are relative to the list's folder.
 
-    Args:
-        source: A folder (searched recursively; shards in it count where it has no loose photo), a
-            tar shard (webdataset: `<key>.jpg`), a text file with one path per line (`#` starts a
-            comment), or a CSV file with a column `path` and, optionally, a column `part` of which
-            the rows `train` are taken. Paths are relative to the list's folder.
-
-    Raises:
-        ValueError: The source does not exist, has no `path` column, or names no photo.
+    Raises ValueError where the source does not exist, has no `path` column, or names no photo.
     """
     if not source.exists():
         raise ValueError(
@@ -148,26 +142,16 @@ def list_photos(source: Path) -> Sequence[PhotoFile]:
         accepted = "a text list with one path per line"
     if files:
         return sorted(files)
-    if packed := _photos_in(list_shards(source)):
+    members = [member for shard in list_shards(source) for member in list_members(shard)]
+    photos = [member for member in members if is_photo(member.name)]
+    if packed := [photo for photo in photos if not shard_key(photo)[1].startswith(("lq.", "gt."))]:
         return sorted(packed)
     raise ValueError(f"photos: found no photo in {source}; give {accepted}")
 
 
-def _photos_in(shards: Sequence[Path]) -> list[ShardMember]:
-    members = (member for shard in shards for member in list_members(shard))
-    return [
-        member
-        for member in members
-        if is_photo(member.name) and not shard_key(member)[1].startswith(("lq.", "gt."))
-    ]
-
-
 def read_photo(file: PhotoFile) -> Tensor:
-    """Decodes a photo upright into (3, H, W) uint8.
-
-    Raises:
-        ValueError: It has 32 bits per pixel of one channel, whose range is anyone's guess.
-    """
+    """Decodes a photo upright into (3, H, W) uint8; raises ValueError for 32 bits per pixel of one
+    channel, whose range is anyone's guess."""
     with file.open("rb") as stream, Image.open(stream) as picture:
         upright = ImageOps.exif_transpose(picture)
         if upright.mode.startswith("I;16"):  # `convert` would cut off all above 255
@@ -221,19 +205,17 @@ class PhotoStore:
         read: Callable[[ItemT], object],
         measure: Callable[[ItemT], int],
     ) -> list[ItemT]:
-        """Leaves out items that cannot be read, and names and counts them in warnings.
+        """Leaves out items that cannot be read, and names and counts them in warnings, which call
+        them `what`.
 
         All headers are looked at. Items are read in full, and kept, while there is room; what is
-        wrong with the content of the others is met by `draw`.
+        wrong with the content of the others is met by `draw`. Raises ValueError, with the reason of
+        the first, where no item is usable.
 
         Args:
-            what: Name of the items in messages.
             items: Photos or pairs, in the order in which they are kept.
             read: Reads and checks one item through this store.
             measure: Memory of one decoded item in bytes, from its header.
-
-        Raises:
-            ValueError: No item is usable; has the reason of the first.
         """
 
         def attempt(function: Callable[[ItemT], ReadT], places: Sequence[int]) -> dict[int, ReadT]:
@@ -272,12 +254,8 @@ class PhotoStore:
     def draw(
         self, what: str, items: Sequence[ItemT], index: int, read: Callable[[ItemT], ReadT]
     ) -> ReadT:
-        """Reads an item, or the next in order that is usable; a warning names the others.
-
-        Raises:
-            IndexError: There is no item of this index.
-            ValueError: None is usable.
-        """
+        """Reads an item, or the next in order that is usable; a warning names the others. Raises
+        ValueError where none is."""
         if not 0 <= index < len(items):
             raise IndexError(index)
         for offset in range(len(items)):
@@ -294,10 +272,8 @@ class PhotoStore:
 class CleanPhotos(Sequence[Tensor]):
     """Clean photos, (3, H, W) uint8; decoded at once as far as the store has room, else when drawn.
 
-    Files that cannot be read are named in a warning and left out.
-
-    Raises:
-        ValueError: The source names no photo, or none can be read.
+    Files that cannot be read are named in a warning and left out. Raises ValueError where the
+    source names no photo, or none can be read.
     """
 
     def __init__(self, source: Path | str, store: PhotoStore | None = None) -> None:

@@ -89,16 +89,13 @@ class Base:
 
 
 def open_base(config: Sd15Config, sizes: Sizes) -> Base:
-    """Load UNet, VAE and vision tower; their sizes are read from the files.
-
-    Args:
-        config: `checkpoint` must be given.
-        sizes: What the files do not tell: prompt processor, fusion, heads.
+    """Load UNet, VAE and vision tower; their sizes are read from the files, but for what those do
+    not tell: prompt processor, fusion, heads.
 
     Raises:
         FileNotFoundError: A file does not exist.
         CheckpointError: A file is a pickle or incomplete.
-        PretrainedError: A file holds another model.
+        PretrainedError: A file holds another model, or is not named.
     """
     if config.checkpoint is None or config.clip is None:
         raise PretrainedError(
@@ -123,9 +120,8 @@ def open_base(config: Sd15Config, sizes: Sizes) -> Base:
     else:
         width = vision["visual_projection.weight"].shape[0]
         networks[2].visual_projection = nn.Linear(sizes.vision_width, width, bias=False)
-    unet, vae = _renamed(unet, networks[0], unet_keys), _renamed(vae, networks[1], vae_keys)
-    _fill(networks[0], unet, config.checkpoint, "UNet", _ACCEPTED)
-    _fill(networks[1], vae, vae_file, "VAE", _ACCEPTED_VAE)
+    _fill(networks[0], unet, config.checkpoint, "UNet", _ACCEPTED, unet_keys)
+    _fill(networks[1], vae, vae_file, "VAE", _ACCEPTED_VAE, vae_keys)
     _fill(networks[2], vision, clip_file, "vision tower", _ACCEPTED_CLIP)
     return Base(sizes, *(network.eval().requires_grad_(False) for network in networks))
 
@@ -313,15 +309,17 @@ def _read_sizes(read: Any, state: State, path: Path, expected: str) -> dict[str,
         raise PretrainedError(f"{path}: lacks {error}; accepted is {expected}") from error
 
 
-def _renamed(state: State, module: nn.Module, names: Any) -> State:
-    """From LDM to the module's own keys; keys that are not there are left to `_fill` to name."""
-    keys = names(module.state_dict())
-    return from_ldm(state, {name: ldm for name, ldm in keys.items() if ldm in state})
+def _fill(
+    module: nn.Module, state: State, path: Path, part: str, accepted: str, names: Any = None
+) -> None:
+    """Assign fp32 weights to a module that has none yet; what else the file holds is left out.
 
-
-def _fill(module: nn.Module, state: State, path: Path, part: str, accepted: str) -> None:
-    """Assign fp32 weights to a module that has none yet; what else the file holds is left out."""
+    They are in LDM layout where `names` tells the keys of that.
+    """
     own = module.state_dict()
+    if names is not None:  # what is not there is left to `check_fit` to name
+        keys = names(own)
+        state = from_ldm(state, {name: ldm for name, ldm in keys.items() if ldm in state})
     state = {key: value for key, value in state.items() if key in own}
     check_fit(module, state, path, part, f"Accepted is {accepted}.")
     # Copies: a mapped file that is written over would end the run, or change its networks.

@@ -104,11 +104,8 @@ class RunLog:
         clock: Clock,
         tensorboard: bool = False,
     ) -> None:
-        """Opens the tables where `course` stands.
-
-        Raises:
-            ValueError: `tensorboard` is asked for and not installed.
-        """
+        """Opens the tables where `course` stands; raises ValueError where `tensorboard` is asked
+        for and not installed."""
         self.means, self.course, self.device, self.main = means, course, device, main
         self._samples, start = samples_per_step, course.step
         self._since = time.perf_counter()

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple, cast
+from collections.abc import Callable, Iterator, Set
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from accelerate import Accelerator
@@ -15,8 +15,10 @@ from .clock import Clock
 from .data import Batch, seeded, split, to_device
 from .errors import NonFiniteError
 from .muon import Muon
-from .nonfinite import describe
 from .progress import Means
+
+if TYPE_CHECKING:
+    from .loop import LoopConfig, Stage
 
 Loss = Callable[[Batch, torch.Generator], dict[str, Tensor]]
 
@@ -52,43 +54,26 @@ class Stepper:
     GPU never waits for the host.
     """
 
-    def __init__(
-        self,
-        accelerator: Accelerator,
-        trainable: nn.Module,
-        loss: Loss,
-        *,
-        lr: float,
-        weight_decay: float,
-        ema: float,
-        clip: float,
-        accumulate: int,
-        seed: int,
-        opponents: tuple[nn.Module, ...] = (),
-        hidden: tuple[Tensor, ...] = (),
-        muon: float = 0.0,
-    ) -> None:
-        """Wraps the module for `accelerator`; arguments are those of `LoopConfig` and `Stage`.
-
-        Raises:
-            ValueError: Muon is asked for in fp16, whose overflows skip the step of AdamW alone.
-        """
+    def __init__(self, accelerator: Accelerator, stage: Stage, config: LoopConfig) -> None:
+        """Wraps the stage's module for `accelerator`; raises ValueError where Muon is asked for in
+        fp16, whose overflows skip the step of AdamW alone."""
+        trainable = stage.trainable
         self._accelerator, self._trainable = accelerator, trainable
-        self._lr, self._clip, self._seed = lr, clip, seed
-        self._accumulate, self._sides = accumulate, opponents or (trainable,)
+        self._lr, self._clip, self._seed = config.lr, config.clip, config.seed
+        self._accumulate, self._sides = config.accumulate, stage.opponents or (trainable,)
         self.pieces = 1
         """Parts of a batch that are computed one after the other."""
         on_gpu = accelerator.device.type == "cuda"
         self._ahead = on_gpu and accelerator.scaler is None
         self._next: Batch | None = None
         learned = [p for p in trainable.parameters() if p.requires_grad]
-        hidden = hidden if muon else ()
+        hidden = stage.hidden if config.muon else ()
         turned = {id(p) for p in hidden}
         optimizers: list[torch.optim.Optimizer] = [
             torch.optim.AdamW(
                 [p for p in learned if id(p) not in turned],
-                lr=lr,
-                weight_decay=weight_decay,
+                lr=config.lr,
+                weight_decay=config.weight_decay,
                 fused=True if on_gpu else None,
             )
         ]
@@ -97,10 +82,10 @@ class Stepper:
                 raise ValueError(
                     "--loop.muon: not with --loop.precision fp16; give bf16 or no, or --loop.muon 0"
                 )
-            optimizers.append(Muon(hidden, lr, muon, weight_decay))
-        module = _LossModule(trainable, loss)
+            optimizers.append(Muon(hidden, config.lr, config.muon, config.weight_decay))
+        module = _LossModule(trainable, stage.loss)
         self._module, *self._optimizers = accelerator.prepare(module, *optimizers)
-        self.average = Average(accelerator.unwrap_model(self._module), ema)
+        self.average = Average(accelerator.unwrap_model(self._module), config.ema)
         self.clock = Clock(accelerator.device)
         self.means = Means()
 
@@ -125,7 +110,7 @@ class Stepper:
         signs: Signs,
         reached: Callable[[], float],
     ) -> tuple[Signs, float]:
-        """Take a step.
+        """Take a step; raises NonFiniteError, which names what is not finite.
 
         Args:
             step: Its number.
@@ -136,9 +121,6 @@ class Stepper:
 
         Returns:
             What any process wants, and the main process's place.
-
-        Raises:
-            NonFiniteError: Names what is not finite.
         """
         for optimizer in self._optimizers:
             for group in optimizer.param_groups:
@@ -166,14 +148,14 @@ class Stepper:
         values, counts, norm_now, signs, place = self._read(reading.wait(), names)
         scaled = self._accelerator.scaler is not None  # fp16 overflows now and then, and skips
         if counts["loss"] < count or not (math.isfinite(norm_now) or scaled):
-            reason = describe(step, parts, learned, batch, self._trainable, updated=self._ahead)
+            reason = _describe(step, parts, learned, batch, self._trainable, updated=self._ahead)
             raise NonFiniteError(reason)
         if not self._ahead:
             with self.clock.part("optimizer"):
                 self._update(norms)
             scaler = self._accelerator.scaler
             if scaler is not None and scaler.get_scale() < 1:  # overflows at every scale
-                raise NonFiniteError(describe(step, parts, learned, batch, self._trainable))
+                raise NonFiniteError(_describe(step, parts, learned, batch, self._trainable))
         self._trainable.zero_grad(set_to_none=True)
         for name in values:
             self.means.add(name, values[name], counts[name])
@@ -276,3 +258,41 @@ def _gradient_norm(side: nn.Module) -> Tensor:
     """On the side's device, also where it has no gradients yet."""
     gradients = [p.grad for p in side.parameters() if p.grad is not None]
     return torch.nn.utils.get_total_norm(gradients).to(next(side.parameters()).device)
+
+
+def _describe(
+    step: int,
+    parts: list[dict[str, Tensor]],
+    learned: Set[str],
+    batch: dict[str, Tensor],
+    module: nn.Module,
+    updated: bool = False,
+) -> str:
+    """Name what is not finite on this process: its causes where they can be seen, too.
+
+    Args:
+        parts: The terms of each batch.
+        learned: Terms with a gradient; others may be NaN where a batch says nothing of them.
+        batch: The last one.
+        updated: Whether the weights have taken the step in, so that they are to blame for nothing.
+    """
+
+    def bad(tensors: Iterator[tuple[str, Tensor | None]]) -> list[str]:
+        bad = [n for n, t in tensors if t is not None and not torch.isfinite(t).all()]
+        return [*bad[:3], *(["..."] if len(bad) > 3 else [])]
+
+    wrong = [n for n in parts[0] if not all(torch.isfinite(part[n]).all() for part in parts)]
+    terms = [name for name in wrong if name in learned]
+    gradients = bad((n, p.grad) for n, p in module.named_parameters())
+    inputs = bad(iter(batch.items()))
+    weights = [] if updated else bad((n, p.detach()) for n, p in module.named_parameters())
+    if "loss" in terms:
+        what = ", ".join(terms)
+    else:
+        what = f"gradient of {', '.join(gradients) or 'a parameter, on another process,'}"
+    why = "; lower --loop.lr or raise --loop.warmup"
+    if weights:
+        why = f", and weight {', '.join(weights)} is not"
+    if inputs:
+        why = f", and input {', '.join(inputs)} is not: look at the data"
+    return f"step {step}: {what} is not finite{why}. Checkpoints are from before it."

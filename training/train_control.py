@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -14,14 +13,7 @@ from torch.nn import functional as F
 from diff_restorer.checkpoint import V_PREDICTION
 from diff_restorer.similarity import psnr
 
-from .common import (
-    DataConfig,
-    ModelConfig,
-    data_for,
-    half,
-    in_batches,
-    to_home,
-)
+from .common import DataConfig, ModelConfig, data_for, half, in_batches, to_home
 from .config import run_program
 from .data import Batches
 from .diffusion import TIMESTEPS, first_step_noise, sample, scheduler
@@ -32,8 +24,7 @@ from .models import SD15, Models, to_pixels
 from .photos import PhotoStore
 from .sheets import save_sheet
 from .stages import run_stage, stage_of
-
-Loss = Callable[[dict[str, Tensor], torch.Generator], dict[str, Tensor]]
+from .stepping import Loss
 
 
 @dataclass(frozen=True)
@@ -81,9 +72,8 @@ class Config:
 def prepare(models: Models, config: Config) -> nn.Module:
     """Freeze what is frozen and leave out what is left out; returns what trains.
 
-    Raises:
-        ValueError: SD 1.5's UNet would train, which no file of ours could keep; or the
-            classification loss is taken from a classifier that does not train.
+    Raises ValueError where SD 1.5's UNet would train, which no file of ours could keep, or the
+    classification loss is taken from a classifier that does not train.
     """
     if not config.train_degradation and config.ce_weight != Config.ce_weight:
         raise ValueError(
@@ -137,8 +127,8 @@ def make_loss(models: Models, config: Config) -> Loss:
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         prompt = models.prompt_of(whole, close)
         p_s, p_d = (repeated(p[part]) for p in (prompt.semantic, prompt.degradation))
-        found = models.denoise(noisy, timestep, hint, p_s * keep, p_d)
-        return found.float(), prompt.logits.float()
+        predicted = models.denoise(noisy, timestep, hint, p_s * keep, p_d)
+        return predicted.float(), prompt.logits.float()
 
     predict_fast = maybe_compile(predict, config.loop)
     encode = maybe_compile(models.encode, config.loop)
@@ -182,15 +172,17 @@ def main(config: Config) -> Path:
 
 
 def build(
-    models: Models, found: set[str], config: Config, store: PhotoStore | None = None
+    models: Models, loaded: set[str], config: Config, store: PhotoStore | None = None
 ) -> tuple[Stage, Batches]:
-    """The stage, and its data from the photos of `store`.
-
-    Raises:
-        ValueError: As `prepare`; or `encoded` has been made of other photos or networks.
-    """
-    train, fixed = _open(models, config, store)
-    if "control." not in found:
+    """The stage, and its data from the photos of `store`; raises ValueError as `prepare`, or where
+    `encoded` has been made of other photos or networks."""
+    reads = {"gt", "lq", "clip_view", models.degradation_key}
+    fresh, fixed = data_for(models, config.data, config.loop.seed, reads, store)
+    train: Batches = fresh
+    if config.encoded is not None:
+        # Before the networks are frozen in bf16: by their own weights they are known.
+        train = read_encoded(config.encoded, fresh.sized(config.loop.batch_size), models)
+    if "control." not in loaded:
         models.start_control()
     trainable = prepare(models, config)
     validation = to_home(fixed)
@@ -221,21 +213,9 @@ def build(
             **{name: float(value) for name, value in scores.items()},
         }
 
-    made = sorted(found | {"base.unet.", "control.", "prompt_processor."})
+    made = sorted(loaded | {"base.unet.", "control.", "prompt_processor."})
 
     return stage_of(models, made, trainable, make_loss(models, config), validate), train
-
-
-def _open(
-    models: Models, config: Config, store: PhotoStore | None
-) -> tuple[Batches, dict[str, Tensor]]:
-    """Batches to train on, and the one to validate on."""
-    reads = {"gt", "lq", "clip_view", models.degradation_key}
-    train, fixed = data_for(models, config.data, config.loop.seed, reads, store)
-    if config.encoded is None:
-        return train, fixed
-    # Before the networks are frozen in bf16: by their own weights they are known.
-    return read_encoded(config.encoded, train.sized(config.loop.batch_size), models), fixed
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from diff_restorer.checkpoint import V_PREDICTION
 from diff_restorer.degradations import KINDS
 from tests import photos as test_photos
 from training import ablate
-from training.ablate import AblationData, Config, difference, mean_difference, verdict
+from training.ablate import AblationData, Config, mean_difference, verdict
 from training.common import checkpoint_info
 from training.diffusion import sample
 from training.evaluation.reading import open_file, read_prompt, views
@@ -209,11 +209,11 @@ def test_a_retrained_file_keeps_its_own_prompts(config: Config, tmp_path: Path):
 
 def test_standard_errors():
     values = [1.0, 1.0, 4.0]
-    found = difference(values)
+    found = mean_difference([values])
     assert (found["difference"], found["standard_error"]) == (2.0, pytest.approx(1.0))
     low, high = scipy.stats.ttest_1samp(values, 0).confidence_interval()
     assert 2 * found["interval"] == pytest.approx(high - low)
-    assert difference([0.5]) == {"difference": 0.5, "standard_error": None, "interval": None}
+    assert mean_difference([[0.5]]) == {"difference": 0.5, "standard_error": None, "interval": None}
     # Of two means, as Welch's test of one against the negative of the other has it.
     both, other = mean_difference([values, [0.5, 0.0, 0.7]]), [-0.5, 0.0, -0.7]
     low, high = scipy.stats.ttest_ind(values, other, equal_var=False).confidence_interval()

@@ -16,8 +16,7 @@ from diff_restorer.degradations import KINDS
 from tests.training.test_ablate import write_model
 from training import calibrate
 from training.calibrate import Config, restore_twice, with_trust
-from training.calibration.fitting import Gains, Row, fit, start_for
-from training.calibration.samples import LOOKS, degraded, near_clean
+from training.calibration import LOOKS, Gains, Row, degraded, fit, near_clean, start_for
 from training.data import seeded
 from training.evaluation.reading import open_file
 from training.evaluation.testsets import read_upright

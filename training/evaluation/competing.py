@@ -45,12 +45,7 @@ def measure(lq: Path, gt: Path, names: Sequence[str]) -> Tried:
 def run_baselines(
     cases: Sequence[Case], cache: Path, workers: int
 ) -> tuple[dict[str, Tried], dict[str, str]]:
-    """Lets every baseline try the cases of its kind.
-
-    Args:
-        cases: The test cases; a case without a kind, or of `clean`, has no baselines.
-        cache: Folder for the scores, one JSON file per case.
-        workers: Processes; 0 takes one per CPU core.
+    """Lets every baseline try the cases of its kind, and keeps the scores as JSON in `cache`.
 
     Returns:
         Case id -> what `measure` returns; and case id -> why it failed.
@@ -82,26 +77,20 @@ def _measured(
     todo: Sequence[tuple[Case, str]], workers: int
 ) -> Iterator[tuple[tuple[Case, str], Tried | Exception]]:
     """Runs `measure` for every case, in this process or in several, in the order they end."""
-
-    def names(case: Case) -> tuple[str, ...]:
-        return COMPETITORS[case.kind or ""]
-
-    if min(workers, len(todo)) == 1:
-        for entry in todo:
-            yield entry, _caught(entry[0].lq, entry[0].gt, names(entry[0]))
+    processes = min(workers, len(todo))
+    if processes == 1:
+        yield from ((entry, _caught(entry[0])) for entry in todo)
         return
     # Spawned, not forked: torch has threads by now, which do not survive a fork.
-    with ProcessPoolExecutor(min(workers, len(todo)), get_context("spawn")) as pool:
-        running = {
-            pool.submit(_caught, entry[0].lq, entry[0].gt, names(entry[0])): entry for entry in todo
-        }
+    with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
+        running = {pool.submit(_caught, entry[0]): entry for entry in todo}
         for done in as_completed(running):
             yield running[done], done.result()
 
 
-def _caught(lq: Path, gt: Path, names: Sequence[str]) -> Tried | Exception:
+def _caught(case: Case) -> Tried | Exception:
     try:
-        return measure(lq, gt, names)
+        return measure(case.lq, case.gt, COMPETITORS[case.kind or ""])
     except (ValueError, ArithmeticError, OSError) as error:
         return error
 

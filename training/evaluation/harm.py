@@ -1,20 +1,14 @@
-"""What becomes of photos that hardly need restoring: shares that lose, and the worst, drawn."""
+"""What becomes of photos that hardly need restoring: shares that lose, and the worst."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
-from tools.sheet import Cell
-
-from .plots import draw_sheet
-from .report import PhotoScore, Summary, decibel
+from .report import PhotoScore, Summary
 from .suites import MILD_PAIRS
-from .testsets import Case
 
 CEILING = 20 * math.log10(255)
 """PSNR of an error of one grey level (48.13 dB): what is nearer counts as untouched."""
@@ -22,8 +16,6 @@ LOSS = 1.0
 """Decibels below which a loss does not count."""
 WORST = 10
 """Photos on the sheet."""
-_GAIN = 4
-"""Differences are drawn this many times as strong."""
 
 
 def psnr_before(photo: PhotoScore) -> float:
@@ -67,11 +59,8 @@ def _row(photos: Sequence[PhotoScore]) -> Summary:
 
 
 def summarize_harm(photos: Sequence[PhotoScore]) -> Summary:
-    """The harm table: `looks` -> row, `all` looks together (without the real pairs), `worst`.
-
-    Args:
-        photos: Scores of any suites; those of `harm` count. Empty where there is none.
-    """
+    """The harm table: `looks` -> row, `all` looks together (without the real pairs), `worst`; empty
+    where no photo is of the suite `harm`."""
     chosen = [photo for photo in photos if photo.suite == "harm"]
     if not chosen:
         return {}
@@ -84,7 +73,7 @@ def summarize_harm(photos: Sequence[PhotoScore]) -> Summary:
         "all": _row(made) if made else None,
         "worst": [
             {
-                "photo": f"{photo.set}/{photo.name}",
+                "photo": photo.id,
                 "before": photo.scores["lq"]["psnr"],
                 "after": photo.scores["restored"]["psnr"],
                 "loss": loss(photo),
@@ -93,34 +82,3 @@ def summarize_harm(photos: Sequence[PhotoScore]) -> Summary:
             for photo in worst
         ],
     }
-
-
-def draw_worst(
-    harm: Summary, cases: Sequence[Case], photos: Sequence[PhotoScore], restored: Path, path: Path
-) -> None:
-    """The worst photos: as given, restored, and the difference of the two around grey.
-
-    Args:
-        harm: From `summarize_harm`.
-        cases: Where the photos are.
-        photos: Their scores.
-        restored: Folder of the restored photos, by case id.
-        path: JPEG to write.
-    """
-    places = {case.id: case for case in cases}
-    scores = {f"{photo.set}/{photo.name}": photo for photo in photos}
-    rows: list[tuple[str, list[Cell]]] = []
-    for entry in harm["worst"]:
-        case, photo = places[entry["photo"]], scores[entry["photo"]]
-        with Image.open(case.lq) as one, Image.open(restored / f"{case.id}.png") as two:
-            given, output = one.convert("RGB"), two.convert("RGB")
-        apart = np.asarray(output, np.float32) - np.asarray(given, np.float32)
-        picture = Image.fromarray((128 + _GAIN * apart).clip(0, 255).astype(np.uint8))
-        cells: list[Cell] = [
-            (f"given, {decibel(photo.scores['lq']['psnr'])} dB", given),
-            (f"restored, {decibel(photo.scores['restored']['psnr'])} dB", output),
-            (f"difference x {_GAIN}", picture),
-        ]
-        title = f"{case.id.removeprefix('harm/')}, seen as {photo.predicted}"
-        rows.append((title, cells))
-    draw_sheet(rows, path)

@@ -101,11 +101,8 @@ CORRUPTIONS: Mapping[str, tuple[Corruption, ...]] = {
 
 
 def open_package(package: Package) -> Any:
-    """Imports an optional package.
-
-    Raises:
-        MissingPackageError: It is not installed, or does not run here.
-    """
+    """Imports an optional package; raises MissingPackageError where it is not installed, or does
+    not run here."""
     os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # it would look for newer versions
     try:
         with warnings.catch_warnings():
@@ -117,16 +114,10 @@ def open_package(package: Package) -> Any:
 
 
 def apply(corruption: Corruption, photo: Levels, seed: int) -> Levels:
-    """Degrades a photo; the result is a function of the arguments and the package's version.
+    """Degrades a photo (H, W, 3), sides of 32 px and more; a function of the arguments and the
+    package's version.
 
-    Args:
-        corruption: What to do.
-        photo: (H, W, 3) uint8; sides of at least 32 px.
-        seed: Non-negative, below 2^32.
-
-    Raises:
-        MissingPackageError: The package is not installed.
-        ValueError: The photo is too small.
+    Raises MissingPackageError where that is not installed, and ValueError for a smaller photo.
     """
     if min(photo.shape[:2]) < _SMALLEST:
         size = f"{photo.shape[1]} x {photo.shape[0]}"

@@ -36,21 +36,15 @@ def fidelity(image: Tensor, reference: Tensor) -> dict[str, float]:
 
 
 class Learned:
-    """LPIPS, DISTS and FID, as far as their weights are on this machine; nothing is downloaded.
-
-    Attributes:
-        missing: Metric -> why it is not available.
-    """
+    """LPIPS, DISTS and FID, as far as their weights are on this machine; nothing is downloaded."""
 
     def __init__(self, weights: Path | None = None) -> None:
-        """Opens the networks.
-
-        Args:
-            weights: Folder with the files of `FILES`; None takes torch hub's own cache.
-        """
+        """Opens the networks in a folder with the files of `FILES`, by default torch hub's own
+        cache."""
         folder = weights or Path(torch.hub.get_dir()) / "checkpoints"
         where = "--weights" if weights else "torch hub's cache (--weights names another folder)"
         self.missing: dict[str, str] = {}
+        """Metric -> why it is not available."""
         self._metrics: dict[str, Any] = {}
         self._inception = folder / FILES["fid"]
         for name, file in FILES.items():
@@ -70,11 +64,8 @@ class Learned:
             return {name: float(metric(image, reference)) for name, metric in self._metrics.items()}
 
     def fid(self, pairs: Iterator[tuple[Tensor, Tensor]]) -> float | None:
-        """Frechet inception distance between a set of images and their references.
-
-        Args:
-            pairs: (image, reference), (1, 3, H, W) in [0, 1] each; at least two.
-        """
+        """Frechet inception distance between images and their references, at least two pairs of (1,
+        3, H, W) in [0, 1]."""
         if "fid" in self.missing:
             return None
         metric = FrechetInceptionDistance(

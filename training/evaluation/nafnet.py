@@ -51,14 +51,8 @@ def new_nafnet(width: int, blocks: Sequence[int]) -> nn.Module:
 
 
 def load_network(path: Path) -> nn.Module:
-    """Opens a network that restores photos at their size, (B, 3, H, W) in [0, 1]; any size.
-
-    Args:
-        path: A file of this program, or of another network that spandrel reads.
-
-    Raises:
-        ValueError: It is something else.
-    """
+    """Opens a network that restores photos at their size, (B, 3, H, W) in [0, 1], of this program
+    or any that spandrel reads; raises ValueError for something else."""
     try:
         descriptor = ModelLoader(home()).load_from_file(path)
     except Exception as error:  # zip, pickle, safetensors, OS and spandrel's own errors alike

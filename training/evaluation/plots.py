@@ -14,12 +14,17 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
 from sklearn.manifold import TSNE
+from tqdm import tqdm
 
 from diff_restorer.degradations import KINDS
 from tools import sheet
 from tools.sheet import Cell
 
+from ..pretrained import Sd15Config
+from .pictures import read_image
+from .reading import open_file, read_prompt
 from .report import DEGRADED, Summary
+from .testsets import Case
 
 matplotlib.use("Agg")
 _COLOURS = dict(zip(KINDS, plt.get_cmap("tab10")(range(len(KINDS))), strict=True))
@@ -43,13 +48,8 @@ def _save(figure: Figure, path: Path) -> None:
 
 
 def draw_bars(summary: Summary, path: Path, name: str) -> None:
-    """PSNR per kind: degraded, best baseline, NAFNet where there is one, and the model.
-
-    Args:
-        summary: From `report.summarize`.
-        path: PNG to write.
-        name: Of the model, for the legend.
-    """
+    """PSNR per kind: degraded, best baseline, NAFNet where there is one, and the model of that
+    name."""
     sets = {kind: summary["sets"][kind] for kind in DEGRADED if kind in summary["sets"]}
     if not sets:
         return
@@ -103,30 +103,35 @@ def draw_confusion(confusion: Summary, accuracy: float | None, path: Path) -> No
     _save(figure, path)
 
 
-def draw_tsne(
-    features: dict[str, NDArray[np.float32]], kinds: Sequence[str], path: Path, seed: int = 0
-) -> bool:
-    """t-SNE of features, one panel each, a point per photo, coloured by kind.
-
-    Args:
-        features: Title -> (N, C).
-        kinds: N names.
-        path: PNG to write.
-        seed: Of the embedding.
-
-    Returns:
-        Whether there were enough photos (five) to draw.
+def draw_tsne(file: Path, sd15: Sd15Config, cases: Sequence[Case], path: Path) -> str | None:
+    """t-SNE of P_CLIP and P_D of the own sets, a point per photo, coloured by kind; returns why it
+    was not drawn.
 
     Source: figure 3 of Diff-Restorer (arXiv 2407.03636).
     """
-    if len(kinds) < 5:
-        return False
+    chosen = [case for case in cases if case.set in KINDS]
+    if len(chosen) < 5:
+        return "t-SNE: needs at least five photos of the own sets"
+    try:
+        models = open_file(file, sd15)
+    except (ValueError, OSError) as error:
+        return f"t-SNE: {error}"
+    features: dict[str, list[NDArray[np.float32]]] = {
+        "P_CLIP (mean over tokens)": [],
+        "P_D (pooled)": [],
+    }
+    for case in tqdm(chosen, desc="features", unit="photo"):
+        prompt, tokens = read_prompt(models, read_image(case.lq))
+        means = tokens.mean(dim=(0, 1)), prompt.pooled[0]
+        for rows, mean in zip(features.values(), means, strict=True):
+            rows.append(mean.cpu().numpy())
     figure, axes = _figure(5.4 * len(features) + 1.4, 5.0, len(features))
-    labels = np.array(kinds)
-    for axis, (title, values) in zip(axes, features.items(), strict=True):
+    labels = np.array([case.set for case in chosen])
+    for axis, (title, rows) in zip(axes, features.items(), strict=True):
+        values = np.stack(rows)
         scaled = (values - values.mean(0)) / (values.std() + 1e-8)
         embedding = TSNE(
-            perplexity=min(30.0, (len(kinds) - 1) / 3), init="pca", random_state=seed
+            perplexity=min(30.0, (len(chosen) - 1) / 3), init="pca", random_state=0
         ).fit_transform(scaled)
         for kind in KINDS:
             place = embedding[labels == kind]
@@ -141,17 +146,12 @@ def draw_tsne(
     handles, names = axes[0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside right center", frameon=False, markerscale=1.6)
     _save(figure, path)
-    return True
+    return None
 
 
 def draw_differences(rows: Sequence[dict[str, Any]], path: Path, title: str) -> None:
-    """Horizontal bars with error bars: what each variant changes against the full model.
-
-    Args:
-        rows: `name`, `difference` (dB) and `interval` (dB or None) each, as `ablate` finds them.
-        path: PNG to write.
-        title: Above the bars.
-    """
+    """Horizontal bars with error bars: what each variant changes against the full model, by `name`,
+    `difference` (dB) and `interval` (dB or None) of each row, as `ablate` finds them."""
     figure, (axis,) = _figure(8.2, 0.9 + 0.45 * len(rows))
     names = [row["name"] for row in rows]
     values = np.array([row["difference"] for row in rows])
@@ -178,13 +178,8 @@ def draw_differences(rows: Sequence[dict[str, Any]], path: Path, title: str) -> 
 def draw_sheet(
     rows: Sequence[tuple[str, Sequence[Cell]]], path: Path, window: tuple[int, int] | None = None
 ) -> None:
-    """Side-by-side pictures, one titled row per photo.
-
-    Args:
-        rows: Title and cells (label, picture).
-        path: JPEG to write.
-        window: Width and height of the centre that is shown of each picture, pixels; None: all.
-    """
+    """Side-by-side pictures, one titled row of cells (label, picture) per photo; of each picture
+    the centre of `window`, width and height in pixels, or all."""
     if not rows:
         return
     path.parent.mkdir(parents=True, exist_ok=True)

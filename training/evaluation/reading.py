@@ -19,14 +19,9 @@ from ..pretrained import Sd15Config
 
 
 def open_file(path: Path, sd15: Sd15Config | None = None) -> Models:
-    """The networks of a file, for evaluation, on the device of this process.
-
-    Args:
-        path: Of a finished file.
-        sd15: The base networks of a file for SD 1.5.
+    """The networks of a finished file, for evaluation, on the device of this process.
 
     Raises:
-        FileNotFoundError: There is no such file.
         CheckpointError: It is no Diff-Restorer file.
         ValueError: It has no base networks of its own and none are given, or a part does not fit.
     """
@@ -41,11 +36,8 @@ def open_file(path: Path, sd15: Sd15Config | None = None) -> Models:
 
 
 def views(models: Models, image: Tensor) -> dict[str, Tensor]:
-    """What the nodes show the vision encoder of photos (B, 3, H, W) in [0, 1].
-
-    Returns:
-        `clip_view`, B of them, and `native_view`, all windows of the first photo first.
-    """
+    """What the nodes show the vision encoder of photos (B, 3, H, W) in [0, 1]: B in `clip_view`,
+    and in `native_view` all windows of the first photo first."""
     size = models.sizes.vision_image
     near = native_views(image.movedim(1, -1), size).flatten(0, 1).movedim(-1, 1)
     return {"clip_view": clip_view(image, size), "native_view": clip_view(near, size)}

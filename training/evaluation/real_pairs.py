@@ -24,15 +24,8 @@ def real(pairs: Path, cache: Path, limit: int) -> Cases:
 
     A folder without such sets is read as training's `--data.pairs` are (GoPro, LOL, ...), as one
     set per kind. An LQ that is smaller than its GT by a whole factor (super-resolution) is enlarged
-    by bicubic interpolation. Both are kept as PNG in `cache`, upright.
-
-    Args:
-        pairs: Folder of the sets, or of the published one.
-        cache: Folder for the pictures that are used.
-        limit: Take the first pairs of each set only; 0 takes all.
-
-    Raises:
-        ValueError: There is no set.
+    by bicubic interpolation. Both are kept as PNG in `cache`, upright, of the first `limit` pairs
+    of each set (0: all). Raises ValueError where there is no set.
     """
     made = Cases()
     folders = sorted(path.parent for path in pairs.glob("*/lq"))
@@ -86,11 +79,8 @@ def _published_sets(pairs: Path) -> dict[tuple[str, str | None], dict[str, Pictu
 
 
 def _as_pair(lq: Tensor, gt: Tensor) -> tuple[Tensor, Tensor]:
-    """Brings LQ to the size of GT.
-
-    Raises:
-        ValueError: The sizes do not belong together, or both are the same picture.
-    """
+    """Brings LQ to the size of GT; raises ValueError where the sizes do not belong together, or
+    both are the same picture."""
     if lq.shape != gt.shape:
         factors = {g / q for g, q in zip(gt.shape[-2:], lq.shape[-2:], strict=True)}
         if len(factors) != 1 or not (factor := factors.pop()).is_integer() or factor < 2:

@@ -46,6 +46,11 @@ class PhotoScore:
     """Whether decisions were made on this photo while the model was trained."""
 
     @property
+    def id(self) -> str:
+        """That of its `Case`."""
+        return f"{self.set}/{self.name}"
+
+    @property
     def suite(self) -> str:
         """Which of `SUITES` it belongs to."""
         return suite_of(self.set)

@@ -75,11 +75,8 @@ COMPLETE = "DiffRestorerNanoLoader"
 
 
 def vae_round_trip(workflow: Workflow) -> Workflow:
-    """LoadImage -> VAE Encode -> VAE Decode with the VAE of a workflow, and no more.
-
-    Raises:
-        WorkflowError: No node of the workflow has a VAE.
-    """
+    """LoadImage -> VAE Encode -> VAE Decode with the VAE of a workflow, and no more; raises
+    WorkflowError where no node of it has a VAE."""
     links = [node["inputs"]["vae"] for node in workflow.values() if "vae" in node["inputs"]]
     # Where none is connected, the nodes take that of the complete file.
     links += [[key, 2] for key, node in workflow.items() if node["class_type"] == COMPLETE]
@@ -107,18 +104,10 @@ def vae_round_trip(workflow: Workflow) -> Workflow:
 def run_workload(
     client: Client, workload: Workload, pending: Iterable[tuple[Task, str]]
 ) -> dict[str, str]:
-    """Sends photos through the workload's workflow.
+    """Sends photos, `pending` of the workload, through its workflow; name of each that failed ->
+    reason.
 
-    Args:
-        client: The server.
-        workload: What to run.
-        pending: From `workload.pending()`.
-
-    Returns:
-        Name of each photo that failed -> reason.
-
-    Raises:
-        ServerUnreachableError: The server is gone; what is done is kept.
+    Raises ServerUnreachableError where the server is gone; what is done is kept.
     """
     failed: dict[str, str] = {}
     todo = list(pending)

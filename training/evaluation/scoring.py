@@ -19,14 +19,8 @@ from .testsets import Case
 def score_all(
     out: Path, cases: Sequence[Case], tried: Mapping[str, Tried], learned: Learned
 ) -> list[PhotoScore]:
-    """Scores of the cases that were restored.
-
-    Args:
-        out: Folder of the evaluation.
-        cases: The test cases.
-        tried: Case id -> scores of the classical baselines.
-        learned: The metrics that need networks.
-    """
+    """Scores of the cases that were restored, with those of the classical baselines by case id
+    (`tried`)."""
     photos: list[PhotoScore] = []
     for case in tqdm(cases, desc="scores", unit="photo"):
         restored = restored_path(out, case)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
 from diff_restorer.degradations import KINDS
@@ -19,21 +20,16 @@ from .smoothing import to_8_bit
 from .testsets import Case
 
 Row = tuple[str, list[Cell]]
+_GAIN = 4
+"""Differences are drawn this many times as strong."""
 
 
 def draw_sheets(
     out: Path, cases: Sequence[Case], photos: Sequence[PhotoScore], summary: Summary, count: int
 ) -> None:
-    """Clean, degraded, restored and the best baseline, for the first photos of every set.
-
-    Args:
-        out: Folder of the evaluation; writes `sheets/` and `sheet.jpg`.
-        cases: The test cases.
-        photos: Their scores.
-        summary: From `report.summarize`.
-        count: Photos per set.
-    """
-    scores = {f"{photo.set}/{photo.name}": photo for photo in photos}
+    """Clean, degraded, restored and the best baseline, for the first `count` photos of every set,
+    as `sheets/` and `sheet.jpg` in the folder of the evaluation."""
+    scores = {photo.id: photo for photo in photos}
     overview: list[Row] = []
     for index, (name, row) in enumerate(summary["sets"].items()):
         chosen = [case for case in cases if case.set == name and case.id in scores]
@@ -58,3 +54,28 @@ def _row(out: Path, case: Case, photo: PhotoScore, best: str | None) -> Row:
         cells.append((f"best baseline, {photo.baselines[best]:.2f} dB", picture))
     seen = f", seen as {photo.predicted}" if photo.predicted else ""
     return f"{case.set}{seen}{f'; best baseline: {best}' if best else ''}", cells
+
+
+def draw_worst(
+    out: Path, cases: Sequence[Case], photos: Sequence[PhotoScore], harm: Summary
+) -> None:
+    """The worst photos of `summarize_harm`: as given, restored, and the difference of the two
+    around grey, as `sheets/harm_worst.jpg`."""
+    places = {case.id: case for case in cases}
+    scores = {photo.id: photo for photo in photos}
+    rows: list[Row] = []
+    for entry in harm["worst"]:
+        case, photo = places[entry["photo"]], scores[entry["photo"]]
+        given, output = (
+            Image.open(path).convert("RGB") for path in (case.lq, restored_path(out, case))
+        )
+        apart = np.asarray(output, np.float32) - np.asarray(given, np.float32)
+        picture = Image.fromarray((128 + _GAIN * apart).clip(0, 255).astype(np.uint8))
+        cells: list[Cell] = [
+            (f"given, {decibel(photo.scores['lq']['psnr'])} dB", given),
+            (f"restored, {decibel(photo.scores['restored']['psnr'])} dB", output),
+            (f"difference x {_GAIN}", picture),
+        ]
+        title = f"{case.id.removeprefix('harm/')}, seen as {photo.predicted}"
+        rows.append((title, cells))
+    draw_sheet(rows, out / "sheets/harm_worst.jpg")

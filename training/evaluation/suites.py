@@ -92,17 +92,11 @@ def make_look(look: str, image: Tensor, name: str, seed: int) -> tuple[Tensor, N
 
 
 def harm(folder: Path, cache: Path, limit: int, seed: int) -> Cases:
-    """Near-clean photos: every look of the clean photos of a folder, or the real pairs in it.
+    """Near-clean photos: every look of the clean photos of a folder that guided no decision, or the
+    real pairs that hardly need restoring, where `lq` and `gt` are inside.
 
-    Args:
-        folder: Clean photos, of which those are taken that guided no decision; or with `lq` and
-            `gt` inside: real photos that hardly need restoring.
-        cache: Folder of the test sets.
-        limit: Take the first photos only; 0 takes all.
-        seed: Seed of the test sets.
-
-    Raises:
-        ValueError: There is no photo, or two have one name.
+    Of the first `limit` photos (0: all). Raises ValueError where there is none, or two have one
+    name.
     """
     place = folder.resolve().name
     if (folder / "lq").is_dir():

@@ -72,14 +72,9 @@ def _gain(value: float) -> str:
 def _scores_table(
     sets: Mapping[str, Summary], mean: tuple[str, Summary] | None, clean: str | None = None
 ) -> str:
-    """One row per set; columns that no set has are left out.
-
-    Args:
-        sets: Name -> summary.
-        mean: Name and summary of the last row.
-        clean: Folder of the clean photos, where published figures for it may stand beside ours.
-    """
-    learned = [name for name in ("lpips", "dists", "fid") if _has(sets, name)]
+    """One row per set, then one with the name and summary of a mean; columns that no set has are
+    left out. For the folder `clean` of photos, published figures may stand beside ours."""
+    learned = [name for name in FILES if any(name in row["lq"] for row in sets.values())]
     anchors = [name for name in ANCHORS if any(name in row for row in sets.values())]
     published = {name: PUBLISHED[clean or "", name] for name in sets if (clean, name) in PUBLISHED}
     compared = any("best_baseline" in row for row in sets.values())
@@ -130,10 +125,6 @@ def _standing(rows: Mapping[str, Summary]) -> str:
             for name, part in parts.items()
         )
     return "; ".join(_STANDING[name] for name in parts)
-
-
-def _has(sets: Mapping[str, Summary], metric: str) -> bool:
-    return any(metric in row["lq"] for row in sets.values())
 
 
 def _harm_tables(harm: Summary) -> str:
@@ -204,10 +195,6 @@ def _confusion_table(confusion: Summary) -> str:
     return table(("true \\ seen as", *kinds), rows)
 
 
-def _count(rows: Mapping[str, Summary]) -> str:
-    return f"{len([name for name in rows if name != 'clean'])} sets"
-
-
 def markdown(
     summary: Summary,
     bars: Sequence[Bar],
@@ -215,15 +202,8 @@ def markdown(
     missing: Mapping[str, str],
     failed: Mapping[str, str],
 ) -> str:
-    """The whole report.
-
-    Args:
-        summary: From `report.summarize`.
-        bars: From `report.quality_bars`.
-        about: Where the figures come from, see `training.evaluate`.
-        missing: Metric -> why it was not measured.
-        failed: Photo -> reason, of those that are not in the figures.
-    """
+    """The whole report, from what `report.summarize`, `report.quality_bars` and `training.evaluate`
+    give: metrics that are missing and photos that failed have their reasons."""
     sets = summary["sets"]
     sizes = ", ".join(f"{width} x {height}" for width, height in about["sizes"][:6])
     parts = [
@@ -250,7 +230,9 @@ def markdown(
             body = _harm_tables(summary["harm"])
         else:
             mean = summary["overall"] if suite == "own" else summary["suites"][suite]
-            last = None if suite == "pairs" else (f"mean of {_count(rows)}", mean)
+            last = (
+                None if suite == "pairs" else (f"mean of {len(rows.keys() - {'clean'})} sets", mean)
+            )
             body = _scores_table(rows, last, about["clean"] if suite == "own" else None)
         parts.append(f"## {title}\n\n{made}{text} Photos {_standing(judged)}.\n\n{body}")
     if anchors := _anchors_table(sets):

@@ -15,13 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import diff_restorer.degradations
-from diff_restorer.degradations import (
-    KINDS,
-    add_gaussian_noise,
-    blur,
-    degrade,
-    jpeg_codec,
-)
+from diff_restorer.degradations import KINDS, add_gaussian_noise, blur, degrade, jpeg_codec
 
 from ..data import seeded
 from ..photos import UNREADABLE, PhotoFile, list_photos, read_photo
@@ -123,11 +117,8 @@ class Recipe:
 
 
 def clean_photos(folder: Path) -> list[CleanPhoto]:
-    """The photos of a folder, text list or CSV manifest, by name.
-
-    Raises:
-        ValueError: There is no photo, or two have one name.
-    """
+    """The photos of a folder, text list or CSV manifest, by name; raises ValueError where there is
+    none, or two have one name."""
     files = list_photos(folder)
     names = [Path(file.name).stem for file in files]
     if twice := sorted({name for name in names if names.count(name) > 1}):
@@ -154,16 +145,10 @@ def read_upright(file: PhotoFile) -> Tensor:
 
 
 def make_lq(kind: str, image: Tensor, name: str, seed: int) -> tuple[Tensor, float | None]:
-    """Degrades a photo for the test set of `kind`.
+    """Degrades a photo (1, 3, H, W) in [0, 1] for the test set of `kind`.
 
-    Args:
-        kind: One of `KINDS`.
-        image: (1, 3, H, W) in [0, 1].
-        name: Of the photo; result and severity are a function of (seed, kind, name, image).
-        seed: Seed of the test sets.
-
-    Returns:
-        The degraded photo and its severity, None for noise, JPEG and clean, which have no choice.
+    Result and severity are a function of (seed, kind, name, image); the severity is None for noise,
+    JPEG and clean, which have no choice.
     """
     generator = seeded(seed, zlib.crc32(kind.encode()), zlib.crc32(name.encode()))
     if kind == "noise":
@@ -182,14 +167,8 @@ def make_lq(kind: str, image: Tensor, name: str, seed: int) -> tuple[Tensor, flo
 def from_recipes(
     photos: Sequence[CleanPhoto], cache: Path, recipes: Sequence[Recipe], seed: int
 ) -> Cases:
-    """Makes every recipe of every photo, kept as PNG files in `cache`.
-
-    Args:
-        photos: Clean photos, no two of one name.
-        cache: Folder of the test sets; what is there and still right is used again.
-        recipes: What to make.
-        seed: Seed of the test sets.
-    """
+    """Makes every recipe of every photo, no two of one name, as PNG files in `cache`; what is there
+    and still right is used again."""
     made = Cases()
     for photo in tqdm(photos, desc="test sets", unit="photo", disable=None):
         try:

@@ -64,14 +64,9 @@ class Photo:
     """One degraded photo with everything that variants share, computed when first needed."""
 
     def __init__(self, models: Models, lq: Tensor, gt: Tensor, noise_seed: tuple[int, str]) -> None:
-        """Reads the photo.
-
-        Args:
-            models: From `reading.open_file`.
-            lq: (1, 3, H, W) in [0, 1].
-            gt: Likewise; only for the latent of the clean photo.
-            noise_seed: (seed, name): the sampler's noise is a function of them.
-        """
+        """Reads a photo (1, 3, H, W) in [0, 1] with models of `reading.open_file`; `gt` is only for
+        the latent of the clean one, and the sampler's noise a function of `noise_seed`, (seed,
+        name)."""
         self.models, self.gt = models, gt
         self.size = lq.shape[-2:]
         self.seed, self.name = noise_seed
@@ -91,12 +86,8 @@ class Photo:
         return moments[:, : self.trunk.latent_channels].float() * self.models.latent_scale, features
 
     def restore(self, variant: Variant, steps: int) -> Tensor:
-        """(1, 3, H, W) in [0, 1], in steps of 1/255 as a saved file.
-
-        Args:
-            variant: What to leave out.
-            steps: Sampling steps where the variant names none.
-        """
+        """(1, 3, H, W) in [0, 1], in steps of 1/255 as a saved file; `steps` of sampling where the
+        variant names none."""
         latent = self._latent(variant, variant.steps or steps)
         neutral = self.models.prompt.prototypes.mean(dim=0, keepdim=True)
         pooled = self.prompt.pooled if variant.pooled else neutral

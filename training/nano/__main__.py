@@ -21,7 +21,6 @@ from ..common import ModelConfig, checkpoint_info, home, open_models
 from ..errors import DiskError, NonFiniteError
 from . import autoencoder, vision
 from .keeping import InFiles, InMemory
-from .summary import tell
 from .timetable import Timetable
 
 log = logging.getLogger(__name__)
@@ -114,7 +113,7 @@ def main(recipe: Recipe) -> Path:
         ValueError: Not one of photos and pack is given, there is no such file or device, or a box
             is too short.
         NonFiniteError: Names the stage and what is not finite in it; what was trained before it is
-            written to <out>/unfinished.safetensors.
+            in <out>/unfinished.safetensors.
     """
     began = time.perf_counter()
     _check(recipe)
@@ -127,7 +126,7 @@ def main(recipe: Recipe) -> Path:
             keeping.rescue(recipe.out / "unfinished.safetensors")
         raise
     if isinstance(keeping, InMemory):
-        tell(recipe.out, keeping.spent, time.perf_counter() - began)
+        keeping.tell(recipe.out, time.perf_counter() - began)
     return finished
 
 

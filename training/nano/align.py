@@ -47,16 +47,8 @@ class Config:
 
 
 def fit(inputs: Tensor, targets: Tensor, ridge: float) -> Affine:
-    """The affine map from inputs to targets with the least squared error.
-
-    Args:
-        inputs: (N, D).
-        targets: (N, D).
-        ridge: Weight of the squared distance between the matrix and the identity.
-
-    Returns:
-        The map and its offset.
-    """
+    """The affine map from inputs to targets, (N, D) each, with the least squared error; `ridge`
+    weighs the squared distance between its matrix and the identity."""
     middle_in, middle_out = inputs.mean(0), targets.mean(0)
     x, y = (inputs - middle_in).double(), (targets - middle_out).double()
     weight = ridge * x.square().sum() / x.shape[1] * torch.eye(x.shape[1], dtype=torch.double)

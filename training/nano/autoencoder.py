@@ -37,15 +37,13 @@ class Config:
 
 
 def start_as_box_average(vae: Any) -> None:
-    """Start a TAESD as a codec of colours: 8x8 averages down, smooth interpolation up.
+    """Start a TAESD, diffusers' AutoencoderTiny, as a codec of colours: 8x8 averages down, smooth
+    interpolation up.
 
     Three channels of both halves carry red, green and blue through all levels, which TAESD allows
     because it has no norm and colours in [0, 1] pass its ReLUs. All other weights are random and
     learn the detail. Before the first step this decodes at 18 to 20 dB; a random start still showed
     grey blobs after 200 steps.
-
-    Args:
-        vae: diffusers' AutoencoderTiny, changed in place.
     """
     colours = torch.eye(3)
     box = torch.zeros(3, 3)

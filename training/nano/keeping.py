@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 from dataclasses import dataclass, field, replace
@@ -19,6 +20,9 @@ from ..progress import peak_memory
 from ..stages import run_stage
 
 log = logging.getLogger(__name__)
+
+TRAINING = ("data", "forward and backward", "optimizer")
+"""Parts of a stage's time in which it sees crops."""
 
 
 @dataclass(frozen=True)
@@ -143,3 +147,40 @@ class InMemory:
         """Those that are decoded, the same for all stages."""
         self._store = self._store or PhotoStore(data.memory_mb)
         return self._store
+
+    def tell(self, out: Path, seconds: float) -> None:
+        """Log where the time went, stage by stage, and leave it in <out>/summary.json; `seconds`
+        are those of the whole, what no stage counts included."""
+        stages = {name: _row(stage) for name, stage in self.spent.items()}
+        for name, row in stages.items():
+            log.info(
+                "%s: %.1f s, %d steps, %d crops, %.3g crops/s while training",
+                *(name, row["seconds"], row["steps"], row["crops"], row["crops_per_s"]),
+            )
+        parts: dict[str, float] = {}
+        for stage in self.spent.values():
+            for part, taken in stage.parts.items():
+                parts[part] = parts.get(part, 0.0) + taken
+        parts["other"] = seconds - sum(parts.values())
+        shares = {part: round(taken / seconds, 4) for part, taken in parts.items()}
+        peak = max((stage.peak_bytes for stage in self.spent.values()), default=0.0) / 1e9
+        line = ", ".join(f"{part} {share:.1%}" for part, share in shares.items())
+        log.info("%.1f s: %s; peak memory %.2f GB", seconds, line, peak)
+        summary = {
+            "device": torch.cuda.get_device_name() if home().type == "cuda" else "cpu",
+            "seconds": round(seconds, 2),
+            "shares": shares,
+            "peak_gb": round(peak, 3),
+            "stages": stages,
+        }
+        (out / "summary.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
+
+
+def _row(spent: Spent) -> dict[str, float]:
+    training = sum(spent.parts.get(part, 0.0) for part in TRAINING)
+    return {
+        "seconds": round(spent.seconds, 2),
+        "steps": spent.steps,
+        "crops": spent.samples,
+        "crops_per_s": round(spent.samples / training, 2) if training else 0.0,
+    }

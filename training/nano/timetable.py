@@ -28,13 +28,8 @@ class Timetable:
     """
 
     def __init__(self, minutes: float, stages: Sequence[str], began: float) -> None:
-        """Without minutes, slots have no end.
-
-        Args:
-            minutes: Of the box; 0 is none.
-            stages: Names; those of `SHARES` that are not among them give theirs to the others.
-            began: When the box began, of `time.perf_counter`.
-        """
+        """Begins at `began`, of `time.perf_counter`; with 0 minutes slots have no end. Stages of
+        `SHARES` that are not among those named give theirs to the others."""
         self._whole = 60 * minutes
         self._shares = {name: share for name, share in SHARES.items() if name in stages}
         self._end = began

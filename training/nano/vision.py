@@ -44,16 +44,13 @@ RULERS = 8
 
 
 def start_as_spectrum(vision: Any, views: Tensor) -> None:
-    """Start the encoder where its first layer measures how strong each spatial frequency is.
+    """Start the encoder, CLIP's of transformers with quick_gelu, where its first layer measures how
+    strong each spatial frequency of `views` is, photos as `start_patch_filters` takes them.
 
     Degradations differ in the spectrum of a photo: a linear classifier on the mean magnitude of
-    cosine coefficients names 72 % of nine kinds after 2,000 samples, where this encoder, given
-    the coefficients alone, named 43 % after 8,000. So the patch filters start as a whitened cosine
+    cosine coefficients names 72 % of nine kinds after 2,000 samples, where this encoder, given the
+    coefficients alone, named 43 % after 8,000. So the patch filters start as a whitened cosine
     basis, and the first MLP as the magnitude of each: gelu(x) + gelu(-x) is nearly |x|.
-
-    Args:
-        vision: CLIP vision model of transformers with quick_gelu, changed in place.
-        views: Photos in [0, 1], (B, 3, H, W) with H, W multiples of the patch size.
     """
     embeddings, mlp = vision.vision_model.embeddings, vision.vision_model.encoder.layers[0].mlp
     start_patch_filters(embeddings.patch_embedding, views)
@@ -67,15 +64,12 @@ def start_as_spectrum(vision: Any, views: Tensor) -> None:
 
 
 def start_patch_filters(patch_embedding: nn.Conv2d, views: Tensor) -> None:
-    """Start the patch filters as a whitened cosine basis over all frequencies.
+    """Start the patch filters (width, 3, P, P) as a whitened cosine basis over all frequencies.
 
     Random filters see little but brightness, because photos have most of their energy there, while
     noise, blur and JPEG live in high frequencies. Dividing each cosine by its standard deviation
-    over `views` gives all frequencies the same say from the first step.
-
-    Args:
-        patch_embedding: (width, 3, P, P) filters, overwritten.
-        views: Photos in [0, 1], (B, 3, H, W) with H, W multiples of P.
+    over `views`, photos (B, 3, H, W) in [0, 1] with H, W multiples of P, gives all frequencies the
+    same say from the first step.
     """
     width, _, side, _ = patch_embedding.weight.shape
     place = torch.arange(side)

@@ -1,7 +1,9 @@
-"""Thresholds of abstention from photos that were restored with and without their P_D."""
+"""Parts of `training.calibrate`: near-clean and degraded photos, and thresholds of abstention from
+photos that were restored with and without their P_D."""
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
@@ -10,6 +12,10 @@ import torch
 from torch import Tensor
 
 from diff_restorer.abstention import CLEAN, Abstention
+from diff_restorer.degradations import degrade_chain
+
+from .data import seeded, to_8_bit
+from .evaluation.suites import LOOKS
 
 CEILING = 40.0
 """dB: what is nearer to the clean photo than this is as good as the photo."""
@@ -28,7 +34,7 @@ class Row:
 
     photo: str
     name: str
-    """See `samples.Sample`."""
+    """See `Sample`."""
     kinds: tuple[str, ...]
     """What it suffers from; none if it is nearly clean."""
     probabilities: tuple[float, ...]
@@ -75,29 +81,23 @@ class Gains:
 
 
 def fit(gains: Gains, start: Abstention, loss: float) -> Abstention:
-    """The thresholds of greatest utility, kind after kind, until none improves it; of those that
-    are alike the most careful.
-
-    Args:
-        gains: Of the photos to fit.
-        start: Thresholds to begin with.
-        loss: How many gained dB make up for a lost one.
-    """
+    """The thresholds of greatest utility from `start` on, kind after kind, until none improves it;
+    of those that are alike the most careful. So many gained dB as `loss` make up for a lost one."""
 
     def worth(abstention: Abstention) -> float:
         care = sum(sum(bounds) / 2 for bounds in abstention.thresholds.values())
         return gains.utility(abstention.trust(gains.probabilities), loss) + CARE * care
 
-    best, found = worth(start), start
+    best, fitted = worth(start), start
     for _ in range(SWEEPS):
         before = best
         for kind in start.thresholds:
-            for changed in _changes(found, kind):
+            for changed in _changes(fitted, kind):
                 if (value := worth(changed)) > best + 1e-4:
-                    best, found = value, changed
+                    best, fitted = value, changed
         if best == before:
             break
-    return found
+    return fitted
 
 
 def _changes(abstention: Abstention, kind: str) -> Iterator[Abstention]:
@@ -111,3 +111,39 @@ def start_for(types: tuple[str, ...], exclusive: bool) -> Abstention:
     return Abstention(
         types=types, exclusive=exclusive, thresholds=dict.fromkeys(damages, (0.6, 0.9))
     )
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One photo to restore, and what it should become."""
+
+    name: str
+    """A look, or its kinds joined by ` + `."""
+    kinds: tuple[str, ...]
+    """What it suffers from; none of near-clean looks."""
+    lq: Tensor
+    """(1, 3, H, W) in [0, 1], in steps of 1/255 as a file."""
+    gt: Tensor
+    """Likewise."""
+
+
+def near_clean(photo: Tensor, generator: torch.Generator) -> Iterator[Sample]:
+    """Every one of `suites.LOOKS` of a clean photo (1, 3, H, W) in [0, 1]."""
+    for name, (look, is_reference) in LOOKS.items():
+        image = to_8_bit(look(photo, generator))
+        yield Sample(name, (), image, image if is_reference else photo)
+
+
+def degraded(photo: Tensor, kinds: Sequence[str], place: int, seed: int) -> Iterator[Sample]:
+    """Every kind by itself, and as many mixes of two, of a clean photo (1, 3, H, W) in [0, 1].
+
+    Severities are spread evenly over [0, 1] from photo to photo, of which it is number `place`, and
+    mixes over all pairs.
+    """
+    pairs = list(combinations(kinds, 2))
+    mixes = [pairs[(place * len(kinds) + index) * 11 % len(pairs)] for index in range(len(kinds))]
+    for index, some in enumerate([*((kind,) for kind in kinds), *mixes[: len(kinds) // 2]]):
+        generator = seeded(seed, place, zlib.crc32(" ".join(some).encode()))
+        severity = (0.618034 * (place * 12 + index) + 0.1 * seed) % 1.0  # golden ratio: no gaps
+        image = to_8_bit(degrade_chain(some, photo, severity, generator))
+        yield Sample(" + ".join(some), some, image, photo)

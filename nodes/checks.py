@@ -105,7 +105,7 @@ def _check_conditioning(name: str, value: Any) -> None:
         if isinstance(tokens, Tensor):
             given = f"{tuple(tokens.shape)} of {tokens.dtype}"
             fits = tokens.ndim == 3 and 0 not in tokens.shape and tokens.is_floating_point()
-        if not fits:
+        if not (isinstance(tokens, Tensor) and fits):
             raise ValueError(
                 f"{name}: expected tokens (batch, tokens, width), found {given}. Connect the "
                 "output of a text encoder or of the Prompt Processor."

@@ -39,7 +39,9 @@ def draw_nodes(editor: Editor) -> None:
                 """([node, name]) => {
                     const found = app.graph.nodes.find(each => each.title === "Clean photo");
                     if (found) found.widgets.find(each => each.name === "image").value = name;
-                    app.graph.nodes.find(each => each.type === node).flags.collapsed = false;
+                    const shown = app.graph.nodes.find(each => each.type === node);
+                    shown.flags.collapsed = false;
+                    shown.title = shown.constructor.title;
                 }""",
                 [node, CLEAN],
             )

@@ -25,6 +25,7 @@ from training.progress import read_table
 
 from .toys import Points, config, same, stage
 
+
 class HandClock:
     """Seconds that only a test moves, so that no other work makes a box late."""
 

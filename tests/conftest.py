@@ -46,11 +46,14 @@ def runner(comfyui_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
         yield Runner(host)
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Leaves out what this machine has no device for."""
+    """Marks what asks for ComfyUI, and leaves out what this machine has no device for."""
     import torch
 
-    if not torch.cuda.is_available():
-        for item in items:
-            if item.get_closest_marker("gpu"):
-                item.add_marker(pytest.mark.skip(reason="no GPU"))
+    no_gpu = not torch.cuda.is_available()
+    for item in items:
+        if "comfyui_root" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.comfy)
+        if no_gpu and item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="no GPU"))

@@ -14,8 +14,6 @@ from diff_restorer.abstention import Abstention, draw
 from diff_restorer.checkpoint import write_checkpoint
 from tests import toy_weights
 
-pytestmark = pytest.mark.comfy
-
 TYPES = (*toy_weights.TYPES, "clean")
 NOTHING_IS_SURE = dict.fromkeys(toy_weights.TYPES, (0.999, 1.0))
 ALL_IS_SURE = dict.fromkeys(toy_weights.TYPES, (0.0, 1e-6))

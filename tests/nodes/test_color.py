@@ -7,8 +7,6 @@ from typing import Any
 import pytest
 import torch
 
-pytestmark = pytest.mark.comfy
-
 
 @pytest.fixture
 def match(run) -> Any:

@@ -11,8 +11,6 @@ import pytest
 import torch
 from PIL import Image
 
-pytestmark = pytest.mark.comfy
-
 NODE = "DiffRestorerFolderPhoto"
 
 

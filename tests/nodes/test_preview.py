@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from types import ModuleType
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -10,8 +11,6 @@ import torch
 from skimage import data
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
-
-pytestmark = pytest.mark.comfy
 
 LIKE, APART = 0.9, 0.1
 """Least correlation of a channel, and most of the mean difference in [0, 1]."""
@@ -23,11 +22,8 @@ def preview_of(model, vae, photo: Tensor) -> tuple[Tensor, Tensor]:
     from comfy.cli_args import args
 
     raw_latent = vae.encode(photo)
-    kept, args.preview_method = args.preview_method, latent_preview.LatentPreviewMethod.Auto
-    try:
+    with mock.patch.object(args, "preview_method", latent_preview.LatentPreviewMethod.Auto):
         previewer = latent_preview.get_previewer("cpu", model.model.latent_format)
-    finally:
-        args.preview_method = kept
     assert isinstance(previewer, latent_preview.Latent2RGBPreviewer)
     shown = previewer.decode_latent_to_preview(model.model.process_latent_in(raw_latent.float()))
     decoded = vae.decode(raw_latent).movedim(-1, 1)

@@ -12,8 +12,6 @@ import torch
 
 from tests import toy_weights
 
-pytestmark = pytest.mark.comfy
-
 PROCESSOR, CONTROL = "DiffRestorerPromptProcessor", "DiffRestorerDegradationControl"
 DECODE, TILED = "DiffRestorerAwareVAEDecode", "DiffRestorerTiledDiffusion"
 CLASSIFIER, EDIT = "DiffRestorerDegradationClassifier", "DiffRestorerEditDegradation"

@@ -15,8 +15,6 @@ from PIL import Image
 from tests.e2e.graph import AFTER_RUN, expand_blueprint, expand_subgraph, inputs_of
 from tools.environment import ROOT
 
-pytestmark = pytest.mark.comfy
-
 FOLDER = ROOT / "workflows"
 (BLUEPRINT,) = (ROOT / "subgraphs").glob("*.json")
 NAMES = (

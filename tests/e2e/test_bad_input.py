@@ -17,8 +17,6 @@ from tests.e2e.graph import Graph, Runner
 from tools.environment import ROOT
 from tools.errors import ClientError, ExecutionError, PromptRejectedError
 
-pytestmark = pytest.mark.comfy
-
 SHIPPED = ROOT / "models/diff_restorer_nano.safetensors"
 Change = Callable[[Graph], None]
 

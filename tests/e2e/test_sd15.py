@@ -13,7 +13,7 @@ from tests.e2e.graph import Graph, Runner, make_photo
 from tools.client import Progress
 from tools.environment import ROOT
 
-pytestmark = [pytest.mark.comfy, pytest.mark.slow]
+pytestmark = pytest.mark.slow
 
 SD15_WORKFLOW = ROOT / "workflows/api/restore_sd15.json"
 

@@ -18,8 +18,6 @@ from tools.host import PACK_NAME
 from tools.restoration import restore
 from tools.workflow import find_node
 
-pytestmark = pytest.mark.comfy
-
 API = ROOT / "workflows/api"
 (BLUEPRINT,) = (ROOT / "subgraphs").glob("*.json")
 VIDEO = "SaveWEBM"

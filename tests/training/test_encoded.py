@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 
-from tests.photos import write
 from tests.training import toy_sd15
 from training import encode_control_data, train_control
 from training.common import DataConfig, ModelConfig, data_for, open_models
@@ -18,11 +17,6 @@ from training.loop import LoopConfig
 from training.models import Models
 
 SAMPLES, BATCH = 5, 2
-
-
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write(tmp_path_factory.mktemp("photos"), ("astronaut", "chelsea", "coffee"), (96, 80))
 
 
 @pytest.fixture(scope="module")

@@ -77,9 +77,6 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-# Test sets
-
-
 def test_test_sets_are_a_function_of_the_seed_and_the_photo(photos: Path, tmp_path: Path):
     first, again = (synthetic(photos, tmp_path / name, 0, 7).cases for name in ("a", "b"))
     other = synthetic(photos, tmp_path / "c", 0, 8).cases
@@ -198,9 +195,6 @@ def test_bad_folders_are_named(tmp_path: Path, photos: Path):
     assert evaluate.main(Config(out=tmp_path / "out")) == 1
 
 
-# Metrics
-
-
 def test_missing_weights_are_named_and_break_nothing(tmp_path: Path, photos: Path):
     learned = Learned(tmp_path)
     assert set(learned.missing) == {"lpips", "dists", "fid"}
@@ -220,9 +214,6 @@ def test_lpips_is_measured_where_its_file_is(tmp_path: Path, photos: Path):
     lq, _ = testsets.make_lq("noise", gt, "x", 0)
     assert learned.score(gt, gt)["lpips"] == pytest.approx(0, abs=1e-6)
     assert learned.score(lq, gt)["lpips"] > 0.001
-
-
-# Report
 
 
 def halfway(lq: Path, gt: Path) -> Image.Image:
@@ -356,9 +347,6 @@ def test_several_processes_give_the_same_scores(offline: Config, metrics: dict, 
         assert found == pytest.approx(photo["baselines"])
 
 
-# The comparison network
-
-
 def test_nafnet_begins_as_identity_and_takes_any_size():
     network = nafnet.new_nafnet(8, (1, 1, 1))
     image = torch.rand(1, 3, 37, 50)
@@ -386,9 +374,6 @@ def test_nafnet_trains_and_is_scored(photos: Path, offline: Config, metrics: dic
     assert "NAFNet" in (offline.out / "table.md").read_text()
     with pytest.raises(ValueError, match="no network that spandrel reads"):
         nafnet.load_network(offline.file)
-
-
-# The server
 
 
 def test_the_round_trip_takes_the_vae_of_the_workflow():
@@ -438,7 +423,6 @@ def run(host: Host, photos: Path, tmp_path_factory: pytest.TempPathFactory) -> C
     return config
 
 
-@pytest.mark.comfy
 def test_the_program_restores_through_the_api(run: Config):
     metrics = json.loads((run.out / "metrics.json").read_text())
     assert len(metrics["photos"]) == 18
@@ -453,7 +437,6 @@ def test_the_program_restores_through_the_api(run: Config):
     assert metrics["sets"]["low_light"]["gain"] > 1
 
 
-@pytest.mark.comfy
 def test_a_second_run_does_only_what_is_missing(run: Config):
     results = sorted((run.out / "restored").rglob("*.png"))
     assert len(results) == 18
@@ -464,7 +447,6 @@ def test_a_second_run_does_only_what_is_missing(run: Config):
     assert again == {results[3]}
 
 
-@pytest.mark.comfy
 def test_another_model_file_makes_every_result_stale(run: Config, photos: Path, tmp_path: Path):
     cases = evaluate.open_cases(replace(run, data=PhotoSets(photos, suites=("own",)))).cases
     workload, _ = evaluate.server_work(run, cases)
@@ -474,7 +456,6 @@ def test_another_model_file_makes_every_result_stale(run: Config, photos: Path, 
     assert len(other.pending()) == len(cases)
 
 
-@pytest.mark.comfy
 def test_a_failed_photo_does_not_stop_the_others(run: Config, host: Host, tmp_path: Path):
     good = evaluate.open_cases(run).cases[0]
     broken = tmp_path / "broken.png"
@@ -490,7 +471,6 @@ def test_a_failed_photo_does_not_stop_the_others(run: Config, host: Host, tmp_pa
         )
 
 
-@pytest.mark.comfy
 def test_it_starts_a_server_of_its_own(pairs: Path, tmp_path: Path, comfyui_root: Path):
     only = tmp_path / "pairs"
     (only / "noise_real").parent.mkdir()

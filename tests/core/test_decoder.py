@@ -4,11 +4,13 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import AutoencoderTiny
 from torch import nn
 
 from diff_restorer import (
     FusionBlocks,
     FusionConfig,
+    UnsupportedVaeError,
     VaeTrunk,
     aware_decode,
     encode_with_features,
@@ -48,16 +50,15 @@ def test_sizes_are_read_back_from_weights(config: FusionConfig) -> None:
 def test_features_alone_run_the_encoder_no_further_than_needed(vae: Any) -> None:
     pixels, ran = torch.randn(1, 3, 32, 32), []
     hooks = [
-        block.register_forward_hook(lambda *_, level=level: ran.append(level))
-        for level, block in enumerate([b.resnets[-1] for b in vae.encoder.down_blocks])
+        block.resnets[-1].register_forward_hook(lambda *_, level=level: ran.append(level))
+        for level, block in enumerate(vae.encoder.down_blocks)
     ]
     alone = encoder_features(VaeTrunk.of(vae), pixels, (1,))
     for hook in hooks:
         hook.remove()
     assert ran == [0, 1]
     _, features = encode_with_features(VaeTrunk.of(vae), pixels, (1,))
-    assert alone.keys() == features.keys()
-    assert all(torch.equal(alone[level], features[level]) for level in alone)
+    torch.testing.assert_close(alone, features, rtol=0, atol=0)
 
 
 @torch.no_grad()
@@ -96,3 +97,30 @@ def test_every_fusion_parameter_learns(vae: Any) -> None:
     for name, parameter in fusion.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.any(), name
+
+
+@pytest.fixture(params=[autoencoder_kl, AutoencoderTiny], ids=["AutoencoderKL", "AutoencoderTiny"])
+def any_vae(request: pytest.FixtureRequest) -> Any:
+    torch.manual_seed(0)
+    return request.param()
+
+
+@torch.no_grad()
+def test_walking_the_trunk_equals_the_library(any_vae: Any) -> None:
+    pixels = torch.rand(2, 3, 32, 48, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    trunk = VaeTrunk.of(any_vae)
+    moments, features = encode_with_features(trunk, pixels, range(4))
+    latent = moments[:, : trunk.latent_channels]
+    encoded = any_vae.encode(pixels)
+    own = encoded.latents if isinstance(any_vae, AutoencoderTiny) else encoded.latent_dist.mode()
+    assert torch.equal(latent, own)
+    for level, channels in enumerate(trunk.channels):
+        assert features[level].shape == (2, channels, 32 >> level, 48 >> level)
+    decoded = aware_decode(trunk, None, 5 * latent, {}, torch.zeros(2, 1))
+    expected: Any = any_vae.decode(5 * latent)
+    torch.testing.assert_close(decoded, expected.sample, atol=1e-6, rtol=0)
+
+
+def test_other_networks_are_refused() -> None:
+    with pytest.raises(UnsupportedVaeError, match="found a Linear"):
+        VaeTrunk.of(nn.Linear(1, 1))

@@ -36,36 +36,19 @@ class Kind(Protocol):
 
     def make(self, random: Random) -> Case:
         """A case by chance."""
-        ...
 
     def run(self, case: Case) -> None:
-        """Let the product have it.
-
-        Raises:
-            FaultError: The result is not good.
-            Exception: Whatever the product raises.
-        """
-        ...
+        """Let the product have it; `FaultError` where the result is not good."""
 
     def named(self, error: Exception) -> bool:
         """Whether an error is one of the product's own."""
-        ...
 
     def run_next(self) -> None:
-        """Good input, which is to give what it gave before all cases.
-
-        Raises:
-            FaultError: It gives something else.
-        """
-        ...
+        """Good input, which is to give what it gave before all cases, or `FaultError`."""
 
 
 def outcome(kind: Kind, case: Case) -> str:
-    """What comes of a case: `good`, or the name of the error.
-
-    Raises:
-        FaultError: It is neither.
-    """
+    """What comes of a case: `good`, or the name of the error; `FaultError` where it is neither."""
     begun = time.process_time()
     try:
         kind.run(copy.deepcopy(case))
@@ -85,11 +68,7 @@ def outcome(kind: Kind, case: Case) -> str:
 
 
 def check_words(message: str, of_host: bool = False) -> None:
-    """A message is short, and in words, which are not ours where the host checks the input.
-
-    Raises:
-        FaultError: It is not.
-    """
+    """`FaultError` where a message is not short and in words; a host's own words are not ours."""
     untranslated = not of_host and any(word in message for word in UNTRANSLATED)
     if len(message) > LONGEST_MESSAGE or untranslated:
         raise FaultError(f"said in {len(message)} characters: {message[:300]}")

@@ -34,6 +34,11 @@ def comfyui(comfyui_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 
 @pytest.fixture(scope="session")
+def toy_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("toy")
+
+
+@pytest.fixture(scope="session")
 def pack(comfyui: Path) -> ModuleType:
     """The pack's root module, loaded by the host's own loader under the host's own name."""
     return in_process.load_pack()

@@ -16,9 +16,9 @@ from diff_restorer import (
     encode_with_features,
     encoder_features,
 )
-from tests.toy_models import autoencoder_kl
+from training.networks import Sizes, build_vae
 
-CHANNELS = (32, 32, 64, 64)
+KL, TINY = Sizes(vae_channels=(32, 32, 64, 64), vae_layers=1), Sizes(vae_channels=())
 CONFIGS = [
     FusionConfig(channels=((1, 32), (2, 64)), growth=4, depth=2, context_width=6),
     FusionConfig(channels=((0, 32), (1, 32), (2, 64)), growth=8, depth=3, context_width=16),
@@ -30,7 +30,7 @@ CONFIGS = [
 @pytest.fixture(scope="module")
 def vae() -> Any:
     torch.manual_seed(0)
-    return autoencoder_kl(CHANNELS)
+    return build_vae(KL).eval()
 
 
 def trained_fusion(config: FusionConfig) -> FusionBlocks:
@@ -99,10 +99,10 @@ def test_every_fusion_parameter_learns(vae: Any) -> None:
         assert parameter.grad.any(), name
 
 
-@pytest.fixture(params=[autoencoder_kl, AutoencoderTiny], ids=["AutoencoderKL", "AutoencoderTiny"])
+@pytest.fixture(params=[KL, TINY], ids=["AutoencoderKL", "AutoencoderTiny"])
 def any_vae(request: pytest.FixtureRequest) -> Any:
     torch.manual_seed(0)
-    return request.param()
+    return build_vae(request.param).eval()
 
 
 @torch.no_grad()

@@ -41,11 +41,6 @@ def schemas(pack: ModuleType) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="session")
-def toy_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("toy")
-
-
-@pytest.fixture(scope="session")
 def toy(pack: ModuleType, toy_folder: Path) -> SimpleNamespace:
     """A toy Nano in fp32: model, clip_vision, vae, restorer."""
     from comfy.cli_args import args

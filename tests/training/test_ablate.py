@@ -11,7 +11,7 @@ import scipy.stats
 import torch
 from PIL import Image
 
-from diff_restorer.checkpoint import V_PREDICTION
+from diff_restorer.checkpoint import BASE_PREFIXES, V_PREDICTION
 from diff_restorer.degradations import KINDS
 from tests import photos as test_photos
 from training import ablate
@@ -30,10 +30,6 @@ TOY = Sizes(
     prompt_hidden=24, detail_widths=(), fusion_levels=(0, 2), fusion_growth=4, fusion_depth=1,
     fusion_pixel_width=8,
 )  # fmt: skip
-PREFIXES = (
-    "base.unet.", "base.vae.", "base.clip_vision.", "prompt_processor.", "control.",
-    "decoder.fusion.", "decoder.vae.",
-)  # fmt: skip
 
 
 def write_model(path: Path, seed: int) -> Path:
@@ -44,7 +40,8 @@ def write_model(path: Path, seed: int) -> Path:
         if not parameter.any():
             torch.nn.init.normal_(parameter, std=0.05)
     torch.nn.init.normal_(models.prompt.prototypes)
-    models.save(path, PREFIXES, checkpoint_info(models, {}), torch.float32)
+    prefixes = (*BASE_PREFIXES, "prompt_processor.", "control.", *models.decoder_parts)
+    models.save(path, prefixes, checkpoint_info(models, {}), torch.float32)
     return path
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -14,24 +13,23 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from .toys import train, untimed
+from tools.environment import ROOT
+from tools.host import free_port
 
-ROOT = Path(__file__).parents[2]
+from .toys import train, untimed
 
 
 def launch(settings: dict[str, Any], nodes: int = 1) -> subprocess.CompletedProcess[str]:
     """The first node's end of `accelerate launch` on two processes with the shipped file, as the
     training guide has it, or on one process on each of two nodes, both on this machine."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = str(free_port())
     started = [
         subprocess.Popen(
             [
                 *(sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"),
                 *("--config_file", "training/configs/accelerate/ddp.yaml"),
                 *("--num_machines", str(nodes), "--machine_rank", str(rank)),
-                *("--main_process_ip", "127.0.0.1", "--main_process_port", str(port)),
+                *("--main_process_ip", "127.0.0.1", "--main_process_port", port),
                 *("--num_processes", "2", "-m", "tests.training.toys", json.dumps(settings)),
             ],
             cwd=ROOT,

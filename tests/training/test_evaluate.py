@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,9 +16,10 @@ from torchvision.models import alexnet
 
 from diff_restorer.degradations import KINDS
 from tests import photos as test_photos
+from tests.e2e.graph import Runner
 from tools.client import Client
 from tools.errors import ServerUnreachableError, WorkflowError
-from tools.host import Host, free_port
+from tools.host import free_port
 from tools.restoration import NANO_WORKFLOW
 from tools.workflow import find_node, load_workflow
 from training import evaluate
@@ -394,13 +394,7 @@ def test_a_dead_server_ends_the_run_with_a_message(
 
 
 @pytest.fixture(scope="module")
-def host(comfyui_root: Path) -> Iterator[Host]:
-    with Host() as host:
-        yield host
-
-
-@pytest.fixture(scope="module")
-def run(host: Host, photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Config:
+def run(runner: Runner, photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Config:
     """The whole program on two tiny photos and one that cannot be read."""
     out = tmp_path_factory.mktemp("run")
     clean = out / "clean"
@@ -415,7 +409,7 @@ def run(host: Host, photos: Path, tmp_path_factory: pytest.TempPathFactory) -> C
         PhotoSets(clean, suites=("own",)),
         out,
         out / "quick.json",
-        server=host.url,
+        server=runner.host.url,
         workers=1,
         sheet_photos=1,
     )
@@ -456,13 +450,13 @@ def test_another_model_file_makes_every_result_stale(run: Config, photos: Path, 
     assert len(other.pending()) == len(cases)
 
 
-def test_a_failed_photo_does_not_stop_the_others(run: Config, host: Host, tmp_path: Path):
+def test_a_failed_photo_does_not_stop_the_others(run: Config, runner: Runner, tmp_path: Path):
     good = evaluate.open_cases(run).cases[0]
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"no picture")
     tasks = (Task("bad", broken, tmp_path / "1.png"), Task("good", good.lq, tmp_path / "2.png"))
     workload = replace(evaluate.server_work(run, [good])[0], tasks=tasks)
-    failed = run_workload(Client(host.url), workload, workload.pending())
+    failed = run_workload(runner.client, workload, workload.pending())
     assert list(failed) == ["bad"]
     assert read_note(tmp_path / "2.png")["probabilities"]
     with pytest.raises(ServerUnreachableError):

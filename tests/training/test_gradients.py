@@ -30,11 +30,6 @@ LAST_BIAS = "11.bias"
 """Of the discriminator: real and fake patches cancel in it while all scores are in the margin."""
 
 
-@pytest.fixture(scope="module")
-def toy_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("toy")
-
-
 @pytest.fixture(params=["nano", "sd15"])
 def models(request: pytest.FixtureRequest, toy_folder: Path) -> Models:
     """Both layouts at toy width, and both decoders: Nano's has a detail path, SD 1.5's fusion

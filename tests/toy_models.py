@@ -1,7 +1,5 @@
 """A network of open_clip at any width, which training reads at full size only."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

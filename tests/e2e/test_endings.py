@@ -1,7 +1,5 @@
 """How programs end: in words, where their user can do something."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

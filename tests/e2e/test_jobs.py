@@ -1,7 +1,5 @@
 """Which photos a run restores and where the results go."""
 
-from __future__ import annotations
-
 import errno
 import os
 import subprocess

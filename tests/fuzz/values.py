@@ -1,7 +1,5 @@
 """What nodes are given: numbers, words, pictures, latents and prompts, of which few make sense."""
 
-from __future__ import annotations
-
 import importlib
 import re
 from pathlib import Path

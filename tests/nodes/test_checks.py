@@ -3,8 +3,6 @@
 Switch Image hands on what it is given.
 """
 
-from __future__ import annotations
-
 import importlib
 from types import ModuleType
 from typing import Any

@@ -1,7 +1,5 @@
 """Aware VAE Decode against the host's own decode."""
 
-from __future__ import annotations
-
 import functools
 import logging
 import math

@@ -1,7 +1,5 @@
 """Two real processes (gloo) equal one that accumulates, with DDP."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

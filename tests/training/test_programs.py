@@ -1,7 +1,5 @@
 """The real programs, all stages in order at toy width, end in a file that reads back."""
 
-from __future__ import annotations
-
 import json
 import pickle
 import subprocess

@@ -226,10 +226,10 @@ def _large(
         degradation = graph.look("DiffRestorerPromptProcessor", image)[2]
         generator = torch.Generator().manual_seed(side)
         latent = {"samples": torch.randn(1, 4, side // 8, side // 8, generator=generator)}
-        found: Any = SimpleNamespace(image=image, degradation=degradation)
+        controlled: Any = SimpleNamespace(image=image, degradation=degradation)
         with PeakMemory() as memory:
             start = time.perf_counter()
-            pixels = decode_one(found, latent, **settings)
+            pixels = decode_one(controlled, latent, **settings)
             seconds = time.perf_counter() - start
     lines = [record.getMessage() for record in log.buffer]
     if whole and any("tile" in line for line in lines):

@@ -58,9 +58,9 @@ class Holding:
 def wait_until(condition: Callable[[], object], seconds: float) -> bool:
     """Whether it came true in time."""
     deadline = time.monotonic() + seconds
-    while not (true := condition()) and time.monotonic() < deadline:
+    while not (met := condition()) and time.monotonic() < deadline:
         time.sleep(0.05)
-    return bool(true)
+    return bool(met)
 
 
 def put_photos(folder: Path, count: int) -> list[Path]:

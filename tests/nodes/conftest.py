@@ -155,7 +155,7 @@ def calls() -> Iterator[Callable[..., list[Any]]]:
 
 
 @pytest.fixture
-def keep() -> Iterator[Callable[[torch.nn.Module], None]]:
+def keep() -> Iterator[Callable[[torch.nn.Module], object]]:
     """Gives a network the weights back that it has now, once the test is over."""
     with ExitStack() as ends:
         yield lambda module: ends.callback(

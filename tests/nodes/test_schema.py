@@ -9,6 +9,8 @@ import pytest
 
 from tools.environment import ROOT
 
+READING = {"diff_restorer": "DIFF_RESTORER", "clip_vision": "CLIP_VISION", "image": "IMAGE"}
+PROMPTS = {"positive": "CONDITIONING", "negative": "CONDITIONING"}
 NODES = {
     "DiffRestorerLoader": (
         "Load Diff-Restorer",
@@ -27,20 +29,13 @@ NODES = {
     ),
     "DiffRestorerPromptProcessor": (
         "Diff-Restorer Prompt Processor",
-        {
-            "diff_restorer": "DIFF_RESTORER",
-            "clip_vision": "CLIP_VISION",
-            "image": "IMAGE",
-            "text": "CONDITIONING",
-            "semantic_strength": ("FLOAT", 1.0, 0.0, 2.0),
-        },
-        {"positive": "CONDITIONING", "negative": "CONDITIONING", "degradation": "DEGRADATION"},
+        READING | {"text": "CONDITIONING", "semantic_strength": ("FLOAT", 1.0, 0.0, 2.0)},
+        PROMPTS | {"degradation": "DEGRADATION"},
     ),
     "DiffRestorerDegradationControl": (
         "Degradation Control",
         {
-            "positive": "CONDITIONING",
-            "negative": "CONDITIONING",
+            **PROMPTS,
             "diff_restorer": "DIFF_RESTORER",
             "degradation": "DEGRADATION",
             "image": "IMAGE",
@@ -49,7 +44,7 @@ NODES = {
             "start_percent": ("FLOAT", 0.0, 0.0, 1.0),
             "end_percent": ("FLOAT", 1.0, 0.0, 1.0),
         },
-        {"positive": "CONDITIONING", "negative": "CONDITIONING", "latent": "LATENT"},
+        PROMPTS | {"latent": "LATENT"},
     ),
     "DiffRestorerAwareVAEDecode": (
         "Aware VAE Decode",
@@ -68,12 +63,7 @@ NODES = {
     ),
     "DiffRestorerDegradationClassifier": (
         "Degradation Classifier",
-        {
-            "diff_restorer": "DIFF_RESTORER",
-            "clip_vision": "CLIP_VISION",
-            "image": "IMAGE",
-            "degradation": "DEGRADATION",
-        },
+        READING | {"degradation": "DEGRADATION"},
         {
             "label": "STRING",
             "confidence": "FLOAT",
@@ -127,9 +117,7 @@ NODES = {
         "Tiled Diffusion",
         {
             "model": "MODEL",
-            "diff_restorer": "DIFF_RESTORER",
-            "clip_vision": "CLIP_VISION",
-            "image": "IMAGE",
+            **READING,
             "tile_size": ("INT", 512, 64, 4096),
             "overlap": ("INT", 64, 0, 2048),
             "locality": ("FLOAT", 1.0, 0.0, 1.0),

@@ -22,10 +22,8 @@ def comfyui_root() -> Path:
 
 @pytest.fixture(scope="session")
 def comfyui(comfyui_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """ComfyUI importable in this process, on the CPU, with an empty base directory.
-
-    Returns the base directory, which has models, input, output and custom_nodes.
-    """
+    """ComfyUI importable in this process, on the CPU; its base directory, which has empty folders
+    models, input, output and custom_nodes."""
     base = tmp_path_factory.mktemp("comfyui")
     in_process.import_host(comfyui_root, base, cpu=True)
     return base

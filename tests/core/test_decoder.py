@@ -99,25 +99,22 @@ def test_every_fusion_parameter_learns(vae: Any) -> None:
         assert parameter.grad.any(), name
 
 
-@pytest.fixture(params=[KL, TINY], ids=["AutoencoderKL", "AutoencoderTiny"])
-def any_vae(request: pytest.FixtureRequest) -> Any:
-    torch.manual_seed(0)
-    return build_vae(request.param).eval()
-
-
 @torch.no_grad()
-def test_walking_the_trunk_equals_the_library(any_vae: Any) -> None:
+@pytest.mark.parametrize("sizes", [KL, TINY], ids=["AutoencoderKL", "AutoencoderTiny"])
+def test_walking_the_trunk_equals_the_library(sizes: Sizes) -> None:
+    torch.manual_seed(0)
+    vae = build_vae(sizes).eval()
     pixels = torch.rand(2, 3, 32, 48, generator=torch.Generator().manual_seed(1)) * 2 - 1
-    trunk = VaeTrunk.of(any_vae)
+    trunk = VaeTrunk.of(vae)
     moments, features = encode_with_features(trunk, pixels, range(4))
     latent = moments[:, : trunk.latent_channels]
-    encoded = any_vae.encode(pixels)
-    own = encoded.latents if isinstance(any_vae, AutoencoderTiny) else encoded.latent_dist.mode()
+    encoded = vae.encode(pixels)
+    own = encoded.latents if isinstance(vae, AutoencoderTiny) else encoded.latent_dist.mode()
     assert torch.equal(latent, own)
     for level, channels in enumerate(trunk.channels):
         assert features[level].shape == (2, channels, 32 >> level, 48 >> level)
     decoded = aware_decode(trunk, None, 5 * latent, {}, torch.zeros(2, 1))
-    expected: Any = any_vae.decode(5 * latent)
+    expected: Any = vae.decode(5 * latent)
     torch.testing.assert_close(decoded, expected.sample, atol=1e-6, rtol=0)
 
 

@@ -22,7 +22,7 @@ SLOW = 30.0
 """Seconds of the processor that no case may take."""
 LONGEST_MESSAGE = 2000
 UNTRANSLATED = ("KeyError", "AttributeError", "IndexError", "size mismatch", "NoneType")
-"""What a programmer would have to translate is no message for a user."""
+"""What a programmer would have to translate is no message for a user; a host's own words are."""
 
 
 class FaultError(AssertionError):
@@ -58,18 +58,14 @@ def outcome(kind: Kind, case: Case) -> str:
             raise FaultError(
                 f"{type(error).__name__}: {str(error)[:300]}{_places(error)}"
             ) from error
-        check_words(str(error), of_host=isinstance(error, PromptRejectedError))
+        message, of_host = str(error), isinstance(error, PromptRejectedError)
+        untranslated = not of_host and any(word in message for word in UNTRANSLATED)
+        if len(message) > LONGEST_MESSAGE or untranslated:
+            raise FaultError(f"said in {len(message)} characters: {message[:300]}") from error
         found = type(error).__name__
     if (spent := time.process_time() - begun) > SLOW:
         raise FaultError(f"{found} after {spent:.0f} s")
     return found
-
-
-def check_words(message: str, of_host: bool = False) -> None:
-    """`FaultError` where a message is not short and in words; a host's own words are not ours."""
-    untranslated = not of_host and any(word in message for word in UNTRANSLATED)
-    if len(message) > LONGEST_MESSAGE or untranslated:
-        raise FaultError(f"said in {len(message)} characters: {message[:300]}")
 
 
 def _places(error: BaseException) -> str:

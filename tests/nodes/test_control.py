@@ -12,18 +12,15 @@ from tests import toy_weights
 from tests.nodes.test_decode import VAES_OF_OTHER_LATENTS
 
 
-def keep_percent(model: Any) -> Any:
-    return model.model.model_sampling.percent_to_sigma
-
-
 def evaluate(
     control: Any, model: Any, context: torch.Tensor, batch: int = 1, size: int = 8
 ) -> dict:
     """One evaluation outside the sampler, at half of the noise."""
-    control.pre_run(model.model, keep_percent(model))
+    percent_to_sigma = model.model.model_sampling.percent_to_sigma
+    control.pre_run(model.model, percent_to_sigma)
     generator = torch.Generator().manual_seed(3)
     noisy = torch.randn(batch, 4, size, size, generator=generator)
-    sigma = torch.full((batch,), keep_percent(model)(0.5))
+    sigma = torch.full((batch,), percent_to_sigma(0.5))
     return control.get_control(noisy, sigma, {"c_crossattn": context}, 1, {})
 
 

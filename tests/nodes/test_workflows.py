@@ -7,6 +7,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -235,11 +236,8 @@ def socket_of(node: dict[str, Any], slot: int, output: bool) -> tuple[float, flo
 
 def crosses(start: Any, end: Any, box: tuple[float, float, float, float]) -> bool:
     """Whether a straight line runs behind a box."""
-    for step in range(201):
-        x, y = (a + (b - a) * step / 200 for a, b in zip(start, end, strict=True))
-        if box[0] < x < box[2] and box[1] < y < box[3]:
-            return True
-    return False
+    x, y = np.linspace(start, end, 201).T
+    return bool(((box[0] < x) & (x < box[2]) & (box[1] < y) & (y < box[3])).any())
 
 
 @pytest.mark.parametrize("name", NAMES)

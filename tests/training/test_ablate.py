@@ -49,13 +49,10 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return test_photos.write(tmp_path_factory.mktemp("clean"), ("astronaut", "coffee"), (43, 36))
-
-
-@pytest.fixture(scope="module")
-def config(file: Path, photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Config:
+def config(file: Path, tmp_path_factory: pytest.TempPathFactory) -> Config:
     """A run over all variants, two photos and two kinds."""
+    folder = tmp_path_factory.mktemp("clean")
+    photos = test_photos.write(folder, ("astronaut", "coffee"), (43, 36))
     config = Config(
         AblationData(photos, kinds=("noise", "clean")), tmp_path_factory.mktemp("out"), file,
         steps=3, precision="no",

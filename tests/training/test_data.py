@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from diff_restorer.degradations import KINDS
-from tests.photos import picture
+from tests.photos import write
 from training.common import DataConfig, in_batches, open_data
 from training.data import (
     PICTURES,
@@ -41,10 +41,8 @@ NAMES = ("astronaut", "chelsea", "coffee")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three small photos, one of them in a subfolder."""
     root = tmp_path_factory.mktemp("photos")
-    (root / "more").mkdir()
-    for name, sub in zip(NAMES, (".", ".", "more"), strict=True):
-        picture(name).resize((150, 100)).save(root / sub / f"{name}.png")
-    return root
+    write(root / "more", NAMES[2:], (150, 100))
+    return write(root, NAMES[:2], (150, 100))
 
 
 def make(folder: Path, **changes: object) -> RestorationBatches:

@@ -214,11 +214,6 @@ def test_lpips_is_measured_where_its_file_is(tmp_path: Path, photos: Path):
     assert learned.score(lq, gt)["lpips"] > 0.001
 
 
-def halfway(lq: Path, gt: Path) -> Image.Image:
-    """A made-up restoration."""
-    return to_picture((read_image(lq) + read_image(gt)) / 2)
-
-
 @pytest.fixture(scope="module")
 def offline(photos: Path, pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> Config:
     """A run whose restored pictures are made up, so that it needs no server."""
@@ -234,7 +229,8 @@ def offline(photos: Path, pairs: Path, tmp_path_factory: pytest.TempPathFactory)
         case = cases[task.name]
         seen = dict.fromkeys(KINDS, 0.02) | {case.kind or "noise": 0.9}
         note = {"key": key, "probabilities": seen, "seconds": 1.5}
-        save_picture(task.result, halfway(case.lq, case.gt), note)
+        halfway = (read_image(case.lq) + read_image(case.gt)) / 2
+        save_picture(task.result, to_picture(halfway), note)
     for task, key in round_trips.pending():
         save_picture(task.result, to_picture(read_image(task.photo) * 0.9), {"key": key})
     return config

@@ -17,8 +17,6 @@ from tools.environment import ROOT
 
 from .toys import same, train, untimed
 
-KILLS = 20
-
 
 def steps_done(out: Path) -> int:
     return max((int(p.name.removeprefix("step_")) for p in out.glob("step_*")), default=0)
@@ -65,7 +63,7 @@ def test_killed_twenty_times_equals_a_straight_run_bit_for_bit(tmp_path: Path) -
     }  # fmt: skip
     chance = random.Random(0)
     in_writing = 0
-    for kill in range(KILLS):
+    for kill in range(20):
         child = context.Process(target=train, args=(settings,))
         child.start()
         before = steps_done(out)

@@ -34,12 +34,14 @@ class Kind(Protocol):
 
     def make(self, random: Random) -> Case:
         """A case by chance."""
+        ...
 
     def run(self, case: Case) -> None:
         """Let the product have it; `FaultError` where the result is not good."""
 
     def named(self, error: Exception) -> bool:
         """Whether an error is one of the product's own."""
+        ...
 
     def run_next(self) -> None:
         """Good input, which is to give what it gave before all cases, or `FaultError`."""

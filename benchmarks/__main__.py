@@ -4,8 +4,6 @@ Weights are random at the size of SD 1.5, but for Nano. Each case is a process o
 its peak memory is its own, too. Writes bench.json, a Markdown report and its plots.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import logging
@@ -94,7 +92,8 @@ def main(config: Config) -> None:
             results[key] = found if "error" in found else found | {"on": machine, "code": revision}
             if name in LARGE:
                 results["differences"] = compare(pixels, config.out)
-            _write(path, results)
+            with written_whole(path) as part:
+                part.write_text(json.dumps(results, indent=1), encoding="utf-8")
             log.info("%s: %s", key, json.dumps(found)[:300])
     log.info("\n%s", summary(results))
     write_report(results, config.out)
@@ -154,11 +153,6 @@ def _cpu_name() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
     return platform.processor() or platform.machine()
-
-
-def _write(path: Path, results: dict[str, Any]) -> None:
-    with written_whole(path) as part:
-        part.write_text(json.dumps(results, indent=1), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
 """What is measured; each case runs in a process of its own and returns figures for JSON."""
 
-from __future__ import annotations
-
 import importlib
 import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from logging.handlers import BufferingHandler
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,6 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from diff_restorer.similarity import psnr
-from tools import in_process
 
 from .measuring import PeakMemory, computes_bf16, interleaved, on_gpu, timed
 from .stage import (
@@ -112,24 +111,17 @@ def vision(setting: Setting) -> Figures:
     """Prompt Processor and Classifier together against one CLIPVisionEncode."""
     open_host(setting.folder)
     sd15, rounds = Sd15(), 3 * setting.rounds
-    restorer = sd15.graph.restorer
     # Each photo once: one that was seen before would be remembered.
     pictures = iter([picture(512, 512, seed) for seed in range(2 * (rounds + 1))])
 
     def read() -> None:
         image = next(pictures)
         for node in ("DiffRestorerPromptProcessor", "DiffRestorerDegradationClassifier"):
-            in_process.execute(
-                node, diff_restorer=restorer, clip_vision=sd15.clip_vision, image=image
-            )
+            sd15.graph.look(node, image)
 
     def encode() -> None:
-        stock(
-            "CLIPVisionEncode",
-            clip_vision=sd15.clip_vision,
-            image=next(pictures),
-            crop="none",
-        )
+        image = next(pictures)
+        stock("CLIPVisionEncode", clip_vision=sd15.clip_vision, image=image, crop="none")
 
     seconds = interleaved({"CLIPVisionEncode": encode, "ours": read}, rounds)
     return {"seconds": seconds, "ratio": seconds["ours"] / seconds["CLIPVisionEncode"]}
@@ -227,25 +219,21 @@ def _large(
     pack = open_host(setting.folder, "fp32")
     graph = Graph(*pack.nodes.host_nano.load_nano(setting.folder / LARGE_FILE))
     _give_contrast(graph.vae)
-    decode_one, log = decode_of(graph), _Log()
+    decode_one, log = decode_of(graph), BufferingHandler(10**6)
     logging.getLogger().addHandler(log)
     for side in (64, setting.side):
         image = picture(side, side)
-        degradation = in_process.execute(
-            "DiffRestorerPromptProcessor",
-            diff_restorer=graph.restorer,
-            clip_vision=graph.clip_vision,
-            image=image,
-        )[2]
+        degradation = graph.look("DiffRestorerPromptProcessor", image)[2]
         generator = torch.Generator().manual_seed(side)
         latent = {"samples": torch.randn(1, 4, side // 8, side // 8, generator=generator)}
-        found: Any = _Photo(image, degradation)
+        controlled: Any = SimpleNamespace(image=image, degradation=degradation)
         with PeakMemory() as memory:
             start = time.perf_counter()
-            pixels = decode_one(found, latent, **settings)
+            pixels = decode_one(controlled, latent, **settings)
             seconds = time.perf_counter() - start
-    if whole and any("tile" in line for line in log.lines):
-        raise MemoryError(f"{setting.side} px do not fit into memory whole: {log.lines}")
+    lines = [record.getMessage() for record in log.buffer]
+    if whole and any("tile" in line for line in lines):
+        raise MemoryError(f"{setting.side} px do not fit into memory whole: {lines}")
     levels = (255 * pixels[0].float().cpu()).numpy()
     np.save(setting.pixels, levels.astype(np.float16))
     return {"seconds": seconds, "peak_gb": memory.gb}
@@ -260,25 +248,6 @@ def _give_contrast(vae: Any) -> None:
     factor = float(CONTRAST / pixels.std())
     last.weight = torch.nn.Parameter(last.weight * factor, requires_grad=False)
     last.bias = torch.nn.Parameter((last.bias - pixels.mean()) * factor, requires_grad=False)
-
-
-class _Log(logging.Handler):
-    """Keeps what is logged."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.lines: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.lines.append(record.getMessage())
-
-
-@dataclass(frozen=True)
-class _Photo:
-    """As much of `Controlled` as the decode reads."""
-
-    image: Tensor
-    degradation: Any
 
 
 def area(setting: Setting) -> Figures:
@@ -399,7 +368,6 @@ def _restored(
     Args:
         control: Settings of Degradation Control.
         bare_negative: Give the sampler the negative prompt without control.
-        sampling: Settings of `sample`.
     """
     found, latent = graph.control(lq, **(control or {})), {}
     negative = found.prompts[1] if bare_negative else found.negative

@@ -8,8 +8,6 @@ it goes. The second restores small photos on one local server and on one actor, 
 so that what else a machine does slows both; then on two actors.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import statistics
@@ -21,6 +19,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
+import psutil
 from PIL import Image
 
 if "--ray" not in sys.argv:  # local: as in tools.restore, before Ray is imported
@@ -58,12 +57,6 @@ class Sleeper:
         return line | {"status": "done"}
 
 
-def memory() -> int:
-    """MB that this process holds."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * 4096 // 10**6
-
-
 def sleep(count: int, actors: int, seconds: float, address: str) -> None:
     """Gives names to actors that sleep."""
     options = restore.parse([".", "--ray", address, "--actors", str(actors), str(actors)])
@@ -76,7 +69,8 @@ def sleep(count: int, actors: int, seconds: float, address: str) -> None:
             begun, cpu = time.monotonic(), time.process_time()
         if done in (1, count) or done % max(1, count // ROWS) == 0:
             wall, used = time.monotonic() - begun, time.process_time() - cpu
-            tell(f"{done} photos, {wall:.1f} s, CPU {used:.2f} s, {memory()} MB")
+            memory = psutil.Process().memory_info().rss // 10**6
+            tell(f"{done} photos, {wall:.1f} s, CPU {used:.2f} s, {memory} MB")
 
 
 def on_actors(photos: Path, out: Path, actors: int) -> Iterator[cluster.Line]:
@@ -96,11 +90,7 @@ def fast() -> Workflow:
 
 
 def timed(lines: Callable[[], list[cluster.Line]]) -> float:
-    """Seconds that it takes to restore some photos.
-
-    Raises:
-        RuntimeError: One was not.
-    """
+    """Seconds that it takes to restore some photos, all of which have to be."""
     begun = time.monotonic()
     for line in lines():
         if line["status"] != "done":

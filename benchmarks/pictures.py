@@ -1,7 +1,5 @@
 """How far tiled decodes are from whole ones, in figures and as a picture of the seams."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,13 +12,9 @@ PAIRS = (("exact", "untiled"), ("fast", "untiled"), ("stock_tiled", "stock_until
 
 
 def compare(folder: Path, out: Path) -> dict[str, Any]:
-    """Differences in levels of 255, by case and side, and benchmarks_seams.png of all of them.
-
-    Args:
-        folder: Holds `<case> <side>.npy`, each (H, W, 3) levels.
-        out: Folder for the picture.
-    """
-    found: dict[str, Any] = {}
+    """Differences in levels of 255, by case and side, of `<case> <side>.npy` in a folder, each
+    (H, W, 3) levels, and in another folder benchmarks_seams.png of all of them."""
+    differences: dict[str, Any] = {}
     maps: dict[str, np.ndarray] = {}
     for tiled, whole in PAIRS:
         for path in sorted(folder.glob(f"{tiled} *.npy")):
@@ -29,11 +23,12 @@ def compare(folder: Path, out: Path) -> dict[str, Any]:
                 continue
             one, two = (np.load(name).astype(np.float32) for name in (path, other))
             difference = np.abs(one - two)
-            found[path.stem] = {"mean": float(difference.mean()), "max": float(difference.max())}
+            mean, most = float(difference.mean()), float(difference.max())
+            differences[path.stem] = {"mean": mean, "max": most}
             maps[f"{path.stem.replace('_', ' ')} px"] = difference.max(axis=2)
     if maps:
         _draw(maps, out / "benchmarks_seams.png")
-    return found
+    return differences
 
 
 def _draw(maps: Mapping[str, np.ndarray], path: Path) -> None:

@@ -1,7 +1,5 @@
 """The host in this process, with models to measure."""
 
-from __future__ import annotations
-
 import importlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -49,11 +47,8 @@ def open_host(folder: Path, precision: Literal["half", "fp32", "own"] = "half") 
 
 
 def write_models(folder: Path) -> None:
-    """Random checkpoint, CLIP ViT-L, Diff-Restorer and ControlNet at the size of SD 1.5.
-
-    Args:
-        folder: Base directory of ComfyUI.
-    """
+    """Random checkpoint, CLIP ViT-L, Diff-Restorer and ControlNet at the size of SD 1.5, below a
+    base directory of ComfyUI."""
     toy_weights.write_sd15(folder)
     control = folder / "models/controlnet/control_random.safetensors"
     control.parent.mkdir(parents=True, exist_ok=True)
@@ -62,12 +57,8 @@ def write_models(folder: Path) -> None:
 
 
 def write_large(folder: Path, vae_width: int) -> None:
-    """A random self-contained file for large pictures.
-
-    Args:
-        folder: Base directory of ComfyUI.
-        vae_width: Channels of its VAE, which is of SD 1.5's kind; that one has 128.
-    """
+    """A random self-contained file for large pictures below a base directory of ComfyUI; its VAE is
+    of SD 1.5's kind, which has 128 channels."""
     path = folder / LARGE_FILE
     path.parent.mkdir(parents=True, exist_ok=True)
     sizes = toy_weights.VaeSizes(vae_width, (1, 2, 4, 4), 2)
@@ -114,11 +105,12 @@ def sample(
     cfg: float = 1.0,
     sampler: str = SAMPLER,
     scheduler: str = SCHEDULER,
+    seed: int = 1,
 ) -> dict[str, Any]:
     """KSampler at full denoise."""
     host_nodes: Any = importlib.import_module("nodes")
     return host_nodes.common_ksampler(
-        model, 1, steps, cfg, sampler, scheduler, positive, negative, latent
+        model, seed, steps, cfg, sampler, scheduler, positive, negative, latent
     )[0]
 
 
@@ -143,14 +135,14 @@ class Graph:
     vae: Any
     restorer: Any
 
+    def look(self, node_id: str, image: Tensor, **inputs: Any) -> tuple[Any, ...]:
+        """A node that reads a photo."""
+        models = {"diff_restorer": self.restorer, "clip_vision": self.clip_vision}
+        return in_process.execute(node_id, image=image, **models, **inputs)
+
     def control(self, image: Tensor, **settings: Any) -> Controlled:
         """The graph up to the sampler."""
-        positive, negative, degradation = in_process.execute(
-            "DiffRestorerPromptProcessor",
-            diff_restorer=self.restorer,
-            clip_vision=self.clip_vision,
-            image=image,
-        )
+        positive, negative, degradation = self.look("DiffRestorerPromptProcessor", image)
         settings = {"strength": 1.0} | settings
         controlled = in_process.execute(
             "DiffRestorerDegradationControl",
@@ -178,14 +170,8 @@ class Graph:
 
     def tiled(self, image: Tensor, **settings: Any) -> tuple[Any, Any]:
         """MODEL that works in tiles, and the degradation with what each part suffers from."""
-        model, _, degradation = in_process.execute(
-            "DiffRestorerTiledDiffusion",
-            model=self.model,
-            diff_restorer=self.restorer,
-            clip_vision=self.clip_vision,
-            image=image,
-            **settings,
-        )
+        settings = {"model": self.model} | settings
+        model, _, degradation = self.look("DiffRestorerTiledDiffusion", image, **settings)
         return model, degradation
 
 

@@ -1,7 +1,5 @@
 """Fixtures that give the tests the real host."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -24,13 +22,16 @@ def comfyui_root() -> Path:
 
 @pytest.fixture(scope="session")
 def comfyui(comfyui_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """ComfyUI importable in this process, on the CPU, with an empty base directory.
-
-    Returns the base directory, which has models, input, output and custom_nodes.
-    """
+    """ComfyUI importable in this process, on the CPU; its base directory, which has empty folders
+    models, input, output and custom_nodes."""
     base = tmp_path_factory.mktemp("comfyui")
     in_process.import_host(comfyui_root, base, cpu=True)
     return base
+
+
+@pytest.fixture(scope="session")
+def toy_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("toy")
 
 
 @pytest.fixture(scope="session")
@@ -46,11 +47,14 @@ def runner(comfyui_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
         yield Runner(host)
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Leaves out what this machine has no device for."""
+    """Marks what asks for ComfyUI, and leaves out what this machine has no device for."""
     import torch
 
-    if not torch.cuda.is_available():
-        for item in items:
-            if item.get_closest_marker("gpu"):
-                item.add_marker(pytest.mark.skip(reason="no GPU"))
+    no_gpu = not torch.cuda.is_available()
+    for item in items:
+        if "comfyui_root" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.comfy)
+        if no_gpu and item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="no GPU"))

@@ -3,8 +3,6 @@
 Nothing is zero, unlike in a fresh training: with zero convs at zero every test of a control passes.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -320,23 +318,21 @@ def info(
     return CheckpointInfo(**(entries | changes))
 
 
-def write(path: Path, tensors: dict[str, Tensor]) -> Path:
-    """A toy file of these tensors."""
-    write_checkpoint(path, tensors, info())
+def write(path: Path, tensors: dict[str, Tensor], **entries: Any) -> Path:
+    """A toy file of these tensors, with these metadata."""
+    write_checkpoint(path, tensors, info(**entries))
     return path
 
 
 def write_nano(path: Path, **sizes: Any) -> Path:
     """A self-contained toy file in fp16, as Nano is."""
     tensors = restorer_tensors(dtype=torch.float16, **sizes) | base_tensors(dtype=torch.float16)
-    write_checkpoint(path, tensors, info(types=sizes.get("types", TYPES)))
-    return path
+    return write(path, tensors, types=sizes.get("types", TYPES))
 
 
 def write_restorer(path: Path, **sizes: Any) -> Path:
     """A toy file without UNet, VAE and vision model."""
-    write_checkpoint(path, restorer_tensors(**sizes), info(types=sizes.get("types", TYPES)))
-    return path
+    return write(path, restorer_tensors(**sizes), types=sizes.get("types", TYPES))
 
 
 def write_sd15(folder: Path, dtype: torch.dtype = torch.bfloat16) -> dict[str, Path]:
@@ -383,11 +379,9 @@ def write_without(path: Path, key: str, **sizes: Any) -> Path:
     """A toy file that lacks one tensor."""
     tensors = restorer_tensors(**sizes)
     del tensors[key]
-    write_checkpoint(path, tensors, info())
-    return path
+    return write(path, tensors)
 
 
 def write_newer(path: Path) -> Path:
     """A toy file of a format to come."""
-    write_checkpoint(path, restorer_tensors(), info(format_version=99))
-    return path
+    return write(path, restorer_tensors(), format_version=99)

@@ -1,7 +1,5 @@
 """The benchmark's table says what was measured, and its program runs."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys
@@ -96,7 +94,6 @@ def test_the_report_shows_what_there_is(tmp_path: Path) -> None:
     assert "benchmarks_seams.png" not in text
 
 
-@pytest.mark.comfy
 def test_the_program_measures_and_does_not_measure_twice(
     comfyui_root: Path, tmp_path: Path
 ) -> None:

@@ -1,7 +1,5 @@
 """Files: what goes in comes out, lazily; damage is named."""
 
-from __future__ import annotations
-
 import copy
 import json
 import os

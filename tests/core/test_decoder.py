@@ -4,19 +4,21 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import AutoencoderTiny
 from torch import nn
 
 from diff_restorer import (
     FusionBlocks,
     FusionConfig,
+    UnsupportedVaeError,
     VaeTrunk,
     aware_decode,
     encode_with_features,
     encoder_features,
 )
-from tests.toy_models import autoencoder_kl
+from training.networks import Sizes, build_vae
 
-CHANNELS = (32, 32, 64, 64)
+KL, TINY = Sizes(vae_channels=(32, 32, 64, 64), vae_layers=1), Sizes(vae_channels=())
 CONFIGS = [
     FusionConfig(channels=((1, 32), (2, 64)), growth=4, depth=2, context_width=6),
     FusionConfig(channels=((0, 32), (1, 32), (2, 64)), growth=8, depth=3, context_width=16),
@@ -28,7 +30,7 @@ CONFIGS = [
 @pytest.fixture(scope="module")
 def vae() -> Any:
     torch.manual_seed(0)
-    return autoencoder_kl(CHANNELS)
+    return build_vae(KL).eval()
 
 
 def trained_fusion(config: FusionConfig) -> FusionBlocks:
@@ -48,16 +50,15 @@ def test_sizes_are_read_back_from_weights(config: FusionConfig) -> None:
 def test_features_alone_run_the_encoder_no_further_than_needed(vae: Any) -> None:
     pixels, ran = torch.randn(1, 3, 32, 32), []
     hooks = [
-        block.register_forward_hook(lambda *_, level=level: ran.append(level))
-        for level, block in enumerate([b.resnets[-1] for b in vae.encoder.down_blocks])
+        block.resnets[-1].register_forward_hook(lambda *_, level=level: ran.append(level))
+        for level, block in enumerate(vae.encoder.down_blocks)
     ]
     alone = encoder_features(VaeTrunk.of(vae), pixels, (1,))
     for hook in hooks:
         hook.remove()
     assert ran == [0, 1]
     _, features = encode_with_features(VaeTrunk.of(vae), pixels, (1,))
-    assert alone.keys() == features.keys()
-    assert all(torch.equal(alone[level], features[level]) for level in alone)
+    torch.testing.assert_close(alone, features, rtol=0, atol=0)
 
 
 @torch.no_grad()
@@ -96,3 +97,27 @@ def test_every_fusion_parameter_learns(vae: Any) -> None:
     for name, parameter in fusion.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.any(), name
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("sizes", [KL, TINY], ids=["AutoencoderKL", "AutoencoderTiny"])
+def test_walking_the_trunk_equals_the_library(sizes: Sizes) -> None:
+    torch.manual_seed(0)
+    vae = build_vae(sizes).eval()
+    pixels = torch.rand(2, 3, 32, 48, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    trunk = VaeTrunk.of(vae)
+    moments, features = encode_with_features(trunk, pixels, range(4))
+    latent = moments[:, : trunk.latent_channels]
+    encoded = vae.encode(pixels)
+    own = encoded.latents if isinstance(vae, AutoencoderTiny) else encoded.latent_dist.mode()
+    assert torch.equal(latent, own)
+    for level, channels in enumerate(trunk.channels):
+        assert features[level].shape == (2, channels, 32 >> level, 48 >> level)
+    decoded = aware_decode(trunk, None, 5 * latent, {}, torch.zeros(2, 1))
+    expected: Any = vae.decode(5 * latent)
+    torch.testing.assert_close(decoded, expected.sample, atol=1e-6, rtol=0)
+
+
+def test_other_networks_are_refused() -> None:
+    with pytest.raises(UnsupportedVaeError, match="found a Linear"):
+        VaeTrunk.of(nn.Linear(1, 1))

@@ -1,15 +1,14 @@
-"""What is taken from a photo before its networks see it: noise, JPEG's steps, another tone."""
-
-from __future__ import annotations
+"""What is measured of photos, and taken from them: noise, JPEG's steps, another tone, haze."""
 
 import pytest
 import torch
 from torch import Tensor
 
-from diff_restorer import photo_statistics
+from diff_restorer import local_statistics, photo_statistics
+from diff_restorer.local import LocalPooled
 from diff_restorer.photo_statistics import NOISE_LEVELS
 from diff_restorer.shrinkage import THRESHOLDS, opponent, shrink
-from diff_restorer.tone import guided_tone, no_change, with_tone
+from diff_restorer.tone import guided_tone, no_change, stretched, with_tone
 from tests.photos import photo
 
 
@@ -98,3 +97,39 @@ def test_statistics_of_any_size(size: tuple[int, int]) -> None:
     found = photo_statistics(torch.rand(2, 3, *size))
     assert found.shape == (2, 51)
     assert found.isfinite().all()
+
+
+def test_each_tile_has_its_own_noise_and_the_tone_of_all() -> None:
+    photo = torch.full((1, 3, 64, 128), 0.5)
+    photo[..., :64] += 0.1 * torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    columns = torch.zeros(2, 16)
+    columns[0, :8] = columns[1, 8:] = 1
+    places = LocalPooled(torch.zeros(1, 4, 1, 2), torch.ones(1, 8), columns)
+    found = local_statistics(photo, places)
+    assert found.shape == (1, 1, 2, 51)
+    noisy, clean = found[0, 0, :, -NOISE_LEVELS:]
+    torch.testing.assert_close(noisy, torch.full((3,), 0.1), rtol=0.1, atol=0)
+    assert not clean.any()
+    tone = photo_statistics(photo)[0, :-NOISE_LEVELS]
+    assert torch.equal(found[0, 0, 0, :-NOISE_LEVELS], tone)
+    assert torch.equal(found[0, 0, 1, :-NOISE_LEVELS], tone)
+
+
+def test_black_and_white_come_back_and_hue_stays() -> None:
+    photo = torch.rand(1, 3, 120, 160, generator=torch.Generator().manual_seed(0))
+    photo[:, 2] *= 0.5
+    hazy = 0.3 + 0.5 * photo
+    clear = stretched(hazy, torch.ones(1))
+    torch.testing.assert_close(clear, photo, rtol=0, atol=0.02)
+
+
+def test_each_photo_by_its_own_share() -> None:
+    photos = 0.4 + 0.3 * torch.rand(3, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    none, half, whole = stretched(photos, torch.tensor([0.0, 0.5, 1.0]))
+    assert torch.equal(none, photos[0])
+    assert photos[1].std() < half.std() < whole.std()
+
+
+def test_a_wall_is_not_hazy() -> None:
+    wall = 0.5 + 0.01 * torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    assert stretched(wall, torch.ones(1)).std() < 0.02

@@ -1,12 +1,11 @@
 """The decode in tiles equals that of the whole picture."""
 
-from __future__ import annotations
-
 import errno
 import os
 import weakref
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -31,20 +30,6 @@ from tests.photos import photo
 from training.networks import Sizes, build_vae
 
 KINDS = {"kl": Sizes(vae_channels=(32, 32, 64, 64), vae_layers=2), "tiny": Sizes(vae_channels=())}
-
-
-def photo_of(height: int, width: int) -> Tensor:
-    """(1, 3, height, width) in [-1, 1]: the cat, mirrored where it is too small."""
-    cat = 2 * photo("chelsea") - 1
-    while cat.shape[-2] < height or cat.shape[-1] < width:
-        cat = torch.cat([cat, cat.flip(-1)], dim=-1)
-        cat = torch.cat([cat, cat.flip(-2)], dim=-2)
-    return cat[..., :height, :width].contiguous()
-
-
-def build_half_vae() -> Any:
-    torch.manual_seed(0)
-    return build_vae(KINDS["tiny"]).eval().requires_grad_(False).bfloat16()
 
 
 def levels(error: Tensor, image: Tensor) -> Tensor:
@@ -75,7 +60,7 @@ class Decoder:
         self.extension = EXTENSIONS[extension](self.trunk.channels).requires_grad_(False)
         for parameter in self.extension.parameters():
             nn.init.normal_(parameter, std=0.05)
-        self.photo = photo_of(height, width)
+        self.photo = (2 * photo("chelsea") - 1)[..., :height, :width].contiguous()
         self.pooled: Tensor | LocalPooled = torch.randn(1, 16)
         channels = self.trunk.latent_channels
         self.latent = torch.randn(1, channels, height // 8, width // 8)
@@ -193,21 +178,18 @@ def test_maps_in_a_file_hold_the_same(tmp_path: Path) -> None:
     decoder = Decoder("kl", 64, 96)
     error = decoder.tiled(Cut(5, decoder.photo, tmp_path), 1.0) - decoder.whole(1.0)
     assert levels(error, decoder.whole(1.0)).mean() < 0.5
-    maps = [
-        [each.whole() for each in plan_encode(
-            VaeTrunk.of(build_half_vae()), decoder.photo, Cut(5, decoder.photo.bfloat16(), folder)
-        ).run()]
-        for folder in (tmp_path, None)
-    ]  # fmt: skip
-    assert all(torch.equal(one, other) for one, other in zip(*maps, strict=True))
+    torch.manual_seed(0)
+    half = VaeTrunk.of(build_vae(KINDS["tiny"]).eval().requires_grad_(False).bfloat16())
+    cuts = [Cut(5, decoder.photo.bfloat16(), folder) for folder in (tmp_path, None)]
+    in_file, in_memory = (plan_encode(half, decoder.photo, cut).run() for cut in cuts)
+    for one, other in zip(in_file, in_memory, strict=True):
+        assert torch.equal(one.whole(), other.whole())
     assert not list(tmp_path.iterdir())
 
 
 def test_a_disk_that_is_too_small_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: int) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(os, "posix_fallocate", full)
+    full = OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(os, "posix_fallocate", mock.Mock(side_effect=full))
     with pytest.raises(OSError, match=r"need 0\.1 GB of disk in .*No space left") as caught:
         Map.empty(100, 8, (64, 64), torch.float32, tmp_path)
     assert caught.value.errno == errno.ENOSPC
@@ -222,16 +204,12 @@ def test_what_fp16_cannot_hold_stays_finite() -> None:
 
 @torch.no_grad()
 def test_the_number_of_visits_is_known_before() -> None:
-    decoder, seen = Decoder("kl", 64, 96), [0]
-
-    def count() -> None:
-        seen[0] += 1
-
+    decoder, count = Decoder("kl", 64, 96), mock.Mock()
     plan = plan_features(decoder.trunk, decoder.photo, (0, 2), Cut(3, decoder.photo, None, count))
     visits = plan.visits
     assert len(list(plan.run())) == 3
     # Three tiles by four; each of the three levels has two blocks with two norms.
-    assert visits == seen[0] == 12 * 3 * 2 * 3
+    assert visits == count.call_count == 12 * 3 * 2 * 3
     assert plan.visits == 0
 
 
@@ -264,36 +242,24 @@ def test_a_plan_keeps_no_more_maps_than_it_needs(monkeypatch: pytest.MonkeyPatch
 
 @torch.no_grad()
 def test_an_exception_from_the_caller_stops_the_plan() -> None:
-    decoder = Decoder("tiny", 64, 64)
-
-    def stop() -> None:
-        raise KeyboardInterrupt
-
+    decoder, stop = Decoder("tiny", 64, 64), mock.Mock(side_effect=KeyboardInterrupt)
+    plan = plan_features(decoder.trunk, decoder.photo, (1,), Cut(4, decoder.photo, None, stop))
     with pytest.raises(KeyboardInterrupt):
-        list(
-            plan_features(
-                decoder.trunk, decoder.photo, (1,), Cut(4, decoder.photo, None, stop)
-            ).run()
-        )
+        list(plan.run())
 
 
 @torch.no_grad()
 def test_no_norm_uses_memory_of_tiles_alone() -> None:
     """No tensor of a stage is larger than a tile with its margin."""
-    largest = [0]
     conv = nn.Conv2d(4, 4, 3, padding=1)
-
-    def stage(value: Tensor) -> Tensor:
-        largest[0] = max(largest[0], value.numel())
-        return conv(value)
-
+    stage = mock.Mock(wraps=conv)
     value = Map(torch.randn(1, 4, 64, 512), 8)
     plan = Plan([[Stage(stage), Stage(stage)]], value, Cut(4, value.whole()))
     (found,) = plan.run()
     torch.testing.assert_close(
         found.whole().float(), conv(conv(value.whole())), atol=2e-3, rtol=2e-3
     )
-    assert largest[0] <= 4 * (8 * (4 + 2)) ** 2
+    assert max(call.args[0].numel() for call in stage.call_args_list) <= 4 * (8 * (4 + 2)) ** 2
 
 
 def test_windows_cover_the_picture_once() -> None:

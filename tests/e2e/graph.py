@@ -70,12 +70,8 @@ class Graph:
 
 
 def inputs_of(node: dict[str, Any], source: Callable[[int], Any]) -> dict[str, Any]:
-    """The inputs of a node of the UI's format, as the API has them.
-
-    Args:
-        node: Its widgets' values stand in the order of the widgets.
-        source: Number of a link -> what it gives.
-    """
+    """The inputs of a node of the UI's format, as the API has them: a widget's values stand in the
+    order of the widgets, and `source` tells what the link of a number gives."""
     inputs: dict[str, Any] = {}
     values = iter(node["widgets_values"])
     for entry in node["inputs"]:
@@ -90,16 +86,8 @@ def inputs_of(node: dict[str, Any], source: Callable[[int], Any]) -> dict[str, A
 
 
 def expand_blueprint(blueprint: dict[str, Any], **sockets: Any) -> tuple[Workflow, list[Any]]:
-    """What the front end queues for the node of a blueprint.
-
-    Args:
-        blueprint: The file's content.
-        sockets: What is connected to the node's inputs.
-
-    Returns:
-        The inner nodes in API format, named as by the front end, and the link to the node's
-        only output.
-    """
+    """What the front end queues for the node of a blueprint, whose inputs are connected so: the
+    inner nodes in API format, named as by the front end, and the link to the node's only output."""
     (outer,), (inner,) = blueprint["nodes"], blueprint["definitions"]["subgraphs"]
     return expand_subgraph(outer, inner, sockets)
 

@@ -1,8 +1,8 @@
 """A workflow that tests can hold while a server runs it, and photos to send through it."""
 
-from __future__ import annotations
-
 import json
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,14 @@ class Holding:
 
     def release(self) -> None:
         self.path.unlink(missing_ok=True)
+
+
+def wait_until(condition: Callable[[], object], seconds: float) -> bool:
+    """Whether it came true in time."""
+    deadline = time.monotonic() + seconds
+    while not (met := condition()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return bool(met)
 
 
 def put_photos(folder: Path, count: int) -> list[Path]:

@@ -1,7 +1,5 @@
 """Bad input gives a clear error over the API, and the server goes on."""
 
-from __future__ import annotations
-
 import os
 import re
 import shutil
@@ -16,8 +14,6 @@ from tests import toy_weights
 from tests.e2e.graph import Graph, Runner
 from tools.environment import ROOT
 from tools.errors import ClientError, ExecutionError, PromptRejectedError
-
-pytestmark = pytest.mark.comfy
 
 SHIPPED = ROOT / "models/diff_restorer_nano.safetensors"
 Change = Callable[[Graph], None]

@@ -1,7 +1,5 @@
 """Proxies, tunnels and other services in the place of a ComfyUI: no photo pays for them."""
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import http.client
@@ -126,7 +124,6 @@ BAD: dict[str, Rule] = {
 ADVICE = {"small uploads only": "--max-side"}
 
 
-@pytest.mark.comfy
 @pytest.mark.parametrize("case", BAD)
 def test_a_bad_server_drains_no_queue(runner: Runner, holding: Holding, tmp_path: Path, case: str):
     jobs = plan(put_photos(tmp_path / "in", 6), tmp_path / "out")
@@ -137,7 +134,6 @@ def test_a_bad_server_drains_no_queue(runner: Runner, holding: Holding, tmp_path
     assert log, "the bad server was not even asked"
 
 
-@pytest.mark.comfy
 @pytest.mark.parametrize("case", BAD)
 def test_a_bad_server_alone_ends_the_run_in_time(
     runner: Runner, holding: Holding, tmp_path: Path, case: str
@@ -157,7 +153,6 @@ def test_a_bad_server_alone_ends_the_run_in_time(
     assert max(texts.values(), default=1) == 1, "each reason is told once"
 
 
-@pytest.mark.comfy
 def test_a_login_that_expires(runner: Runner, holding: Holding, tmp_path: Path):
     jobs = plan(put_photos(tmp_path / "in", 4), tmp_path / "out")
     uploads: list[str] = []
@@ -188,7 +183,6 @@ SILENT: dict[str, Rule] = {
 }
 
 
-@pytest.mark.comfy
 @pytest.mark.parametrize("case", SILENT)
 def test_a_proxy_may_hide_the_progress(runner: Runner, holding: Holding, tmp_path: Path, case: str):
     jobs = plan(put_photos(tmp_path / "in", 2), tmp_path / "out")
@@ -197,7 +191,6 @@ def test_a_proxy_may_hide_the_progress(runner: Runner, holding: Holding, tmp_pat
     assert [(job.status, job.attempts) for job in jobs] == [("done", 1)] * 2
 
 
-@pytest.mark.comfy
 def test_a_lost_answer_is_no_second_run(runner: Runner, holding: Holding, tmp_path: Path):
     jobs = plan(put_photos(tmp_path / "in", 2), tmp_path / "out")
     with serving(on("/prompt", lose_the_answer), runner.host.port) as (url, log):
@@ -282,7 +275,6 @@ def test_what_is_no_address_is_named(tmp_path: Path, url: str, capsys: pytest.Ca
     assert "secret" not in printed
 
 
-@pytest.mark.comfy
 def test_a_password_reaches_the_server_and_no_report(
     runner: Runner, holding: Holding, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
@@ -302,7 +294,6 @@ def test_a_password_reaches_the_server_and_no_report(
     assert read_report(tmp_path / "out")["photos"][0]["server"] == url
 
 
-@pytest.mark.comfy
 def test_one_server_without_the_pack_is_left_out(
     runner: Runner, holding: Holding, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
@@ -313,7 +304,6 @@ def test_one_server_without_the_pack_is_left_out(
     assert f"{url} has no node" in capsys.readouterr().err
 
 
-@pytest.mark.comfy
 def test_names_of_uploads_survive(runner: Runner):
     stored = runner.upload(make_photo(8, 8), 'Straße "1" 東京.png')
     assert stored == 'Straße "1" 東京.png'

@@ -1,8 +1,7 @@
 """The restore program on a Ray cluster of two nodes on this machine; `make demo-cluster`."""
 
-from __future__ import annotations
-
 import errno
+import importlib
 import json
 import os
 import signal
@@ -13,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -34,8 +34,8 @@ os.environ |= {
     "RAY_worker_niceness": "0",  # else other programs leave a busy machine's workers no time
 }
 pytest.importorskip("ray", reason='needs Ray: pip install "ray[data]"')
+ours: Any = importlib.import_module("tools.cluster")
 
-pytestmark = pytest.mark.comfy
 PORTS = (
     *("metrics_agent_port", "metrics_export_port"),
     *("runtime_env_agent_port", "dashboard_agent_listen_port"),
@@ -107,8 +107,6 @@ class Accident(threading.Thread):
 
 @pytest.mark.parametrize("scheme", ["", "file://"])
 def test_a_folder_is_listed_by_path_and_by_uri(tmp_path: Path, scheme: str):
-    from tools import cluster
-
     folder = tmp_path / "photos"
     put_photos(folder / "sub", 1)
     for name in ("a.jpg", "a.png", "b.heic", ".hidden.png", "notes.txt", "out/a_restored.png"):
@@ -118,8 +116,8 @@ def test_a_folder_is_listed_by_path_and_by_uri(tmp_path: Path, scheme: str):
     os.mkfifo(folder / "pipe.png")
     Path(os.fsdecode(os.fsencode(folder) + b"/no \xff text.png")).touch()
     named = [f"{scheme}{folder}", f"{scheme}{folder}/out"]
-    photos, out = (cluster.Place.of(name if scheme else Path(name)) for name in named)
-    lines = list(cluster.list_photos(photos, out, recursive=True))
+    photos, out = (ours.Place.of(name if scheme else Path(name)) for name in named)
+    lines = list(ours.list_photos(photos, out, recursive=True))
     assert [(line["status"], line.get("source")) for line in lines] == [
         ("left out", None),
         ("failed", "."),
@@ -134,10 +132,8 @@ def test_a_folder_is_listed_by_path_and_by_uri(tmp_path: Path, scheme: str):
 
 
 def test_a_result_appears_whole(tmp_path: Path):
-    from tools import cluster
-
     (tmp_path / "result").write_bytes(b"new")
-    place = cluster.Place.of(f"file://{tmp_path}/out")
+    place = ours.Place.of(f"file://{tmp_path}/out")
     place.put(tmp_path / "result", Path("sub/a.png"))
     assert [path.name for path in (tmp_path / "out/sub").iterdir()] == ["a.png"]
     with pytest.raises(OSError, match="missing"):
@@ -146,32 +142,24 @@ def test_a_result_appears_whole(tmp_path: Path):
 
 
 def test_a_uri_that_cannot_be_opened_is_named():
-    from tools import cluster
-
     with pytest.raises(ClientError, match=r"nope://.*s3://"):
-        cluster.Place.of("nope://bucket/photos")
+        ours.Place.of("nope://bucket/photos")
 
 
 @pytest.mark.parametrize("gpu", [False, True])
 def test_where_nothing_can_run_is_told(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], gpu: bool
 ):
-    from tools import cluster
-
     nodes = [{"Alive": True, "Resources": {"CPU": 2.0}}]
-    monkeypatch.setattr(cluster.ray, "nodes", lambda: nodes)
-    assert cluster.shares(None, gpu=gpu) == ({"num_gpus": 1} if gpu else {"num_cpus": 2}, 1)
+    monkeypatch.setattr(ours.ray, "nodes", lambda: nodes)
+    assert ours.shares(None, gpu=gpu) == ({"num_gpus": 1} if gpu else {"num_cpus": 2}, 1)
     told = capsys.readouterr().err
     assert ("Waiting for room: no node of the cluster has a GPU" in told) == gpu
 
 
 def test_a_cluster_that_is_gone_empties_no_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    from tools import cluster
-
-    def fail(address: str, **settings: Any) -> None:
-        raise ConnectionError("nobody there")
-
-    monkeypatch.setattr(cluster.ray, "init", fail)
+    fail = mock.Mock(side_effect=ConnectionError("nobody there"))
+    monkeypatch.setattr(ours.ray, "init", fail)
     (tmp_path / "out").mkdir()
     report = tmp_path / "out/diff-restorer-report.jsonl"
     report.write_text("before\n")
@@ -183,10 +171,8 @@ def test_a_cluster_that_is_gone_empties_no_report(tmp_path: Path, monkeypatch: p
 
 def restorer_on(url: str, folder: Path) -> Any:
     """As an actor has it, without Ray."""
-    from tools.cluster import Place, Restorer
-
-    restorer = object.__new__(Restorer)
-    restorer.photos, restorer.out = Place.of(folder / "in"), Place.of(folder / "out")
+    restorer = object.__new__(ours.Restorer)
+    restorer.photos, restorer.out = ours.Place.of(folder / "in"), ours.Place.of(folder / "out")
     restorer.workflow = load_workflow(restore.NANO_WORKFLOW)
     restorer.options, restorer.overwrite = Options(), False
     restorer.digest = digest_workflow(restorer.workflow, 0)
@@ -216,13 +202,9 @@ def test_what_an_actor_makes_of_a_line(runner: Runner, tmp_path: Path):
 def test_a_node_without_room_is_no_fault_of_the_photo(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, place: str, number: int
 ):
-    from tools import cluster
-
-    def fail(*arguments: Any, **named: Any) -> None:
-        raise OSError(number, os.strerror(number))
-
+    fail = mock.Mock(side_effect=OSError(number, os.strerror(number)))
     restorer = restorer_on("http://127.0.0.1:1", tmp_path)
-    monkeypatch.setattr(cluster.fs if place == "copy_files" else cluster, place, fail)
+    monkeypatch.setattr(ours.fs if place == "copy_files" else ours, place, fail)
     line = restorer.restore(Job(Path("a.png"), Path("a.png")).report())
     assert line["status"] == "full"
     assert os.strerror(number) in line["error"]
@@ -254,8 +236,6 @@ def test_a_node_and_a_comfyui_die_half_way(cluster: Any, tmp_path: Path):
 
 @pytest.mark.slow
 def test_a_photo_that_actors_die_of_fails_alone(cluster: Any):
-    from tools.cluster import Actors, connected
-
     def list_names() -> Iterator[dict[str, Any]]:
         for name in ("a.png", "deadly.png", "faulty.png", "b.png"):
             yield Job(Path(name), Path(name)).report()
@@ -274,10 +254,10 @@ def test_a_photo_that_actors_die_of_fails_alone(cluster: Any):
             raise OSError("no ComfyUI here")
 
     options = restore.parse([".", "--ray", cluster.address, "--attempts", "2"])
-    with connected(options.ray):
-        lines = list(Actors(Dying, (), options).stream(list_names))
+    with ours.connected(options.ray):
+        lines = list(ours.Actors(Dying, (), options).stream(list_names))
         with pytest.raises(ClientError, match=r"actors did not start(.|\n)*no ComfyUI here"):
-            list(Actors(Unborn, (), options).stream(list_names))
+            list(ours.Actors(Unborn, (), options).stream(list_names))
     found = {line["source"]: line for line in lines if "source" in line}
     assert len(lines) == 5
     assert {name: line["status"] for name, line in found.items()} == {

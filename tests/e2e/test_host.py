@@ -1,17 +1,16 @@
 """Life of the host: readiness, faults, and an end without orphans."""
 
-from __future__ import annotations
-
 import os
 import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
+from tests.e2e.holding import wait_until
 from tools import environment
 from tools.environment import ROOT, SetupError
 from tools.host import Host, HostError, exit_on_termination, free_port, link_pack, serve
@@ -22,15 +21,6 @@ pytestmark = pytest.mark.comfy
 def is_listening(port: int) -> bool:
     with socket.socket() as probe:
         return probe.connect_ex(("127.0.0.1", port)) == 0
-
-
-def wait_until(condition, seconds: float) -> bool:
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if condition():
-            return True
-        time.sleep(0.2)
-    return False
 
 
 def test_port_in_use_is_named(tmp_path: Path):
@@ -96,14 +86,11 @@ def test_the_clone_itself_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_only_copies_of_ours_are_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    def fail(place: Path, target: Path, target_is_directory: bool) -> None:
-        raise OSError("no links here")
-
     clone, place = tmp_path / "clone", tmp_path / "pack"
     clone.mkdir()
     (clone / "old.py").touch()
     monkeypatch.setattr("tools.host.ROOT", clone)
-    monkeypatch.setattr(Path, "symlink_to", fail)
+    monkeypatch.setattr(Path, "symlink_to", mock.Mock(side_effect=OSError("no links here")))
     link_pack(place)
     assert (place / "old.py").exists()
     (clone / "old.py").rename(clone / "new.py")
@@ -149,16 +136,11 @@ def test_a_set_up_that_fails_costs_no_environment(tmp_path: Path, monkeypatch: p
     for path in (environment.comfyui_root() / "main.py", made / "bin/python", made / "run.stamp"):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
-    faults = iter([SetupError("no network"), KeyboardInterrupt()])
-
-    def fail(self: object) -> None:
-        raise next(faults)
-
-    monkeypatch.setattr(environment._Setup, "install_dev", fail)
-    with pytest.raises(SetupError):
-        environment.ensure("dev")
-    with pytest.raises(KeyboardInterrupt):
-        environment.ensure("dev")
+    for fault in (SetupError("no network"), KeyboardInterrupt()):
+        fail = mock.Mock(side_effect=fault)
+        monkeypatch.setattr(environment._Setup, "install_dev", fail)
+        with pytest.raises(type(fault)):
+            environment.ensure("dev")
     assert environment.ensure("run") == made / "bin/python"
     # What was interrupted may be half-way, and is made anew.
     assert (made / "dev.begun").exists()

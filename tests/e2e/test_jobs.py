@@ -1,7 +1,5 @@
 """Which photos a run restores and where the results go."""
 
-from __future__ import annotations
-
 import errno
 import os
 import subprocess
@@ -215,9 +213,7 @@ def test_a_damaged_result_is_restored_again(tmp_path: Path):
 
 def test_names_as_long_as_they_may_be(tmp_path: Path):
     names = ["a" * 246 + ".png", "a" * 245 + "b.png", "京" * 82 + ".png", "b" * 239 + ".png"]
-    jobs = plan(
-        [put(tmp_path / "in" / name) and tmp_path / "in" / name for name in names], tmp_path
-    )
+    jobs = plan([put(tmp_path / "in" / name) for name in names], tmp_path)
     assert len({job.output for job in jobs}) == len(names)
     for job in jobs:
         assert len(os.fsencode(job.output.name)) <= 255
@@ -381,9 +377,6 @@ def test_what_is_no_workflow_is_named(
     assert message in printed
 
 
-# A cluster; see test_cluster.py for what needs one.
-
-
 def test_ray_is_asked_for_by_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
@@ -403,11 +396,14 @@ def test_ray_is_asked_for_by_name(
         (["one", "two", "--ray", "auto"], "one folder"),
         (["photos", "--ray", "auto", "--server", "http://127.0.0.1:1"], "no --server"),
         (["photos", "--ray", "auto", "--actors", "100", "1"], "--actors 100 1: the least comes"),
+        (["photo.jpg", "--wait", "-1"], "--wait: -1 is too small: 0 is the least"),
+        (["photo.jpg", "--attempts", "0"], "--attempts: 0 is too small: 1 is the least"),
+        (["photo.jpg", "--max-side", "x"], "--max-side: invalid int value: 'x'"),
     ],
 )
-def test_what_is_for_a_cluster_only(
+def test_bad_arguments_are_named(
     arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ):
     with pytest.raises(SystemExit, match="2"):
-        restore.parse(arguments)
+        restore.main(arguments)
     assert message in capsys.readouterr().err

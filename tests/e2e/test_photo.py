@@ -1,11 +1,10 @@
 """Photos as files: what goes in comes out."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO, Literal
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -309,11 +308,8 @@ def test_bad_photos_are_named(tmp_path: Path, make: Callable[[Path], None], mess
 def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     path = tmp_path / "out.png"
     path.write_text("old")
-
-    def fail(handle: int) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", fail)
+    full = OSError(28, "No space left on device")
+    monkeypatch.setattr(os, "fsync", mock.Mock(side_effect=full))
     with pytest.raises(PhotoError, match=r"out\.png cannot be written: No space left"):
         photo_writer.write(path, as_photo(deep_pixels(3)), {})
     assert path.read_text() == "old"

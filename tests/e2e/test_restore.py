@@ -1,19 +1,18 @@
 """The restore program with a real server: what it keeps, skips and refuses."""
 
-from __future__ import annotations
-
 import os
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 import tifffile
 from PIL import ExifTags, Image, ImageFile
 
-from tests.e2e.graph import Runner, make_photo
-from tests.e2e.holding import Holding, pixels_of, put_photos, read_report, run
+from tests.e2e.graph import Graph, Runner, make_photo
+from tests.e2e.holding import Holding, pixels_of, put_photos, read_report, run, wait_until
+from tests.e2e.test_photo import as_photo
 from tools import photo, photo_writer, restore
 from tools.batch import Batch, Event, Options, Server, server_of
 from tools.client import AsyncClient, Client, Result
@@ -24,11 +23,6 @@ from tools.jobs import plan
 from tools.restoration import PRESETS, encode, with_preset
 from tools.workflow import load_workflow
 
-pytestmark = pytest.mark.comfy
-
-
-# What is kept.
-
 
 @pytest.mark.parametrize("suffix", [".png", ".tif"])
 def test_16_bits_pass_through_the_server(
@@ -36,9 +30,8 @@ def test_16_bits_pass_through_the_server(
 ):
     values = np.random.default_rng(0).integers(0, 65536, (48, 64, 3), dtype=np.uint16)
     values[0, :4] = [[0] * 3, [65535] * 3, [1] * 3, [65534] * 3]
-    source = photo.Photo(values, None, False, b"", b"", None, "")
     path, out = tmp_path / f"deep{suffix}", tmp_path / "out"
-    photo_writer.write(path, source, {})
+    photo_writer.write(path, as_photo(values), {})
     assert run(holding, runner, path, "--out", out) == 0
     restored = photo.read(out / f"deep_restored{suffix}")
     assert restored.bits == 16
@@ -79,9 +72,7 @@ def test_alpha_orientation_and_exif_are_kept(runner: Runner, holding: Holding, t
 
 def test_nano_restores_16_bits(runner: Runner, tmp_path: Path):
     deep = photo.to_bits(np.asarray(make_photo(96, 72)), 16)
-    photo_writer.write(
-        tmp_path / "deep.png", photo.Photo(deep, None, False, b"", b"", None, ""), {}
-    )
+    photo_writer.write(tmp_path / "deep.png", as_photo(deep), {})
     make_photo(96, 72).save(tmp_path / "flat.png")
     arguments = [tmp_path / "deep.png", tmp_path / "flat.png", "--out", tmp_path / "out"]
     arguments += ["--server", runner.host.url, "--preset", "fast"]
@@ -97,9 +88,6 @@ def test_nano_restores_16_bits(runner: Runner, tmp_path: Path):
     for entry in read_report(tmp_path / "out")["photos"]:
         assert all(0 <= each <= 1 for each in entry["probabilities"].values())
         assert entry["kind"] == max(entry["probabilities"], key=entry["probabilities"].get)
-
-
-# Many photos, bad ones among them, and a second run.
 
 
 def test_bad_photos_are_named_and_the_others_done(
@@ -187,10 +175,7 @@ def test_server_without_the_node_is_named(
 
 def test_refused_workflow_is_no_fault_of_the_photos(runner: Runner, tmp_path: Path):
     jobs = plan(put_photos(tmp_path / "in", 2), tmp_path / "out")
-    workflow = load_workflow(restore.NANO_WORKFLOW)
-    for node in workflow.values():
-        if node["class_type"] == "KSampler":
-            node["inputs"]["sampler_name"] = "no such sampler"
+    workflow = Graph.load().set("KSampler", sampler_name="no such sampler").nodes
     Batch([Server(runner.host.url)], workflow, jobs, Options()).run()
     for job in jobs:
         assert (job.status, job.attempts) == ("failed", 0)
@@ -199,11 +184,7 @@ def test_refused_workflow_is_no_fault_of_the_photos(runner: Runner, tmp_path: Pa
 
 def test_a_fault_of_the_program_is_not_swallowed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     jobs = plan(put_photos(tmp_path / "in", 2), tmp_path / "out")
-
-    def fail(path: Path, max_side: int) -> photo.Photo:
-        raise ZeroDivisionError
-
-    monkeypatch.setattr(photo, "read", fail)
+    monkeypatch.setattr(photo, "read", mock.Mock(side_effect=ZeroDivisionError))
     with pytest.raises(ZeroDivisionError):
         Batch([Server("http://127.0.0.1:1")], {}, jobs, Options()).run()
 
@@ -211,12 +192,9 @@ def test_a_fault_of_the_program_is_not_swallowed(tmp_path: Path, monkeypatch: py
 def test_a_fault_of_the_caller_is_no_fault_of_the_photo(tmp_path: Path):
     jobs = plan(put_photos(tmp_path / "in", 2), tmp_path / "out")
     jobs[0].source.write_bytes(b"no picture")
-
-    def fail(event: Event) -> None:
-        raise BrokenPipeError
-
+    batch = Batch([Server("http://127.0.0.1:1")], {}, jobs, Options())
     with pytest.raises(BrokenPipeError):
-        Batch([Server("http://127.0.0.1:1")], {}, jobs, Options()).run(fail)
+        batch.run(mock.Mock(side_effect=BrokenPipeError))
     assert [job.status for job in jobs] == ["failed", "pending"]
 
 
@@ -232,19 +210,13 @@ def test_a_fault_of_the_caller_leaves_no_run_behind(
 
     with pytest.raises(BrokenPipeError):
         Batch([Server(runner.host.url)], holding.nodes, jobs, Options()).run(fail)
-    deadline = time.monotonic() + 60
-    while any(runner.client.get("/queue").values()):
-        assert time.monotonic() < deadline, "the run is still there, and held"
-        time.sleep(0.1)
+    assert wait_until(lambda: not any(runner.client.get("/queue").values()), 60), "still held"
 
 
 def picture_of(data: bytes, monkeypatch: pytest.MonkeyPatch) -> list[Image.Image]:
     """What a client makes of this answer."""
 
-    async def answer(self: Client, method: str, path: str, **arguments: object) -> bytes:
-        return data
-
-    monkeypatch.setattr(AsyncClient, "request", answer)
+    monkeypatch.setattr(AsyncClient, "request", mock.AsyncMock(return_value=data))
     result = Result("id", {"save": {"images": [{"filename": "a.png"}]}}, 1.0)
     return Client().images(result, "save")
 
@@ -279,7 +251,7 @@ def test_a_server_of_our_own_keeps_nothing(comfyui_root: Path, tmp_path: Path, b
     folder.mkdir()
     pixels = photo.to_bits(np.asarray(make_photo(64, 48)), bits)
     for name in ("a.png", "b.png", "c.png"):  # one photo thrice, as people keep copies
-        photo_writer.write(folder / name, photo.Photo(pixels, None, False, b"", b"", None, ""), {})
+        photo_writer.write(folder / name, as_photo(pixels), {})
     jobs = plan([folder], tmp_path / "out")
     left: list[int] = []
     with Host() as host:
@@ -315,19 +287,3 @@ def test_a_full_disk_ends_the_run_at_once(
     assert "0 restored, 0 done before, 0 failed" in printed
     assert (holding.runs, read_report(tmp_path / "out")["counts"]["pending"]) == (1, 3)
     assert run(holding, runner, *paths, "--out", tmp_path / "out") == 0
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--wait", "-1"], "--wait: -1 is too small: 0 is the least"),
-        (["--attempts", "0"], "--attempts: 0 is too small: 1 is the least"),
-        (["--max-side", "x"], "--max-side: invalid int value: 'x'"),
-    ],
-)
-def test_bad_arguments_are_named(
-    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
-):
-    with pytest.raises(SystemExit, match="2"):
-        restore.main(["photo.jpg", *arguments])
-    assert message in capsys.readouterr().err

@@ -1,7 +1,5 @@
 """The Stable Diffusion 1.5 workflow at full size, with random weights."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,7 +11,7 @@ from tests.e2e.graph import Graph, Runner, make_photo
 from tools.client import Progress
 from tools.environment import ROOT
 
-pytestmark = [pytest.mark.comfy, pytest.mark.slow]
+pytestmark = pytest.mark.slow
 
 SD15_WORKFLOW = ROOT / "workflows/api/restore_sd15.json"
 

@@ -1,14 +1,11 @@
 """Batches survive servers that die, stay away, come back or lose the connection."""
 
-from __future__ import annotations
-
 import contextlib
 import signal
 import socket
 import subprocess
 import sys
 import threading
-import time
 from collections import Counter
 from pathlib import Path
 
@@ -16,8 +13,8 @@ import numpy as np
 import psutil
 import pytest
 
-from tests.e2e.graph import Runner, make_photo
-from tests.e2e.holding import Holding, pixels_of, put_photos, read_report, run
+from tests.e2e.graph import Graph, Runner, make_photo
+from tests.e2e.holding import Holding, pixels_of, put_photos, read_report, run, wait_until
 from tools import restore
 from tools.batch import Batch, Event, Options, Server, server_of
 from tools.client import Client, Progress
@@ -25,26 +22,11 @@ from tools.environment import ROOT
 from tools.errors import RunLostError
 from tools.host import Host, free_port
 from tools.jobs import Job, plan
-from tools.workflow import load_workflow
-
-pytestmark = pytest.mark.comfy
-
-
-def saved_by(host: Host) -> int:
-    return len(list((host.base / "output").glob("restored_*.png")))
 
 
 def holds(event: Event) -> bool:
     """Whether a server has just begun to wait with a photo, which is then in flight for sure."""
     return event.progress is not None and event.progress.node == "hold"
-
-
-def wait_for_runs(holding: Holding, count: int, seconds: float = 120) -> bool:
-    """Whether servers have begun that many runs in time."""
-    deadline = time.monotonic() + seconds
-    while holding.runs < count and time.monotonic() < deadline:
-        time.sleep(0.05)
-    return holding.runs >= count
 
 
 def test_a_server_that_dies_and_comes_back(host: Host, holding: Holding, tmp_path: Path):
@@ -67,7 +49,8 @@ def test_a_server_that_dies_and_comes_back(host: Host, holding: Holding, tmp_pat
     assert [job.status for job in jobs] == ["done"] * 4
     assert Counter(map(id, settled)) == Counter(map(id, jobs)), "each photo is settled once"
     assert [job.attempts for job in jobs] == [1, 1, 2, 1]
-    assert saved_by(host) == 4, "the server has finished no photo twice"
+    saved = list((host.base / "output").glob("restored_*.png"))
+    assert len(saved) == 4, "the server has finished no photo twice"
     assert any(f"{jobs[2].source} was in flight" in text for text in news)
     for job in jobs:
         assert np.array_equal(pixels_of(job.output), pixels_of(job.source))
@@ -90,7 +73,7 @@ def test_another_server_takes_over(host: Host, runner: Runner, holding: Holding,
 
 def kill_during_a_run(host: Host, holding: Holding) -> None:
     """Whether or not a run begins in time: the test is to end, and then to fail."""
-    wait_for_runs(holding, 1)
+    wait_until(lambda: holding.runs, 120)
     host.kill()
     holding.release()
 
@@ -134,10 +117,7 @@ def test_a_photo_that_kills_its_server_is_given_up(host: Host, holding: Holding,
 
 def test_own_server_is_started_again(comfyui_root: Path, tmp_path: Path):
     jobs = plan(put_photos(tmp_path / "in", 2), tmp_path / "out")
-    workflow = load_workflow(restore.NANO_WORKFLOW)
-    for node in workflow.values():
-        if node["class_type"] == "KSampler":
-            node["inputs"]["steps"] = 30
+    workflow = Graph.load().set("KSampler", steps=30).nodes
     killed: list[Job] = []
 
     def watch(event: Event) -> None:
@@ -255,7 +235,7 @@ def test_interrupt_keeps_what_is_done(runner: Runner, holding: Holding, tmp_path
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     try:
-        assert wait_for_runs(holding, 2)
+        assert wait_until(lambda: holding.runs >= 2, 120)
         assert program.poll() is None
         program.send_signal(signal.SIGINT)
         _, printed = program.communicate(timeout=120)

@@ -1,7 +1,5 @@
 """The shipped workflows and the blueprint on a running ComfyUI."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 
@@ -18,8 +16,6 @@ from tools.host import PACK_NAME
 from tools.restoration import restore
 from tools.workflow import find_node
 
-pytestmark = pytest.mark.comfy
-
 API = ROOT / "workflows/api"
 (BLUEPRINT,) = (ROOT / "subgraphs").glob("*.json")
 VIDEO = "SaveWEBM"
@@ -35,18 +31,14 @@ def load(name: str, photo: str = "", steps: int = 2) -> Graph:
     return Graph.load(API / f"{name}.json", photo).set("KSampler", steps=steps)
 
 
-def small(photo: Image.Image) -> Image.Image:
-    return photo.convert("RGB").resize((192, 192), Image.Resampling.LANCZOS)
-
-
 @pytest.fixture(scope="module")
 def photos(runner: Runner) -> dict[str, str]:
     """Name -> uploaded photo: all of the demo clean, and those degraded that Nano knows best."""
     found = {}
     for sample in demo.SAMPLES:
-        pictures = {f"clean_{sample.kind}": small(Image.open(sample.photo))}
+        clean = Image.open(sample.photo).convert("RGB").resize((192, 192), Image.Resampling.LANCZOS)
+        pictures = {f"clean_{sample.kind}": clean}
         if sample.kind in SURE:
-            clean = pictures[f"clean_{sample.kind}"]
             pictures[f"lq_{sample.kind}"] = demo.degrade_photo(clean, sample)
         for name, picture in pictures.items():
             found[name] = runner.upload(picture, f"{name}.png")

@@ -1,7 +1,5 @@
 """What every kind of input has in common: cases, outcomes, and how a found one is made small."""
 
-from __future__ import annotations
-
 import copy
 import hashlib
 import json
@@ -24,7 +22,7 @@ SLOW = 30.0
 """Seconds of the processor that no case may take."""
 LONGEST_MESSAGE = 2000
 UNTRANSLATED = ("KeyError", "AttributeError", "IndexError", "size mismatch", "NoneType")
-"""What a programmer would have to translate is no message for a user."""
+"""What a programmer would have to translate is no message for a user; a host's own words are."""
 
 
 class FaultError(AssertionError):
@@ -39,33 +37,18 @@ class Kind(Protocol):
         ...
 
     def run(self, case: Case) -> None:
-        """Let the product have it.
-
-        Raises:
-            FaultError: The result is not good.
-            Exception: Whatever the product raises.
-        """
-        ...
+        """Let the product have it; `FaultError` where the result is not good."""
 
     def named(self, error: Exception) -> bool:
         """Whether an error is one of the product's own."""
         ...
 
     def run_next(self) -> None:
-        """Good input, which is to give what it gave before all cases.
-
-        Raises:
-            FaultError: It gives something else.
-        """
-        ...
+        """Good input, which is to give what it gave before all cases, or `FaultError`."""
 
 
 def outcome(kind: Kind, case: Case) -> str:
-    """What comes of a case: `good`, or the name of the error.
-
-    Raises:
-        FaultError: It is neither.
-    """
+    """What comes of a case: `good`, or the name of the error; `FaultError` where it is neither."""
     begun = time.process_time()
     try:
         kind.run(copy.deepcopy(case))
@@ -77,22 +60,14 @@ def outcome(kind: Kind, case: Case) -> str:
             raise FaultError(
                 f"{type(error).__name__}: {str(error)[:300]}{_places(error)}"
             ) from error
-        check_words(str(error), of_host=isinstance(error, PromptRejectedError))
+        message, of_host = str(error), isinstance(error, PromptRejectedError)
+        untranslated = not of_host and any(word in message for word in UNTRANSLATED)
+        if len(message) > LONGEST_MESSAGE or untranslated:
+            raise FaultError(f"said in {len(message)} characters: {message[:300]}") from error
         found = type(error).__name__
     if (spent := time.process_time() - begun) > SLOW:
         raise FaultError(f"{found} after {spent:.0f} s")
     return found
-
-
-def check_words(message: str, of_host: bool = False) -> None:
-    """A message is short, and in words, which are not ours where the host checks the input.
-
-    Raises:
-        FaultError: It is not.
-    """
-    untranslated = not of_host and any(word in message for word in UNTRANSLATED)
-    if len(message) > LONGEST_MESSAGE or untranslated:
-        raise FaultError(f"said in {len(message)} characters: {message[:300]}")
 
 
 def _places(error: BaseException) -> str:

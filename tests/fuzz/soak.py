@@ -5,21 +5,20 @@ of restoration comes again and again and is to give the very same picture. Print
 and how the server's memory grows; draws it to soak.png and writes soak.json.
 """
 
-from __future__ import annotations
-
-import argparse
 import hashlib
 import json
+import math
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
 from typing import Any
 
 import numpy as np
+import tyro
 from tqdm import tqdm
 
 from tests.e2e.graph import Graph, Runner, make_photo
@@ -175,39 +174,32 @@ def draw(record: Record, path: Path) -> None:
 
 
 @in_words
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point of ``python -m tests.fuzz.soak``."""
-    parser = argparse.ArgumentParser(prog="python -m tests.fuzz.soak", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--prompts", type=int, default=1000, metavar="N", help="default: 1000")
-    parser.add_argument(
-        "--minutes", type=float, default=float("inf"), help="end then at the latest"
-    )
-    parser.add_argument("--out", type=Path, default=Path("soak_out"), metavar="DIR")
-    parser.add_argument("--seed", type=int, default=0, metavar="N")
-    options = parser.parse_args(arguments)
+def main(
+    prompts: int = 1000, minutes: float = math.inf, out: Path = Path("soak_out"), seed: int = 0
+) -> int:
+    """Ends after that many prompts, and after these minutes at the latest."""
     exit_on_termination()
-    options.out.mkdir(parents=True, exist_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
     begun = time.monotonic()
-    with Host(log=options.out / "host.log") as host:
-        soak = Soak(Runner(host), options.seed)
-        for _ in tqdm(range(options.prompts), unit="prompt", disable=None):
-            if time.monotonic() - begun > 60 * options.minutes:
+    with Host(log=out / "host.log") as host:
+        soak = Soak(Runner(host), seed)
+        for _ in tqdm(range(prompts), unit="prompt", disable=None):
+            if time.monotonic() - begun > 60 * minutes:
                 break
             soak.step()
     record = soak.record
     record.seconds = time.monotonic() - begun
     found = vars(record) | {"slope": record.slope}
-    (options.out / "soak.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    draw(record, options.out / "soak.png")
+    (out / "soak.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    draw(record, out / "soak.png")
     outcomes = ", ".join(f"{count} {what}" for what, count in record.outcomes.items())
     sys.stdout.write(
         f"{len(record.memory)} prompts in {record.seconds:.0f} s: {outcomes}\n"
         f"{record.repeats} repeats, {len(record.different)} different\n"
-        f"memory: {record.slope:+.4f} GB in 1000 prompts\n{options.out / 'soak.png'}\n"
+        f"memory: {record.slope:+.4f} GB in 1000 prompts\n{out / 'soak.png'}\n"
     )
     return 1 if record.different else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(tyro.cli(main, description=__doc__))

@@ -1,7 +1,5 @@
 """The found cases again, and a few new ones by a fixed seed; `make fuzz` tries many more."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from random import Random
 from types import ModuleType
@@ -24,19 +22,14 @@ CASES = {"files": 12, "photos": 40, "values": 60, "prompts": 5, "servers": 10}
 
 
 @pytest.fixture(scope="session")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("fuzz")
-
-
-@pytest.fixture(scope="session")
-def toys(pack: ModuleType, folder: Path) -> Toys:
-    return Toys(pack, folder)
+def toys(pack: ModuleType, toy_folder: Path) -> Toys:
+    return Toys(pack, toy_folder)
 
 
 @pytest.fixture
-def kind(request: pytest.FixtureRequest, folder: Path) -> Kind:
+def kind(request: pytest.FixtureRequest, toy_folder: Path) -> Kind:
     """By its name; what it needs is made only then."""
-    name, get = request.param, request.getfixturevalue
+    name, get, folder = request.param, request.getfixturevalue, toy_folder
     if name in ("prompts", "servers"):
         server = get("runner")
         return Prompts(server) if name == "prompts" else Servers(server, Holding(folder))

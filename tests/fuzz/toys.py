@@ -1,7 +1,5 @@
 """The pack in this process, with a toy Nano: what cases of files and values are tried with."""
 
-from __future__ import annotations
-
 import importlib
 from pathlib import Path
 from types import ModuleType
@@ -39,11 +37,7 @@ class Toys:
             return *self.parts[:3], self.pack.nodes.host_models.load_restorer(path)
 
     def restore(self, model: Any, clip_vision: Any, vae: Any, restorer: Any) -> Tensor:
-        """The restored photo, (1, H, W, 3).
-
-        Raises:
-            FaultError: It is none.
-        """
+        """The restored photo, (1, H, W, 3); `FaultError` where it is none."""
         with torch.inference_mode():
             positive, negative, degradation = in_process.execute(
                 "DiffRestorerPromptProcessor", diff_restorer=restorer, clip_vision=clip_vision,
@@ -53,28 +47,19 @@ class Toys:
                 "DiffRestorerDegradationControl", positive=positive, negative=negative,
                 degradation=degradation, vae=vae,
             )  # fmt: skip
-            sampled = self.sample(model, positive, negative, latent)
+            nodes: Any = importlib.import_module("nodes")
+            (sampled,) = nodes.common_ksampler(
+                model, 1, 1, 1.0, "euler", "normal", positive, negative, latent
+            )
             (image,) = in_process.execute(
                 "DiffRestorerAwareVAEDecode", samples=sampled, degradation=degradation, vae=vae
             )
         check_picture(image, self.photo.shape)
         return image
 
-    def sample(self, model: Any, positive: Any, negative: Any, latent: Any) -> Any:
-        """The host's own sampler."""
-        nodes: Any = importlib.import_module("nodes")
-        with torch.inference_mode():
-            return nodes.common_ksampler(
-                model, 1, 1, 1.0, "euler", "normal", positive, negative, latent
-            )[0]
-
 
 def check_picture(image: Any, shape: Any = None) -> None:
-    """An image of the host.
-
-    Raises:
-        FaultError: It is none, or its values are no numbers from 0 to 1.
-    """
+    """`FaultError` where it is no image of the host, with numbers from 0 to 1."""
     good = isinstance(image, Tensor) and image.ndim == 4 and image.numel() > 0
     if not good or (shape is not None and image.shape != shape):
         raise FaultError(f"no picture of {shape}: {getattr(image, 'shape', type(image))}")

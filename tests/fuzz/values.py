@@ -1,7 +1,5 @@
 """What nodes are given: numbers, words, pictures, latents and prompts, of which few make sense."""
 
-from __future__ import annotations
-
 import importlib
 import re
 from pathlib import Path
@@ -58,7 +56,7 @@ class Values:
         photos = Path(host_folders.get_input_directory()) / FOLDER
         photos.mkdir(exist_ok=True)
         make_photo(28, 20).save(photos / "photo.png")
-        model, clip_vision, vae, restorer = toys.parts
+        *_, restorer = toys.parts
         with torch.inference_mode():
             positive, negative, degradation = in_process.execute(
                 "DiffRestorerPromptProcessor", diff_restorer=restorer, image=toys.photo
@@ -67,11 +65,9 @@ class Values:
                 "DiffRestorerDegradationControl", positive=positive, negative=negative,
                 degradation=degradation,
             )[2]  # fmt: skip
+        models = ("MODEL", "CLIP_VISION", "VAE", "DIFF_RESTORER")
         self.good = {
-            "MODEL": model,
-            "CLIP_VISION": clip_vision,
-            "VAE": vae,
-            "DIFF_RESTORER": restorer,
+            **dict(zip(models, toys.parts, strict=True)),
             "DEGRADATION": degradation,
             "IMAGE": toys.photo,
             "CONDITIONING": positive,
@@ -113,7 +109,9 @@ class Values:
                 known = isinstance(value, str) and value in self.good
                 inputs[name] = self.good[value] if known else value
             else:
-                inputs[name] = self._of_kind(str(entries[name].get_io_type()), _tensor(*rest))
+                kind, tensor = str(entries[name].get_io_type()), _tensor(*rest)
+                wrapped = {"LATENT": {"samples": tensor}, "CONDITIONING": [[tensor, {}]]}
+                inputs[name] = wrapped.get(kind, tensor)
         before = {name: _numbers(value) for name, value in inputs.items()}
         with torch.inference_mode():
             outputs = in_process.execute(case["node"], **inputs)
@@ -121,11 +119,6 @@ class Values:
             if not _same(_numbers(value), before[name]):
                 raise FaultError(f"{name} was changed")
         self._check(case["node"], outputs)
-
-    def _of_kind(self, kind: str, tensor: Tensor) -> Any:
-        if kind == "LATENT":
-            return {"samples": tensor}
-        return [[tensor, {}]] if kind == "CONDITIONING" else tensor
 
     def _check(self, node: str, outputs: tuple[Any, ...]) -> None:
         place = NODES[node]

@@ -1,13 +1,14 @@
 """The pack as the host loads it, in this process, with toy models."""
 
-from __future__ import annotations
-
 import asyncio
+import copy
 import importlib
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -38,22 +39,13 @@ def schemas(pack: ModuleType) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="session")
-def toy_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("toy")
-
-
-@pytest.fixture(scope="session")
 def toy(pack: ModuleType, toy_folder: Path) -> SimpleNamespace:
     """A toy Nano in fp32: model, clip_vision, vae, restorer."""
     from comfy.cli_args import args
 
     path = toy_weights.write_nano(toy_folder / "nano.safetensors")
-    args.fp32_unet = args.fp32_vae = True
-    try:
-        with torch.inference_mode():
-            parts = pack.nodes.host_nano.load_nano(path)
-    finally:
-        args.fp32_unet = args.fp32_vae = False
+    with mock.patch.multiple(args, fp32_unet=True, fp32_vae=True), torch.inference_mode():
+        parts = pack.nodes.host_nano.load_nano(path)
     names = ("model", "clip_vision", "vae", "restorer")
     return SimpleNamespace(**dict(zip(names, parts, strict=True)), path=path)
 
@@ -72,28 +64,25 @@ def photo() -> Callable[..., torch.Tensor]:
 
 
 @pytest.fixture(scope="session")
-def prepare(toy: SimpleNamespace, run: Callable[..., tuple[Any, ...]]) -> Callable[..., Any]:
+def look(toy: SimpleNamespace, run: Callable[..., tuple[Any, ...]]) -> Callable[..., Any]:
+    """Execute a node that reads photos, with the toy's models."""
+
+    def execute(node_id: str, image: torch.Tensor, **inputs: Any) -> tuple[Any, ...]:
+        entries = {"diff_restorer": toy.restorer, "clip_vision": toy.clip_vision, "image": image}
+        return run(node_id, **(entries | inputs))
+
+    return execute
+
+
+@pytest.fixture(scope="session")
+def prepare(toy: SimpleNamespace, run: Callable[..., Any], look: Any) -> Callable[..., Any]:
     """The graph up to the sampler: prompts, degradation, controlled prompts and latent."""
 
     def make(image: torch.Tensor, **control: Any) -> SimpleNamespace:
-        positive, negative, degradation = run(
-            "DiffRestorerPromptProcessor",
-            diff_restorer=toy.restorer,
-            clip_vision=toy.clip_vision,
-            image=image,
-        )
-        controlled = run(
-            "DiffRestorerDegradationControl",
-            **{
-                "positive": positive,
-                "negative": negative,
-                "diff_restorer": toy.restorer,
-                "degradation": degradation,
-                "image": image,
-                "vae": toy.vae,
-            }
-            | control,
-        )
+        positive, negative, degradation = look("DiffRestorerPromptProcessor", image)
+        entries = {"positive": positive, "negative": negative, "degradation": degradation}
+        entries |= {"diff_restorer": toy.restorer, "image": image, "vae": toy.vae}
+        controlled = run("DiffRestorerDegradationControl", **(entries | control))
         return SimpleNamespace(
             prompts=(positive, negative),
             degradation=degradation,
@@ -127,21 +116,28 @@ def decode_with(
 
 
 @pytest.fixture(scope="session")
-def sample(toy: SimpleNamespace) -> Callable[..., torch.Tensor]:
-    """KSampler of the host."""
+def sample_on(pack: ModuleType) -> Callable[..., torch.Tensor]:
+    """KSampler of the host, on a model and what `prepare` makes."""
     host_nodes = importlib.import_module("nodes")
 
     def run_sampler(
-        positive: Any,
-        negative: Any,
-        latent: dict,
-        steps: int = 2,
-        cfg: float = 1.0,
-        sampler: str = "euler",
+        model: Any, restoration: Any, steps: int = 2, cfg: float = 1.0, sampler: str = "euler"
     ) -> torch.Tensor:
         return host_nodes.common_ksampler(
-            toy.model, 1, steps, cfg, sampler, "normal", positive, negative, latent
-        )[0]["samples"]
+            model, 1, steps, cfg, sampler, "normal",
+            restoration.positive, restoration.negative, restoration.latent,
+        )[0]["samples"]  # fmt: skip
+
+    return run_sampler
+
+
+@pytest.fixture(scope="session")
+def sample(toy: SimpleNamespace, sample_on: Callable[..., torch.Tensor]) -> Any:
+    """The same on the toy's model."""
+
+    def run_sampler(positive: Any, negative: Any, latent: dict, **settings: Any) -> torch.Tensor:
+        inputs = SimpleNamespace(positive=positive, negative=negative, latent=latent)
+        return sample_on(toy.model, inputs, **settings)
 
     return run_sampler
 
@@ -149,20 +145,19 @@ def sample(toy: SimpleNamespace) -> Callable[..., torch.Tensor]:
 @pytest.fixture
 def calls() -> Iterator[Callable[..., list[Any]]]:
     """Record the real calls of a method, which still does its work."""
-    undo = []
+    with ExitStack() as patches:
 
-    def record(owner: Any, name: str) -> list[Any]:
-        original, seen = getattr(owner, name), []
-        own = vars(owner).get(name)  # of a class; an object has its class's
+        def record(owner: Any, name: str) -> list[Any]:
+            spy = mock.patch.object(owner, name, autospec=True, side_effect=getattr(owner, name))
+            return patches.enter_context(spy).call_args_list
 
-        def recorded(*args: Any, **kwargs: Any) -> Any:
-            seen.append((args, kwargs))
-            return original(*args, **kwargs)
+        yield record
 
-        setattr(owner, name, recorded)
-        undo.append(lambda: delattr(owner, name) if own is None else setattr(owner, name, own))
-        return seen
 
-    yield record
-    for restore in undo:
-        restore()
+@pytest.fixture
+def keep() -> Iterator[Callable[[torch.nn.Module], object]]:
+    """Gives a network the weights back that it has now, once the test is over."""
+    with ExitStack() as ends:
+        yield lambda module: ends.callback(
+            module.load_state_dict, copy.deepcopy(module.state_dict())
+        )

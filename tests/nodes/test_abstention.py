@@ -1,7 +1,5 @@
 """Abstention where the nodes read photos: one switch for all of them, and none of old files."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 from types import ModuleType, SimpleNamespace
@@ -13,8 +11,6 @@ import torch
 from diff_restorer.abstention import Abstention, draw
 from diff_restorer.checkpoint import write_checkpoint
 from tests import toy_weights
-
-pytestmark = pytest.mark.comfy
 
 TYPES = (*toy_weights.TYPES, "clean")
 NOTHING_IS_SURE = dict.fromkeys(toy_weights.TYPES, (0.999, 1.0))

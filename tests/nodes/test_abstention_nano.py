@@ -1,49 +1,34 @@
 """The shipped Nano: what is fine stays, what is not is restored, each side of a photo by itself."""
 
-from __future__ import annotations
-
-import importlib
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from skimage import data
 
+from benchmarks import stage
 from diff_restorer.degradations import add_gaussian_noise, degrade
 from diff_restorer.similarity import psnr
 from tests import photos
 from tests.photos import seeded
 
-pytestmark = pytest.mark.comfy
-
 
 @pytest.fixture(scope="module")
 def restore(pack, run) -> Any:
     """The graph of restore_nano, or with `locality` that of restore_large, in few steps."""
-    host_nodes = importlib.import_module("nodes")
 
     def execute(
         image: torch.Tensor, locality: float | None = None, steps: int = 2, **switch: bool
     ) -> torch.Tensor:
-        model, clip_vision, vae, restorer = run("DiffRestorerNanoLoader", **switch)
-        sockets = {"diff_restorer": restorer, "clip_vision": clip_vision, "image": image}
-        *prompts, degradation = run("DiffRestorerPromptProcessor", **sockets)
-        positive, negative, latent = run(
-            "DiffRestorerDegradationControl", positive=prompts[0], negative=prompts[1],
-            diff_restorer=restorer, degradation=degradation, image=image, vae=vae,
-        )  # fmt: skip
+        graph = stage.Graph(*run("DiffRestorerNanoLoader", **switch))
+        controlled, model = graph.control(image), graph.model
         if locality is not None:
-            model, _, degradation = run(
-                "DiffRestorerTiledDiffusion", model=model, tile_size=256, overlap=64,
-                locality=locality, **sockets,
-            )  # fmt: skip
-        (sampled,) = host_nodes.common_ksampler(
-            model, 0, steps, 1.0, "euler", "sgm_uniform", positive, negative, latent
-        )
-        return run(
-            "DiffRestorerAwareVAEDecode", samples=sampled, vae=vae, diff_restorer=restorer,
-            degradation=degradation, image=image,
-        )[0]  # fmt: skip
+            model, degradation = graph.tiled(image, tile_size=256, overlap=64, locality=locality)
+            controlled = replace(controlled, degradation=degradation)
+        prompts = controlled.positive, controlled.negative
+        latent = stage.sample(model, *prompts, controlled.latent, steps, seed=0)
+        return graph.decode(controlled, latent)
 
     return execute
 

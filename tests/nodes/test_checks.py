@@ -3,8 +3,6 @@
 Switch Image hands on what it is given.
 """
 
-from __future__ import annotations
-
 import importlib
 from types import ModuleType
 from typing import Any
@@ -13,8 +11,6 @@ import pytest
 import torch
 
 from tests.nodes.test_schema import NODES
-
-pytestmark = pytest.mark.comfy
 
 NAN, INF = float("nan"), float("inf")
 NUMBERS, TEXTS = {"FLOAT", "INT"}, {"STRING", "COMBO"}
@@ -69,14 +65,23 @@ def test_names_are_no_novels(pack: ModuleType, run, node_id: str, name: str) -> 
         run(node_id, **{name: "x" * 5000})
 
 
-IMAGES: dict[str, tuple[torch.Tensor, str]] = {
+def with_a_hole(value: float) -> torch.Tensor:
+    image = torch.zeros(1, 8, 8, 3)
+    image[0, 3, 4, 1] = value
+    return image
+
+
+IMAGES: dict[str, tuple[Any, str]] = {
     "bytes": (torch.zeros(1, 8, 8, 3, dtype=torch.uint8), "found torch.uint8, expected images"),
-    "no batch": (torch.zeros(0, 8, 8, 3), "expected images"),
-    "a mask": (torch.zeros(1, 8, 8), "expected images"),
+    "no batch": (torch.zeros(0, 8, 8, 3), "expected images .* found shape"),
+    "a mask": (torch.zeros(1, 8, 8), "expected images .* found shape"),
+    "five channels": (torch.zeros(1, 8, 8, 5), r"expected images .* found shape \(1, 8, 8, 5\)"),
     "NaN": (torch.full((1, 8, 8, 3), NAN), "holds NaN or infinite values"),
     "infinite": (torch.full((1, 8, 8, 3), INF), "holds NaN or infinite values"),
+    "one NaN": (with_a_hole(NAN), "holds NaN or infinite values"),
+    "one infinite value": (with_a_hole(INF), "holds NaN or infinite values"),
 }
-LATENTS: dict[str, tuple[dict, str]] = {
+LATENTS: dict[str, tuple[Any, str]] = {
     "no samples": ({"noise_mask": 1}, "found a dict without samples"),
     "samples of None": ({"samples": None}, "found a dict without samples"),
     "no batch": ({"samples": torch.zeros(0, 4, 8, 8)}, "expected latents of pictures"),
@@ -84,7 +89,7 @@ LATENTS: dict[str, tuple[dict, str]] = {
     "whole numbers": ({"samples": torch.zeros(1, 4, 8, 8).int()}, "torch.int32"),
     "NaN": ({"samples": torch.full((1, 4, 8, 8), NAN)}, "holds NaN or infinite.*lower its cfg"),
 }
-PROMPTS: dict[str, tuple[list, str]] = {
+PROMPTS: dict[str, tuple[Any, str]] = {
     "empty": ([], "found a list without entries"),
     "no tokens": ([[torch.zeros(1, 0, 32), {}]], r"found \(1, 0, 32\)"),
     "None": ([[None, {}]], "found nothing"),
@@ -99,42 +104,30 @@ PROMPTS: dict[str, tuple[list, str]] = {
 }
 
 
-@pytest.mark.parametrize("case", IMAGES)
-@pytest.mark.parametrize(("node_id", "name"), of_kind({"IMAGE"}))
-def test_images(pack: ModuleType, run, node_id: str, name: str, case: str) -> None:
-    image, message = IMAGES[case]
-    with pytest.raises(ValueError, match=rf"^{name}: .*{message}"):
-        run(node_id, **{name: image})
+CASES = {"IMAGE": IMAGES, "LATENT": LATENTS, "CONDITIONING": PROMPTS}
+"""Kind of an input -> what is none, by what is wrong with it."""
 
 
-@pytest.mark.parametrize("case", LATENTS)
-def test_latents(pack: ModuleType, run, case: str) -> None:
-    latent, message = LATENTS[case]
-    with pytest.raises(ValueError, match=rf"^samples: .*{message}"):
-        run("DiffRestorerAwareVAEDecode", samples=latent)
-
-
-@pytest.mark.parametrize("case", PROMPTS)
 @pytest.mark.parametrize(
-    ("node_id", "name"),
+    ("node_id", "name", "kind", "case"),
     [
-        ("DiffRestorerPromptProcessor", "text"),
-        ("DiffRestorerDegradationControl", "positive"),
-        ("DiffRestorerDegradationControl", "negative"),
+        (*place, kind, case)
+        for kind, cases in CASES.items()
+        for place in of_kind({kind})
+        for case in cases
     ],
 )
-def test_prompts(pack: ModuleType, run, node_id: str, name: str, case: str) -> None:
-    prompt, message = PROMPTS[case]
+def test_tensors(pack: ModuleType, run, node_id: str, name: str, kind: str, case: str) -> None:
+    value, message = CASES[kind][case]
     with pytest.raises(ValueError, match=rf"^{name}: .*{message}"):
-        run(node_id, **{name: prompt})
+        run(node_id, **{name: value})
 
 
 @pytest.fixture
-def decode(toy, run, prepare, photo):
+def decode(toy, decode_with, prepare, photo):
     def execute(image: torch.Tensor, latent: torch.Tensor, **inputs: Any) -> torch.Tensor:
-        entries = {"vae": toy.vae, "diff_restorer": toy.restorer, "image": image}
-        entries |= {"samples": {"samples": latent}, "degradation": prepare(photo()).degradation}
-        return run("DiffRestorerAwareVAEDecode", **(entries | inputs))[0]
+        inputs |= {"samples": {"samples": latent}, "degradation": prepare(photo()).degradation}
+        return decode_with(toy.restorer, image, **inputs)
 
     return execute
 
@@ -170,13 +163,9 @@ def test_what_is_brighter_than_white_is_white(decode, photo, prepare) -> None:
     assert torch.equal(read.degradation.tokens, expected.degradation.tokens)
 
 
-def test_a_vision_model_that_makes_no_numbers(toy, pack, run, photo, monkeypatch) -> None:
-    bias = toy.clip_vision.model.vision_model.encoder.layers[0].mlp.fc1.bias
-    kept = bias.clone()
-    bias.fill_(NAN)
-    try:
-        with pytest.raises(ValueError, match="clip_vision: holds NaN or infinite values"):
-            run("DiffRestorerDegradationClassifier", diff_restorer=toy.restorer,
-                clip_vision=toy.clip_vision, image=photo(seed=77))  # fmt: skip
-    finally:
-        bias.copy_(kept)
+def test_a_vision_model_that_makes_no_numbers(toy, look, photo, keep) -> None:
+    layer = toy.clip_vision.model.vision_model.encoder.layers[0].mlp.fc1
+    keep(layer)
+    layer.bias.fill_(NAN)
+    with pytest.raises(ValueError, match="clip_vision: holds NaN or infinite values"):
+        look("DiffRestorerDegradationClassifier", photo(seed=77))

@@ -1,42 +1,14 @@
 """Training reads P_CLIP from open_clip, the nodes from the host: the same numbers from both."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from open_clip.transformer import QuickGELU, VisionTransformer
 
 from tests import toy_weights
-
-pytestmark = pytest.mark.comfy
-
-
-def open_clip_tower(sizes: toy_weights.VisionSizes) -> Any:
-    with torch.inference_mode(False):
-        return VisionTransformer(
-            image_size=sizes.image,
-            patch_size=sizes.patch,
-            width=sizes.width,
-            layers=sizes.layers,
-            heads=sizes.width // 64,
-            mlp_ratio=sizes.mlp / sizes.width,
-            output_dim=sizes.projection,
-            act_layer=QuickGELU,
-        ).eval()
-
-
-def randomise(tower: Any) -> None:
-    """Weights large enough that gelu instead of quick_gelu would show."""
-    generator = torch.Generator().manual_seed(0)
-    for name, parameter in tower.named_parameters():
-        noise = torch.randn(parameter.shape, generator=generator)
-        scale = parameter.shape[-1] ** -0.5 if parameter.ndim > 1 else 0.1
-        norm = 1.0 if name.endswith("weight") and parameter.ndim == 1 else 0.0
-        parameter.data.copy_(norm + scale * noise)
+from tests.toy_models import open_clip_tower
 
 
 def tokens_of_open_clip(tower: Any, pixels: torch.Tensor) -> torch.Tensor:
@@ -56,7 +28,6 @@ def test_same_tokens(comfyui: Path, tmp_path: Path, sizes: toy_weights.VisionSiz
     import comfy.clip_vision
 
     tower = open_clip_tower(sizes)
-    randomise(tower)
     config = {
         "model_type": "clip_vision_model",
         "hidden_act": "quick_gelu",
@@ -95,7 +66,6 @@ def test_same_tokens_at_full_size(comfyui: Path) -> None:
     import comfy.clip_vision
 
     tower = open_clip_tower(toy_weights.VIT_L)
-    randomise(tower)
     tower.half().float()  # The host stores fp16 and computes in fp32.
     state = {f"visual.{key}": value for key, value in tower.state_dict().items()}
     host: Any = comfy.clip_vision.load_clipvision_from_sd(

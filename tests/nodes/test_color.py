@@ -1,13 +1,9 @@
 """Match Colors as a node: sizes, batches, transparency, bad values."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest
 import torch
-
-pytestmark = pytest.mark.comfy
 
 
 @pytest.fixture

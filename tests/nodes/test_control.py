@@ -1,8 +1,7 @@
 """Degradation Control inside the host's sampling, against the host's own ControlNet."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
+from dataclasses import replace
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -12,21 +11,16 @@ import torch
 from tests import toy_weights
 from tests.nodes.test_decode import VAES_OF_OTHER_LATENTS
 
-pytestmark = pytest.mark.comfy
-
-
-def keep_percent(model: Any) -> Any:
-    return model.model.model_sampling.percent_to_sigma
-
 
 def evaluate(
     control: Any, model: Any, context: torch.Tensor, batch: int = 1, size: int = 8
 ) -> dict:
     """One evaluation outside the sampler, at half of the noise."""
-    control.pre_run(model.model, keep_percent(model))
+    percent_to_sigma = model.model.model_sampling.percent_to_sigma
+    control.pre_run(model.model, percent_to_sigma)
     generator = torch.Generator().manual_seed(3)
     noisy = torch.randn(batch, 4, size, size, generator=generator)
-    sigma = torch.full((batch,), keep_percent(model)(0.5))
+    sigma = torch.full((batch,), percent_to_sigma(0.5))
     return control.get_control(noisy, sigma, {"c_crossattn": context}, 1, {})
 
 
@@ -46,69 +40,49 @@ def stock_control(toy: SimpleNamespace, seed: int = 20) -> Any:
     return comfy.controlnet.ControlNet(net.eval(), load_device=device)
 
 
-def test_is_the_stock_controlnet_where_the_hint_is_zero(toy, prepare, photo) -> None:
+def test_is_the_stock_controlnet_where_the_hint_is_zero(toy, prepare, photo, keep) -> None:
     """Same weights, same context, no hint: bit for bit the host's ControlNet."""
     restoration = prepare(photo())
     ours, stock = restoration.control, stock_control(toy)
     weights = {k: v for k, v in ours.network.state_dict().items() if "hint" not in k}
     stock.control_model.load_state_dict(weights, strict=False)
     hint_conv = ours.network.input_hint_block[0]
-    kept = [parameter.clone() for parameter in hint_conv.parameters()]
+    keep(hint_conv)
     last = stock.control_model.input_hint_block[-1]
-    try:
-        for parameter in (*hint_conv.parameters(), *last.parameters()):
-            parameter.zero_()
-        tokens = restoration.degradation.tokens
-        picture = photo().movedim(-1, 1)
-        expected = evaluate(stock.set_cond_hint(picture), toy.model, tokens)
-        found = evaluate(ours, toy.model, torch.zeros_like(tokens))
-    finally:
-        for parameter, value in zip(hint_conv.parameters(), kept, strict=True):
-            parameter.copy_(value)
+    for parameter in (*hint_conv.parameters(), *last.parameters()):
+        parameter.zero_()
+    tokens = restoration.degradation.tokens
+    picture = photo().movedim(-1, 1)
+    expected = evaluate(stock.set_cond_hint(picture), toy.model, tokens)
+    found = evaluate(ours, toy.model, torch.zeros_like(tokens))
     for part in ("output", "middle"):
         assert len(found[part]) == len(expected[part]) > 0
         assert all(map(torch.equal, found[part], expected[part]))
         assert all(tensor.abs().max() > 0.01 for tensor in found[part])
 
 
-def test_hint_is_the_scaled_latent(toy, prepare, photo) -> None:
+def test_hint_is_the_scaled_latent(toy, prepare, photo, calls) -> None:
     restoration = prepare(photo())
-    seen = []
-    handle = restoration.control.network.input_hint_block.register_forward_pre_hook(
-        lambda module, args: seen.append(args[0])
-    )
-    try:
-        evaluate(restoration.control, toy.model, restoration.degradation.tokens)
-    finally:
-        handle.remove()
-    torch.testing.assert_close(seen[0], restoration.latent["samples"] * 0.18215)
+    forwards = calls(restoration.control.network.input_hint_block, "forward")
+    evaluate(restoration.control, toy.model, restoration.degradation.tokens)
+    (hint, *_), _ = forwards[0]
+    torch.testing.assert_close(hint, restoration.latent["samples"] * 0.18215)
 
 
 @pytest.mark.parametrize("ours_last", [True, False])
-def test_every_link_of_a_chain_has_its_own_context(toy, prepare, photo, ours_last: bool) -> None:
+def test_every_link_of_a_chain_has_its_own_context(
+    toy, prepare, photo, calls, ours_last: bool
+) -> None:
     """Ours attends to P_D, the ControlNet before or after it to the prompt; both are added."""
     restoration = prepare(photo())
     prompt = restoration.prompts[0][0][0]
     ours, stock = restoration.control, stock_control(toy).set_cond_hint(photo().movedim(-1, 1), 0.7)
     alone = [evaluate(control, toy.model, prompt) for control in (ours, stock)]
-
-    contexts = {}
-    handles = [
-        control.control_model.register_forward_pre_hook(
-            lambda module, args, kwargs, name=name: contexts.update({name: kwargs}),
-            with_kwargs=True,
-        )
-        for name, control in (("ours", ours), ("stock", stock))
-    ]
+    of_ours, of_stock = (calls(control.control_model, "forward") for control in (ours, stock))
     first, last = (stock, ours) if ours_last else (ours, stock)
-    chain = last.copy().set_previous_controlnet(first)
-    try:
-        together = evaluate(chain, toy.model, prompt)
-    finally:
-        for handle in handles:
-            handle.remove()
-    assert torch.equal(contexts["stock"]["context"], prompt)
-    assert torch.equal(contexts["ours"]["degradation"], restoration.degradation.tokens)
+    together = evaluate(last.copy().set_previous_controlnet(first), toy.model, prompt)
+    assert torch.equal(of_stock[-1].kwargs["context"], prompt)
+    assert torch.equal(of_ours[-1].kwargs["degradation"], restoration.degradation.tokens)
     for part in ("output", "middle"):
         for both, a, b in zip(together[part], alone[0][part], alone[1][part], strict=True):
             torch.testing.assert_close(both, a + b)
@@ -343,16 +317,10 @@ def sdxl() -> Any:
 
 
 @pytest.mark.parametrize("cfg", [1.0, 7.5])
-def test_a_model_of_another_family(prepare, photo, cfg: float) -> None:
-    import nodes
-
-    restoration = prepare(photo())
+def test_a_model_of_another_family(prepare, photo, sample_on, cfg: float) -> None:
     message = r"model: its cross-attention is 2048 wide, .* file needs 32.*SDXL \(2048\)"
     with pytest.raises(ValueError, match=message):
-        nodes.common_ksampler(  # type: ignore
-            sdxl(), 1, 2, cfg, "euler", "normal",
-            restoration.positive, restoration.negative, restoration.latent,
-        )  # fmt: skip
+        sample_on(sdxl(), prepare(photo()), cfg=cfg)
 
 
 @pytest.mark.parametrize(
@@ -363,31 +331,21 @@ def test_a_model_of_another_family(prepare, photo, cfg: float) -> None:
     ],
 )
 def test_a_model_of_another_size(
-    prepare, photo, pack: ModuleType, tmp_path, sizes: dict, message: str
+    prepare, photo, sample_on, pack: ModuleType, tmp_path, sizes: dict, message: str
 ) -> None:
     """Which the host would sample without what does not fit, and a line in its log."""
-    import nodes
-
     unet = toy_weights.UNetSizes(**sizes)
     path = tmp_path / "other.safetensors"
     tensors = toy_weights.restorer_tensors() | toy_weights.base_tensors(unet=unet)
     pack.diff_restorer.checkpoint.write_checkpoint(path, tensors, toy_weights.info())
     model, *_ = pack.nodes.host_nano.load_nano(path)
-    restoration = prepare(photo())
     with pytest.raises(ValueError, match=f"model: {message}"):
-        nodes.common_ksampler(  # type: ignore
-            model, 1, 1, 1.0, "euler", "normal",
-            restoration.positive, restoration.negative, restoration.latent,
-        )  # fmt: skip
+        sample_on(model, prepare(photo()), steps=1)
 
 
-def test_a_degradation_of_another_file(toy, prepare, photo, pack: ModuleType) -> None:
-    import dataclasses
-
+def test_a_degradation_of_another_file(prepare, photo) -> None:
     degradation = prepare(photo()).degradation
-    foreign = dataclasses.replace(
-        degradation, tokens=torch.zeros(1, 16, 768), pooled=torch.zeros(1, 768)
-    )
+    foreign = replace(degradation, tokens=torch.zeros(1, 16, 768), pooled=torch.zeros(1, 768))
     with pytest.raises(
         ValueError, match=r"degradation: it is 768 wide, nano\.safetensors needs 32"
     ):
@@ -398,11 +356,3 @@ def test_a_degradation_of_another_file(toy, prepare, photo, pack: ModuleType) ->
 def test_other_vaes(prepare, photo, make: Callable[[], Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         prepare(photo(), vae=make())
-
-
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_pictures_with_holes(prepare, photo, bad: float) -> None:
-    image = photo()
-    image[0, 3, 4, 1] = bad
-    with pytest.raises(ValueError, match="image: holds NaN or infinite values"):
-        prepare(image)

@@ -1,18 +1,15 @@
 """Aware VAE Decode against the host's own decode."""
 
-from __future__ import annotations
-
 import functools
 import logging
 import math
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 
 from tests import toy_weights
-
-pytestmark = pytest.mark.comfy
 
 
 @pytest.fixture
@@ -85,10 +82,7 @@ def test_large_photos_are_encoded_in_exact_tiles(
     host_encode = pack.nodes.host_encode
     monkeypatch.setattr(host_encode, "AUTO_TILE", 128)
     if cause == "out of memory":
-
-        def fail(*_: Any) -> None:
-            raise comfy.model_management.OOM_EXCEPTION("toy")
-
+        fail = mock.Mock(side_effect=comfy.model_management.OOM_EXCEPTION("toy"))
         monkeypatch.setattr(host_encode, "_encode_whole", fail)
     else:
         monkeypatch.setattr(comfy.model_management, "get_free_memory", lambda *_, **__: 2**22)
@@ -141,18 +135,15 @@ def test_exact_tiles_read_carried_features(toy, decode, prepare, photo, calls) -
     assert error.max() < 0.02
 
 
-def test_an_untrained_fusion_is_the_stock_decode(toy, decode, prepare, photo) -> None:
+def test_an_untrained_fusion_is_the_stock_decode(toy, decode, prepare, photo, keep) -> None:
     """Fusion blocks end in zero convs, which training starts from."""
     blocks = toy.restorer.fusion.model
-    kept = {key: tensor.clone() for key, tensor in blocks.state_dict().items()}
-    try:
-        for block in blocks.values():
-            for parameter in block.out.parameters():
-                parameter.zero_()
-        found = decode(fidelity=1.0)
-    finally:
-        blocks.load_state_dict(kept)
-    assert torch.equal(found, stock_decode(toy.vae, prepare(photo()).latent))
+    keep(blocks)
+    for block in blocks.values():
+        for parameter in block.out.parameters():
+            parameter.zero_()
+    expected = stock_decode(toy.vae, prepare(photo()).latent)
+    assert torch.equal(decode(fidelity=1.0), expected)
 
 
 @pytest.mark.parametrize("bf16", [False, True])
@@ -300,20 +291,16 @@ def test_batch_equals_photos_one_by_one(decode, photo) -> None:
     torch.testing.assert_close(decode(images), alone, rtol=0, atol=1e-4)
 
 
-def test_finetuned_decoder(toy, pack, decode, toy_folder, photo) -> None:
+def test_finetuned_decoder(toy, pack, decode, toy_folder, keep) -> None:
     """Its weights replace those of the VAE's decoder, and only in this decode."""
     path = toy_weights.write_restorer(toy_folder / "tuned.safetensors", tuned_decoder=True)
     restorer = pack.nodes.host_models.load_restorer(path)
     module = toy.vae.first_stage_model
-    before = {key: tensor.clone() for key, tensor in module.state_dict().items()}
+    keep(module)
     found = decode(diff_restorer=restorer, fidelity=0.0)
     assert not torch.allclose(found, decode(fidelity=0.0), atol=1e-2)
-
-    module.load_state_dict(before | restorer.tuned_decoder.model.state_dict())
-    try:
-        assert torch.equal(found, decode(fidelity=0.0))
-    finally:
-        module.load_state_dict(before)
+    module.load_state_dict(module.state_dict() | restorer.tuned_decoder.model.state_dict())
+    assert torch.equal(found, decode(fidelity=0.0))
 
 
 def test_without_a_decoder_in_the_file(toy, pack, decode, prepare, photo, toy_folder) -> None:
@@ -367,16 +354,15 @@ def test_too_large_for_memory_uses_tiles_at_once(decode, photo, monkeypatch, cap
 
 
 def test_maps_that_are_too_large_for_memory_go_to_the_temporary_folder(
-    toy, decode, prepare, photo, monkeypatch
+    decode, prepare, photo, monkeypatch, calls
 ) -> None:
     import comfy.model_management
     import folder_paths
 
-    known, folders = prepare(photo(64, 64)), []
+    known = prepare(photo(64, 64))
     inputs = {"samples": known.latent, "degradation": known.degradation, "tile_size": 64}
     expected = decode(photo(64, 64), **inputs)
-    find = folder_paths.get_temp_directory
-    monkeypatch.setattr(folder_paths, "get_temp_directory", lambda: folders.append(1) or find())
+    folders = calls(folder_paths, "get_temp_directory")
     monkeypatch.setattr(comfy.model_management, "get_free_memory", lambda *_, **__: 2**20)
     error = (decode(photo(64, 64), **inputs) - expected).abs() * 255
     assert error.mean() < 0.5  # of fp32, files keep 16 bits
@@ -411,10 +397,7 @@ def test_interrupt(decode, photo, tiling: str) -> None:
     ("inputs", "message"),
     [
         ({"fidelity": 1.5}, "fidelity: 1.5, expected 0 to 1"),
-        (
-            {"tile_size": 64, "overlap": 40, "tiling": "fast"},
-            "overlap: 40 px with tiles of 64 px",
-        ),
+        ({"tile_size": 64, "overlap": 40, "tiling": "fast"}, "overlap: 40 px with tiles of 64 px"),
         ({"tile_size": 32}, "tile_size: 32 px"),
         ({"tile_size": 100}, "tile_size: 100 px"),
         ({"tiling": "other"}, "tiling: 'other', expected exact or fast"),

@@ -1,7 +1,5 @@
 """Edit Degradation, Simulate Degradation and Measure Restoration."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 from typing import Any
@@ -11,16 +9,11 @@ import torch
 
 from diff_restorer.degradations import ALL_KINDS, degrade
 
-pytestmark = pytest.mark.comfy
-
 
 @pytest.fixture
-def degradation(run, toy, photo) -> Any:
+def degradation(look, photo) -> Any:
     """What the toy's Prompt Processor reads from two photos; its prototypes are not zero."""
-    return run(
-        "DiffRestorerPromptProcessor",
-        diff_restorer=toy.restorer, clip_vision=toy.clip_vision, image=photo(batch=2),
-    )[2]  # fmt: skip
+    return look("DiffRestorerPromptProcessor", photo(batch=2))[2]
 
 
 @pytest.fixture
@@ -79,19 +72,14 @@ def test_the_input_is_not_changed(edit, degradation) -> None:
     assert torch.equal(degradation.tokens, before)
 
 
-def test_an_override_reaches_the_restoration(
-    toy, run, prepare, photo, degradation, edit, sample
-) -> None:
+def test_an_override_reaches_the_restoration(toy, prepare, photo, edit, sample_on) -> None:
     image = photo(batch=2)
-    restoration = prepare(image)
     override = edit(type="snow", weight=1.0)
-    changed = run(
-        "DiffRestorerDegradationControl",
-        positive=restoration.prompts[0], negative=restoration.prompts[1],
-        diff_restorer=toy.restorer, degradation=override, image=image, vae=toy.vae,
-    )  # fmt: skip
-    plain = sample(restoration.positive, restoration.negative, restoration.latent)
-    assert not torch.allclose(sample(*changed), plain, atol=1e-4)
+    plain, changed = (
+        sample_on(toy.model, restoration)
+        for restoration in (prepare(image), prepare(image, degradation=override))
+    )
+    assert not torch.allclose(changed, plain, atol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,6 @@
 """Aware VAE Decode with a file whose decoder is a detail path."""
 
-from __future__ import annotations
-
 import functools
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -11,8 +8,6 @@ import torch
 
 from diff_restorer import photo_statistics
 from tests import toy_weights
-
-pytestmark = pytest.mark.comfy
 
 
 @pytest.fixture(scope="module")
@@ -43,15 +38,14 @@ def test_fidelity_goes_from_the_stock_decode_to_the_detail_path(
 
 
 @pytest.fixture
-def untrained(restorer) -> Iterator[Any]:
+def untrained(restorer, keep) -> Any:
     """The detail path with zeros where one starts with zeros."""
     model = restorer.fusion.model
-    zero_at_start = torch.nn.ModuleList([model.out, model.finer, model.toned, model.thresholds])
-    kept = {key: tensor.clone() for key, tensor in zero_at_start.state_dict().items()}
-    for parameter in zero_at_start.parameters():
-        parameter.zero_()
-    yield model
-    zero_at_start.load_state_dict(kept)
+    keep(model)
+    for zero_at_start in (model.out, model.finer, model.toned, model.thresholds):
+        for parameter in zero_at_start.parameters():
+            parameter.zero_()
+    return model
 
 
 @pytest.mark.usefixtures("untrained")
@@ -73,13 +67,9 @@ def test_haze_is_taken_from_the_whole_photo(decode, restorer, untrained, photo) 
     """In tiles as without them, each photo by itself, and not from the plain decode."""
     hazy = torch.cat([0.3 + 0.4 * photo(96, 150), 0.5 + 0.3 * photo(96, 150, seed=1)])
     plain, haze = decode(hazy, fidelity=0.0), restorer.info.types.index("haze")
-    known = untrained.kind.bias.clone()
     untrained.kind.bias[haze] = 50.0
-    try:
-        clear, tiled = decode(hazy), decode(hazy, tile_size=64)
-        assert torch.equal(decode(hazy, fidelity=0.0), plain)
-    finally:
-        untrained.kind.bias.copy_(known)
+    clear, tiled = decode(hazy), decode(hazy, tile_size=64)
+    assert torch.equal(decode(hazy, fidelity=0.0), plain)
     assert (255 * (tiled - clear)).abs().max() < 0.1
     for found, given in zip(clear, hazy, strict=True):
         was, now = (value.quantile(torch.tensor([0.01, 0.99])) for value in (given, found))
@@ -87,7 +77,9 @@ def test_haze_is_taken_from_the_whole_photo(decode, restorer, untrained, photo) 
         assert now[1] - now[0] > 0.9
 
 
-def test_all_tiles_know_the_tone_of_the_whole_photo(decode, prepare, restorer, photo) -> None:
+def test_all_tiles_know_the_tone_of_the_whole_photo(
+    decode, prepare, restorer, photo, monkeypatch
+) -> None:
     """Fast tiles, too: a tile of a dark part is decoded as part of a photo that is not dark."""
     image = torch.cat([0.2 * photo(64, 64), photo(64, 64, seed=1)], dim=2)
     restoration = prepare(image, diff_restorer=restorer)
@@ -98,24 +90,16 @@ def test_all_tiles_know_the_tone_of_the_whole_photo(decode, prepare, restorer, p
     before = (tiled - alone).abs().mean()
     assert before > 1e-3
     model, statistics = restorer.fusion.model, photo_statistics(image.movedim(-1, 1))
-    told = model.condition(restoration.degradation.pooled, statistics)
-    known = model.condition
-    model.condition = lambda *_: told
-    try:
-        alone = decode(dark, samples=latent, degradation=restoration.degradation)
-    finally:
-        model.condition = known
+    condition = model.condition(restoration.degradation.pooled, statistics)
+    monkeypatch.setattr(model, "condition", lambda *_: condition)
+    alone = decode(dark, samples=latent, degradation=restoration.degradation)
     assert (tiled - alone).abs().mean() < before / 20
 
 
-def test_it_goes_by_the_degradation_of_each_place(
-    toy, decode, prepare, restorer, photo, run
-) -> None:
+def test_it_goes_by_the_degradation_of_each_place(toy, decode, restorer, photo, look) -> None:
     image = torch.cat([photo(64, 96), 1 - photo(64, 96, seed=3)], dim=2)
-    local = run(
-        "DiffRestorerTiledDiffusion", model=toy.model, diff_restorer=restorer,
-        clip_vision=toy.clip_vision, image=image, tile_size=64, overlap=16,
-    )[2]  # fmt: skip
+    inputs = {"model": toy.model, "diff_restorer": restorer, "tile_size": 64, "overlap": 16}
+    local = look("DiffRestorerTiledDiffusion", image, **inputs)[2]
     by_place = decode(image, degradation=local)
     assert (by_place - decode(image)).abs().mean() > 1e-4
     exact = decode(image, degradation=local, tile_size=64)
@@ -130,16 +114,3 @@ def test_features_travel_with_the_latent(toy, decode, prepare, restorer, photo, 
     assert len(passes) == 1  # of the fixture's own Degradation Control
     assert torch.equal(found, decode(image, samples={"samples": latent["samples"]}))
     assert len(passes) == 3
-
-
-@pytest.mark.parametrize(
-    ("key", "message"),
-    [
-        ("decoder.detail.merge.1.weight", r"detail path does not fit \(missing: merge\.1\.weight"),
-        ("decoder.detail.out.bias", r"detail path does not fit \(missing: out\.bias"),
-    ],
-)
-def test_a_damaged_file_is_named(pack, toy_folder, key: str, message: str) -> None:
-    damaged = toy_weights.write_without(toy_folder / "damaged.safetensors", key, detail=True)
-    with pytest.raises(ValueError, match=message):
-        pack.nodes.host_models.load_restorer(damaged)

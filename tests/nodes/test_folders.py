@@ -1,7 +1,5 @@
 """Photos of a folder, one for each run."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -10,8 +8,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-
-pytestmark = pytest.mark.comfy
 
 NODE = "DiffRestorerFolderPhoto"
 

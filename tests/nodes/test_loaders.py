@@ -1,18 +1,15 @@
 """Opening files: where they are looked for, what is refused, in which number format."""
 
-from __future__ import annotations
-
+import os
+import re
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import pytest
 import torch
 
 from diff_restorer.native import has_native_bf16
 from tests import toy_weights
-
-pytestmark = pytest.mark.comfy
 
 
 @pytest.fixture
@@ -32,22 +29,21 @@ def test_folder_lists_only_safetensors(pack: ModuleType, folder: Path) -> None:
     assert options == ["toy.safetensors"]
 
 
-def test_folders_of_the_user_stay(pack: ModuleType, folder: Path, tmp_path: Path) -> None:
+def test_folders_of_the_user_stay(
+    pack: ModuleType, folder: Path, tmp_path: Path, monkeypatch
+) -> None:
     """extra_model_paths.yaml is read before the pack is loaded, with no extensions."""
     import folder_paths
 
-    kept = folder_paths.folder_names_and_paths["diff_restorer"]
     toy_weights.write_restorer(tmp_path / "elsewhere.safetensors")
-    folder_paths.folder_names_and_paths["diff_restorer"] = ([str(tmp_path)], set())
-    try:
-        pack.nodes.host.register_model_folder()
-        pack.nodes.host.register_model_folder()
-        paths, extensions = folder_paths.folder_names_and_paths["diff_restorer"]
-        assert paths == [str(tmp_path), str(folder)]
-        assert extensions == {".safetensors"}
-        assert "elsewhere.safetensors" in pack.nodes.host.model_files()
-    finally:
-        folder_paths.folder_names_and_paths["diff_restorer"] = kept
+    known = folder_paths.folder_names_and_paths
+    monkeypatch.setitem(known, "diff_restorer", ([str(tmp_path)], set()))
+    pack.nodes.host.register_model_folder()
+    pack.nodes.host.register_model_folder()
+    paths, extensions = known["diff_restorer"]
+    assert paths == [str(tmp_path), str(folder)]
+    assert extensions == {".safetensors"}
+    assert "elsewhere.safetensors" in pack.nodes.host.model_files()
 
 
 def test_an_empty_folder_explains_itself(pack: ModuleType, run, monkeypatch) -> None:
@@ -68,60 +64,35 @@ def test_load(folder: Path, run) -> None:
     assert restorer.latent_format.scale_factor == 0.18215
 
 
-def test_a_replaced_file_is_loaded_again(folder: Path, pack: ModuleType) -> None:
-    import os
-
-    node = pack.nodes.loaders.DiffRestorerLoader
-    path = toy_weights.write_restorer(folder / "toy.safetensors")
-    before = node.fingerprint_inputs(file="toy.safetensors")
-    assert node.fingerprint_inputs(file="toy.safetensors") == before
-    os.utime(path, (1, 1))
-    assert node.fingerprint_inputs(file="toy.safetensors") != before
-
-
-def test_a_linked_file_is_loaded_once(folder: Path, pack: ModuleType) -> None:
+@pytest.mark.parametrize("file", ["toy.safetensors", None])
+def test_a_replaced_file_is_loaded_again(folder: Path, pack: ModuleType, file: str | None) -> None:
     """Links are not known yet when the host asks; what cannot be told counts as changed."""
-    import os
-
     node = pack.nodes.loaders.DiffRestorerLoader
     path = toy_weights.write_restorer(folder / "toy.safetensors")
-    before = node.fingerprint_inputs(file=None)
-    assert node.fingerprint_inputs(file=None) == before
+    before = node.fingerprint_inputs(file=file)
+    assert node.fingerprint_inputs(file=file) == before
     os.utime(path, (1, 1))
-    assert node.fingerprint_inputs(file=None) != before
+    assert node.fingerprint_inputs(file=file) != before
 
 
 @pytest.mark.parametrize(
-    ("write", "message"),
+    ("prefix", "key", "part", "more"),
     [
-        (
-            lambda path: toy_weights.write_without(path, "control.zero_convs.0.0.bias"),
-            r"control module does not fit \(missing: zero_convs\.0\.0\.bias\)",
-        ),
-        (
-            lambda path: toy_weights.write_without(path, "control.input_hint_block.0.weight"),
-            r"control module does not fit \(missing: input_hint_block\.0\.weight\)",
-        ),
-        (
-            lambda path: toy_weights.write_without(path, "control.input_blocks.0.0.weight"),
-            "control module does not fit",
-        ),
-        (
-            lambda path: toy_weights.write_without(path, "prompt_processor.semantic.0.weight"),
-            r"prompt processor does not fit \(missing: semantic\.0\.weight\)",
-        ),
-        (
-            lambda path: toy_weights.write_without(path, "prompt_processor.prototypes"),
-            r"prompt processor does not fit \(missing: prototypes\)",
-        ),
-        (
-            lambda path: toy_weights.write_without(path, "decoder.fusion.1.film.bias"),
-            r"fusion blocks does not fit \(missing: 1\.film\.bias\)",
-        ),
+        ("control.", "zero_convs.0.0.bias", "control module", r"\)"),
+        ("control.", "input_hint_block.0.weight", "control module", r"\)"),
+        ("control.", "input_blocks.0.0.weight", "control module", ""),
+        ("prompt_processor.", "semantic.0.weight", "prompt processor", r"\)"),
+        ("prompt_processor.", "prototypes", "prompt processor", r"\)"),
+        ("decoder.fusion.", "1.film.bias", "fusion blocks", r"\)"),
+        ("decoder.detail.", "merge.1.weight", "detail path", ""),
+        ("decoder.detail.", "out.bias", "detail path", ""),
     ],
 )
-def test_wrong_files(folder: Path, run, write: Any, message: str) -> None:
-    path = write(folder / "wrong.safetensors")
+def test_wrong_files(folder: Path, run, prefix: str, key: str, part: str, more: str) -> None:
+    """`more` is what has to follow the first key that is missing."""
+    path, detail = folder / "wrong.safetensors", part == "detail path"
+    toy_weights.write_without(path, prefix + key, detail=detail)
+    message = rf"{part} does not fit \(missing: {re.escape(key)}{more}"
     try:
         with pytest.raises(ValueError, match=message) as caught:
             run("DiffRestorerLoader", file="wrong.safetensors")
@@ -130,7 +101,7 @@ def test_wrong_files(folder: Path, run, write: Any, message: str) -> None:
     assert str(path) in str(caught.value)
 
 
-def test_unexpected_and_misshapen_tensors(folder: Path, pack: ModuleType, tmp_path: Path) -> None:
+def test_unexpected_and_misshapen_tensors(pack: ModuleType, tmp_path: Path) -> None:
     tensors = toy_weights.restorer_tensors()
     tensors["control.surprise"] = torch.zeros(1)
     tensors["control.time_embed.2.bias"] = torch.zeros(7)

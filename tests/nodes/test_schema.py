@@ -1,14 +1,16 @@
-"""Ids, sockets and defaults are what saved workflows hold: they may only grow at the end."""
+"""Ids, sockets and defaults are what saved workflows hold: they may only grow at the end. Each node
+has a help page, and a Chinese name for all that the user sees of it."""
 
-from __future__ import annotations
-
+import json
 from types import ModuleType
 from typing import Any
 
 import pytest
 
-pytestmark = pytest.mark.comfy
+from tools.environment import ROOT
 
+READING = {"diff_restorer": "DIFF_RESTORER", "clip_vision": "CLIP_VISION", "image": "IMAGE"}
+PROMPTS = {"positive": "CONDITIONING", "negative": "CONDITIONING"}
 NODES = {
     "DiffRestorerLoader": (
         "Load Diff-Restorer",
@@ -27,20 +29,13 @@ NODES = {
     ),
     "DiffRestorerPromptProcessor": (
         "Diff-Restorer Prompt Processor",
-        {
-            "diff_restorer": "DIFF_RESTORER",
-            "clip_vision": "CLIP_VISION",
-            "image": "IMAGE",
-            "text": "CONDITIONING",
-            "semantic_strength": ("FLOAT", 1.0, 0.0, 2.0),
-        },
-        {"positive": "CONDITIONING", "negative": "CONDITIONING", "degradation": "DEGRADATION"},
+        READING | {"text": "CONDITIONING", "semantic_strength": ("FLOAT", 1.0, 0.0, 2.0)},
+        PROMPTS | {"degradation": "DEGRADATION"},
     ),
     "DiffRestorerDegradationControl": (
         "Degradation Control",
         {
-            "positive": "CONDITIONING",
-            "negative": "CONDITIONING",
+            **PROMPTS,
             "diff_restorer": "DIFF_RESTORER",
             "degradation": "DEGRADATION",
             "image": "IMAGE",
@@ -49,7 +44,7 @@ NODES = {
             "start_percent": ("FLOAT", 0.0, 0.0, 1.0),
             "end_percent": ("FLOAT", 1.0, 0.0, 1.0),
         },
-        {"positive": "CONDITIONING", "negative": "CONDITIONING", "latent": "LATENT"},
+        PROMPTS | {"latent": "LATENT"},
     ),
     "DiffRestorerAwareVAEDecode": (
         "Aware VAE Decode",
@@ -68,12 +63,7 @@ NODES = {
     ),
     "DiffRestorerDegradationClassifier": (
         "Degradation Classifier",
-        {
-            "diff_restorer": "DIFF_RESTORER",
-            "clip_vision": "CLIP_VISION",
-            "image": "IMAGE",
-            "degradation": "DEGRADATION",
-        },
+        READING | {"degradation": "DEGRADATION"},
         {
             "label": "STRING",
             "confidence": "FLOAT",
@@ -127,9 +117,7 @@ NODES = {
         "Tiled Diffusion",
         {
             "model": "MODEL",
-            "diff_restorer": "DIFF_RESTORER",
-            "clip_vision": "CLIP_VISION",
-            "image": "IMAGE",
+            **READING,
             "tile_size": ("INT", 512, 64, 4096),
             "overlap": ("INT", 64, 0, 2048),
             "locality": ("FLOAT", 1.0, 0.0, 1.0),
@@ -225,3 +213,28 @@ def test_no_state_on_node_classes(schemas: dict[str, Any], toy, prepare, photo, 
     before = [set(vars(node)) for node in nodes]
     prepare(photo())
     assert [set(vars(node)) for node in nodes] == before
+
+
+def test_help_in_both_languages(schemas: dict[str, Any]) -> None:
+    folder = ROOT / "web" / "docs"
+    assert sorted(path.name for path in folder.iterdir()) == sorted(schemas)
+    for node_id, schema in schemas.items():
+        english = (folder / node_id / "en.md").read_text()
+        assert english.startswith(f"# {schema.display_name}\n")
+        for entry in schema.inputs:
+            assert entry.id in english, (node_id, entry.id)
+        assert (folder / node_id / "zh.md").read_text().startswith("# ")
+
+
+def test_chinese_names_and_tooltips(schemas: dict[str, Any]) -> None:
+    translated = json.loads((ROOT / "locales" / "zh" / "nodeDefs.json").read_text())
+    assert list(translated) == list(schemas)
+    for node_id, schema in schemas.items():
+        entry = translated[node_id]
+        assert entry["display_name"]
+        assert entry["description"]
+        assert list(entry.get("inputs", {})) == [each.id for each in schema.inputs], node_id
+        assert list(entry["outputs"]) == [str(i) for i in range(len(schema.outputs))], node_id
+        for each in (*entry.get("inputs", {}).values(), *entry["outputs"].values()):
+            assert each["name"]
+            assert each["tooltip"]

@@ -1,7 +1,5 @@
 """What degradation and complete files bring, so that it need not be connected."""
 
-from __future__ import annotations
-
 import gc
 import weakref
 from types import ModuleType
@@ -11,8 +9,6 @@ import pytest
 import torch
 
 from tests import toy_weights
-
-pytestmark = pytest.mark.comfy
 
 PROCESSOR, CONTROL = "DiffRestorerPromptProcessor", "DiffRestorerDegradationControl"
 DECODE, TILED = "DiffRestorerAwareVAEDecode", "DiffRestorerTiledDiffusion"

@@ -1,9 +1,6 @@
 """Tiled Diffusion inside the host's sampling."""
 
-from __future__ import annotations
-
 import copy
-import importlib
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,38 +9,19 @@ import torch
 
 from tests.nodes.test_control import stock_control
 
-pytestmark = pytest.mark.comfy
-
 
 @pytest.fixture
-def tiled(toy, run, pack) -> Any:
+def tiled(toy, look) -> Any:
     """The patched MODEL for photos, the map and the degradation."""
 
     def execute(image: torch.Tensor, **inputs: Any) -> SimpleNamespace:
         entries = {"tile_size": 64, "overlap": 16, "locality": 1.0} | inputs
-        model, pictures, degradation = run(
-            "DiffRestorerTiledDiffusion",
-            model=toy.model, diff_restorer=toy.restorer, clip_vision=toy.clip_vision, image=image,
-            **entries,
-        )  # fmt: skip
+        model, pictures, degradation = look(
+            "DiffRestorerTiledDiffusion", image, model=toy.model, **entries
+        )
         return SimpleNamespace(model=model, map=pictures, degradation=degradation)
 
     return execute
-
-
-@pytest.fixture
-def sample_on() -> Any:
-    host_nodes = importlib.import_module("nodes")
-
-    def run_sampler(
-        model: Any, restoration: Any, steps: int = 2, cfg: float = 1.0, sampler: str = "euler"
-    ) -> torch.Tensor:
-        return host_nodes.common_ksampler(
-            model, 1, steps, cfg, sampler, "normal",
-            restoration.positive, restoration.negative, restoration.latent,
-        )[0]["samples"]  # fmt: skip
-
-    return run_sampler
 
 
 @pytest.mark.parametrize("locality", [0.0, 1.0])
@@ -111,28 +89,20 @@ def test_the_degradation_of_each_place_is_that_of_its_tile(toy, tiled, prepare, 
     assert tiled(image[:, :, :64]).degradation.local is None
 
 
-def test_the_decode_goes_by_the_degradation_of_each_place(toy, tiled, prepare, photo, run) -> None:
+def test_the_decode_goes_by_the_degradation_of_each_place(toy, tiled, decode_with, photo) -> None:
     image = torch.cat([photo(64, 96), 1 - photo(64, 96, seed=3)], dim=2)
-    restoration = prepare(image)
     local = tiled(image, overlap=16).degradation
-
-    def decode(degradation: Any, **settings: Any) -> torch.Tensor:
-        return run(
-            "DiffRestorerAwareVAEDecode", samples=restoration.latent, vae=toy.vae,
-            diff_restorer=toy.restorer, degradation=degradation, image=image, **settings,
-        )[0]  # fmt: skip
-
-    by_place = decode(local)
-    assert (by_place - decode(restoration.degradation)).abs().mean() > 1e-3
-    exact = decode(local, tile_size=64)
+    by_place = decode_with(toy.restorer, image, degradation=local)
+    as_a_whole = decode_with(toy.restorer, image)
+    assert (by_place - as_a_whole).abs().mean() > 1e-3
+    exact = decode_with(toy.restorer, image, degradation=local, tile_size=64)
     assert (exact - by_place).abs().mean() < 0.5 / 255
-    fast = decode(local, tile_size=64, tiling="fast", overlap=16)
-    assert (fast - by_place).abs().mean() < (fast - decode(restoration.degradation)).abs().mean()
+    fast = decode_with(
+        toy.restorer, image, degradation=local, tile_size=64, tiling="fast", overlap=16
+    )
+    assert (fast - by_place).abs().mean() < (fast - as_a_whole).abs().mean()
     with pytest.raises(ValueError, match="read it from a photo of 192 x 64 px"):
-        run(
-            "DiffRestorerAwareVAEDecode", samples={"samples": torch.zeros(1, 4, 8, 8)},
-            vae=toy.vae, diff_restorer=toy.restorer, degradation=local, image=photo(64, 64),
-        )  # fmt: skip
+        decode_with(toy.restorer, photo(64, 64), degradation=local)
 
 
 def test_tiles_change_as_edit_degradation_says(tiled, prepare, photo, sample_on, run) -> None:
@@ -168,19 +138,13 @@ def test_an_override_holds_in_every_tile(tiled, prepare, photo, run) -> None:
     torch.testing.assert_close(before.tiles, after.tiles)
 
 
-def test_the_host_makes_room_for_a_tile(tiled, prepare, photo, sample_on, monkeypatch) -> None:
+def test_the_host_makes_room_for_a_tile(tiled, prepare, photo, sample_on, calls) -> None:
     import comfy.sampler_helpers
 
-    shapes, estimate = [], comfy.sampler_helpers.estimate_memory
-
-    def counted(model: Any, noise_shape: Any, conds: Any) -> Any:
-        shapes.append(list(noise_shape))
-        return estimate(model, noise_shape, conds)
-
-    monkeypatch.setattr(comfy.sampler_helpers, "estimate_memory", counted)
+    estimates = calls(comfy.sampler_helpers, "estimate_memory")
     image = photo(64, 256)
     sample_on(tiled(image).model, prepare(image), steps=1)
-    assert shapes == [[1, 4, 8, 8]]
+    assert [list(noise_shape) for (_, noise_shape, _), _ in estimates] == [[1, 4, 8, 8]]
 
 
 def test_boxes_of_gligen_are_refused(toy, tiled, prepare, photo, sample_on) -> None:
@@ -253,9 +217,7 @@ def test_other_controlnets_see_their_part(toy, tiled, prepare, photo, sample_on)
         control = stock_control(toy).set_cond_hint(hint, 1.0, (0.0, 1.0))
         chained = restoration.control.copy().set_previous_controlnet(control)
         positive = [[t, extra | {"control": chained}] for t, extra in restoration.positive]
-        inputs = SimpleNamespace(
-            positive=positive, negative=restoration.negative, latent=restoration.latent
-        )
+        inputs = SimpleNamespace(**vars(restoration) | {"positive": positive})
         found.append(sample_on(tiled(image, overlap=0).model, inputs, steps=1))
     difference = (found[1] - found[0]).abs()
     assert difference[..., :8].max() == 0
@@ -291,11 +253,8 @@ def test_areas_and_masks(toy, tiled, prepare, photo, sample_on) -> None:
     mask[..., 64:] = 1
     for where in ({"area": (8, 8, 0, 8)}, {"mask": mask, "set_area_to_bounds": False}):
         second = [[3 * t, extra | where] for t, extra in restoration.positive]
-        inputs = SimpleNamespace(
-            positive=restoration.positive + second,
-            negative=restoration.negative,
-            latent=restoration.latent,
-        )
+        both = {"positive": restoration.positive + second}
+        inputs = SimpleNamespace(**vars(restoration) | both)
         difference = (sample_on(patched, inputs, steps=1) - plain).abs()
         assert difference[..., :8].max() < 1e-3
         assert difference[..., 8:].mean() > 1e-3
@@ -308,9 +267,7 @@ def test_an_area_across_tiles_sees_its_part_of_the_photo(
     image = photo(64, 128)
     restoration = prepare(image)
     second = [[t, extra | {"area": (8, 8, 0, 4)}] for t, extra in restoration.positive]
-    inputs = SimpleNamespace(
-        positive=second, negative=restoration.negative, latent=restoration.latent
-    )
+    inputs = SimpleNamespace(**vars(restoration) | {"positive": second})
     seen = calls(restoration.control.network, "forward")
     sample_on(tiled(image, overlap=0).model, inputs, steps=1)
     hints = [kwargs["hint"] for _, kwargs in seen]
@@ -399,17 +356,14 @@ def test_patched_weights_reach_the_tiles(toy, pack, prepare, photo, sample_on) -
 
 
 def test_its_look_at_tiles_does_not_replace_that_at_the_photo(
-    toy, tiled, prepare, photo, run, calls
+    toy, tiled, prepare, photo, look, calls
 ) -> None:
     image = photo(64, 128)
     prepare(image)
     looks = calls(toy.clip_vision, "encode_image")
     tiled(image)
     at_tiles = len(looks)
-    run(
-        "DiffRestorerDegradationClassifier",
-        diff_restorer=toy.restorer, clip_vision=toy.clip_vision, image=image,
-    )  # fmt: skip
+    look("DiffRestorerDegradationClassifier", image)
     assert len(looks) == at_tiles > 0
 
 

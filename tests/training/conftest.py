@@ -1,9 +1,12 @@
-"""Each test file starts accelerate anew: its state is global to the process."""
+"""Three small photos; each test file starts accelerate anew, as its state is the process's."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from accelerate.state import AcceleratorState
+
+from tests.photos import write
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -12,3 +15,8 @@ def fresh_accelerate() -> Iterator[None]:
     AcceleratorState._reset_state(reset_partial_state=True)
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write(tmp_path_factory.mktemp("photos"), ("astronaut", "chelsea", "coffee"), (96, 80))

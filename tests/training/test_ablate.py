@@ -1,7 +1,5 @@
 """The ablation on a toy model: every variant differs where it should and nowhere else."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +9,7 @@ import scipy.stats
 import torch
 from PIL import Image
 
-from diff_restorer.checkpoint import V_PREDICTION
+from diff_restorer.checkpoint import BASE_PREFIXES, V_PREDICTION
 from diff_restorer.degradations import KINDS
 from tests import photos as test_photos
 from training import ablate
@@ -30,10 +28,6 @@ TOY = Sizes(
     prompt_hidden=24, detail_widths=(), fusion_levels=(0, 2), fusion_growth=4, fusion_depth=1,
     fusion_pixel_width=8,
 )  # fmt: skip
-PREFIXES = (
-    "base.unet.", "base.vae.", "base.clip_vision.", "prompt_processor.", "control.",
-    "decoder.fusion.", "decoder.vae.",
-)  # fmt: skip
 
 
 def write_model(path: Path, seed: int) -> Path:
@@ -44,7 +38,8 @@ def write_model(path: Path, seed: int) -> Path:
         if not parameter.any():
             torch.nn.init.normal_(parameter, std=0.05)
     torch.nn.init.normal_(models.prompt.prototypes)
-    models.save(path, PREFIXES, checkpoint_info(models, {}), torch.float32)
+    prefixes = (*BASE_PREFIXES, "prompt_processor.", "control.", *models.decoder_parts)
+    models.save(path, prefixes, checkpoint_info(models, {}), torch.float32)
     return path
 
 
@@ -54,13 +49,10 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return test_photos.write(tmp_path_factory.mktemp("clean"), ("astronaut", "coffee"), (43, 36))
-
-
-@pytest.fixture(scope="module")
-def config(file: Path, photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Config:
+def config(file: Path, tmp_path_factory: pytest.TempPathFactory) -> Config:
     """A run over all variants, two photos and two kinds."""
+    folder = tmp_path_factory.mktemp("clean")
+    photos = test_photos.write(folder, ("astronaut", "coffee"), (43, 36))
     config = Config(
         AblationData(photos, kinds=("noise", "clean")), tmp_path_factory.mktemp("out"), file,
         steps=3, precision="no",

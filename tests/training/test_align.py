@@ -1,21 +1,12 @@
 """New eyes for networks that were trained on old ones."""
 
-from __future__ import annotations
-
 import copy
 from typing import Any
 
-import pytest
 import torch
 
 from diff_restorer.prompt_processor import PromptProcessor, PromptProcessorConfig
 from training.nano.align import fit, fold
-
-
-@pytest.fixture
-def prompt() -> Any:
-    torch.manual_seed(0)
-    return PromptProcessor(PromptProcessorConfig(8, 12, 6, 3)).requires_grad_(requires_grad=False)
 
 
 def near_identity(width: int) -> torch.Tensor:
@@ -36,8 +27,10 @@ def test_a_strong_ridge_is_the_identity() -> None:
     assert torch.allclose(found, torch.eye(8), atol=1e-3)
 
 
-def test_drifted_tokens_are_read_as_before(prompt: Any) -> None:
+def test_drifted_tokens_are_read_as_before() -> None:
     """Tokens and P_D move by affine maps; P_S, P_D and the logits come out as before."""
+    torch.manual_seed(0)
+    prompt: Any = PromptProcessor(PromptProcessorConfig(8, 12, 6, 3)).requires_grad_(False)
     old, tokens = copy.deepcopy(prompt), torch.randn(40, 5, 8)
     token_map, pd_map = (near_identity(8), torch.randn(8)), (near_identity(6), torch.randn(6))
     drifted = tokens @ torch.linalg.inv(token_map[0]).T - token_map[1]  # what the new encoder gives

@@ -1,18 +1,15 @@
 """Calibration: what is measured, what is fitted, and that only the file's metadata changes."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
-from skimage import data
 
 from diff_restorer.checkpoint import read_checkpoint, write_checkpoint
 from diff_restorer.degradations import KINDS
+from tests.photos import write
 from tests.training.test_ablate import write_model
 from training import calibrate
 from training.calibrate import Config, restore_twice, with_trust
@@ -27,10 +24,8 @@ TYPES = ("noise", "haze", "clean")
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("clean")
-    Image.fromarray(data.coffee()).resize((150, 131)).save(folder / "coffee.png")
-    Image.fromarray(data.chelsea()).resize((150, 90)).save(folder / "too_small.png")
-    return folder
+    folder = write(tmp_path_factory.mktemp("clean"), ("coffee",), (150, 131))
+    return write(folder, ("chelsea",), (150, 90))  # which is too small
 
 
 @pytest.fixture
@@ -146,9 +141,7 @@ def test_what_cannot_be_calibrated(config: Config, tmp_path: Path) -> None:
         calibrate.main(replace(config, file=path))
     with pytest.raises(ValueError, match=r"--loss 0\.5 --steps 1 --limit 48 --crop 128: expected"):
         calibrate.main(replace(config, loss=0.5))
-    small = tmp_path / "small"
-    small.mkdir()
-    Image.fromarray(data.coffee()).resize((150, 90)).save(small / "coffee.png")
+    small = write(tmp_path / "small", ("coffee",), (150, 90))
     with pytest.raises(ValueError, match=r"--photos: .* has no photo of 128 px or more"):
         calibrate.main(replace(config, photos=small))
     assert read_checkpoint(config.file).info.abstention is None

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from diff_restorer.degradations import KINDS
-from tests.photos import picture
+from tests.photos import write
 from training.common import DataConfig, in_batches, open_data
 from training.data import (
     PICTURES,
@@ -32,7 +32,7 @@ from training.parts import cut_clean
 from training.photos import CleanPhotos, PhotoStore, photo_size, read_photo
 from training.train_decoder import SAMPLED, DecoderBatches, read_sampled
 
-from .toys import drawn, same, write_tar
+from .toys import drawn, occurs, same, write_tar
 
 NAMES = ("astronaut", "chelsea", "coffee")
 
@@ -41,25 +41,13 @@ NAMES = ("astronaut", "chelsea", "coffee")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three small photos, one of them in a subfolder."""
     root = tmp_path_factory.mktemp("photos")
-    (root / "more").mkdir()
-    for name, sub in zip(NAMES, (".", ".", "more"), strict=True):
-        picture(name).resize((150, 100)).save(root / sub / f"{name}.png")
-    return root
+    write(root / "more", NAMES[2:], (150, 100))
+    return write(root, NAMES[:2], (150, 100))
 
 
 def make(folder: Path, **changes: object) -> RestorationBatches:
     settings = {"part": 80, "crop": 64, "clip_size": 48, "seed": 0} | changes
     return RestorationBatches(CleanPhotos(folder), **settings)  # type: ignore[arg-type]
-
-
-def occurs(crop: Tensor, photo: Tensor) -> bool:
-    """Whether a noisy crop is a window of the photo; its corners alone would be found once."""
-    side, reach = 6, crop.shape[-1] - 6
-    places = photo.unfold(1, side, 1).unfold(2, side, 1)  # (3, rows, columns, side, side)
-    first, last = crop[:, :side, :side], crop[:, -side:, -side:]
-    found = (places[:, :-reach, :-reach] == first[:, None, None]).all(-1).all(-1).all(0)
-    ends = (places[:, reach:, reach:] == last[:, None, None]).all(-1).all(-1).all(0)
-    return bool((found & ends).any())
 
 
 def test_a_folder_a_list_and_a_manifest_name_the_same_photos(folder: Path, tmp_path: Path) -> None:
@@ -251,10 +239,8 @@ def test_softer_photos_are_softer_on_both_sides_but_not_under_blur(folder: Path)
 
 
 def test_oversampled_kinds_are_drawn_more_often(folder: Path) -> None:
-    batches = make(
-        folder, kinds=("clean", "noise"), oversample=("clean", "clean"), batch_size=200, part=16,
-        crop=16,
-    )  # fmt: skip
+    kinds = {"kinds": ("clean", "noise"), "oversample": ("clean", "clean")}
+    batches = make(folder, **kinds, batch_size=200, part=16, crop=16)
     share = (batches[0].labels["label"] == 0).float().mean()
     assert 0.65 < share < 0.85  # three of four
     with pytest.raises(ValueError, match=r"oversample: unknown \['fog'\]; known are"):
@@ -287,16 +273,11 @@ def test_stage_2_pairs_latents_with_the_batches_they_came_from(
     asked = [SAMPLED in drawn(DecoderBatches(fresh, None, 0.5), number) for number in range(40)]
     assert found == [number for number in range(40) if asked[number]]
 
-    for changes in (
-        {"crop": 32},
-        {"softer": 0.5},
-        {"looks": 0.5},
-        {"batch_size": 4},
-        {"crops_per_part": 2},
-    ):
-        other = make(folder, **({"batch_size": 2} | changes))
-        with pytest.raises(ValueError, match=f"sampled with {next(iter(changes))} .* same --data"):
-            read_sampled(other, file)
+    other = {"crop": 32, "softer": 0.5, "looks": 0.5, "batch_size": 4, "crops_per_part": 2}
+    for name, value in other.items():
+        changed = make(folder, **({"batch_size": 2} | {name: value}))
+        with pytest.raises(ValueError, match=f"sampled with {name} .* same --data"):
+            read_sampled(changed, file)
     with pytest.raises(ValueError, match="found 4, but the latents were sampled in batches of 2"):
         stage_2.sized(4)
     renamed = tmp_path / "renamed"
@@ -309,12 +290,9 @@ def test_stage_2_pairs_latents_with_the_batches_they_came_from(
         read_sampled(fresh, file)
 
 
-def test_clean_crops_are_aligned(folder: Path) -> None:
-    batch = drawn(make(folder, kinds=("clean",), batch_size=12), 0)
-    assert torch.equal(batch["gt"], batch["lq"])
-
-
-def test_degraded_crops_are_aligned(folder: Path) -> None:
+def test_crops_are_aligned(folder: Path) -> None:
+    clean = drawn(make(folder, kinds=("clean",), batch_size=12), 0)
+    assert torch.equal(clean["gt"], clean["lq"])
     batch = drawn(make(folder, kinds=("noise",), batch_size=12, crops_per_part=3), 0)
     for gt, lq in zip(batch["gt"], batch["lq"], strict=True):
         here = (gt - lq).square().mean()

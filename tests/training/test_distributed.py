@@ -1,10 +1,7 @@
 """Two real processes (gloo) equal one that accumulates, with DDP."""
 
-from __future__ import annotations
-
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -14,31 +11,23 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from .toys import train, untimed
+from tools.environment import ROOT
+from tools.host import free_port
 
-ROOT = Path(__file__).parents[2]
+from .toys import train, untimed
 
 
 def launch(settings: dict[str, Any], nodes: int = 1) -> subprocess.CompletedProcess[str]:
-    """`accelerate launch` with the shipped file, as the training guide has it.
-
-    Args:
-        settings: Of the run, on two processes.
-        nodes: 2 starts one process on each of two nodes, both on this machine.
-
-    Returns:
-        The first node's end.
-    """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    """The first node's end of `accelerate launch` on two processes with the shipped file, as the
+    training guide has it, or on one process on each of two nodes, both on this machine."""
+    port = str(free_port())
     started = [
         subprocess.Popen(
             [
                 *(sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"),
                 *("--config_file", "training/configs/accelerate/ddp.yaml"),
                 *("--num_machines", str(nodes), "--machine_rank", str(rank)),
-                *("--main_process_ip", "127.0.0.1", "--main_process_port", str(port)),
+                *("--main_process_ip", "127.0.0.1", "--main_process_port", port),
                 *("--num_processes", "2", "-m", "tests.training.toys", json.dumps(settings)),
             ],
             cwd=ROOT,
@@ -59,7 +48,8 @@ def launch(settings: dict[str, Any], nodes: int = 1) -> subprocess.CompletedProc
         subprocess.CompletedProcess(process.args, process.returncode, *end)
         for process, end in zip(started, ends, strict=True)
     ]
-    assert done[-1].returncode == done[0].returncode, done[-1].stderr[-3000:]
+    for end in reversed(done):
+        assert end.returncode == 0, end.stderr[-3000:]
     return done[0]
 
 
@@ -75,7 +65,6 @@ def test_two_processes_equal_accumulation(tmp_path: Path) -> None:
     two: dict[str, Any] = {"out": str(tmp_path / "two"), "accumulate": 1, **shared}
     for steps in (4, 7):
         done = launch(two | {"steps": steps})
-        assert done.returncode == 0, done.stderr[-3000:]
     assert "resumed" in done.stderr
     found, expected = load_file(tmp_path / "two" / "export.safetensors"), load_file(one)
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
@@ -92,8 +81,7 @@ def test_two_nodes_equal_accumulation(tmp_path: Path) -> None:
     """One process each, as on a cluster whose nodes share a disk."""
     shared = {"decay": False, "batch_size": 2, "steps": 4, "validate_every": 4}
     one = train({"out": str(tmp_path / "one"), "accumulate": 2, **shared})
-    done = launch({"out": str(tmp_path / "two"), "accumulate": 1, **shared}, nodes=2)
-    assert done.returncode == 0, done.stderr[-3000:]
+    launch({"out": str(tmp_path / "two"), "accumulate": 1, **shared}, nodes=2)
     found, expected = load_file(tmp_path / "two" / "export.safetensors"), load_file(one)
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
     assert table(tmp_path / "two/metrics.csv") == table(tmp_path / "one/metrics.csv")
@@ -110,7 +98,6 @@ def test_a_run_of_two_processes_goes_on_in_one_and_back(tmp_path: Path) -> None:
             train(settings)
         else:
             done = launch(settings)
-            assert done.returncode == 0, done.stderr[-3000:]
     assert "processes 1 -> 2" in done.stderr
     found, expected = load_file(tmp_path / "two" / "export.safetensors"), load_file(straight)
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
@@ -119,8 +106,7 @@ def test_a_run_of_two_processes_goes_on_in_one_and_back(tmp_path: Path) -> None:
 def test_two_processes_agree_on_the_end_of_a_time_box(tmp_path: Path) -> None:
     """Their clocks start apart, and each could take another step for the last."""
     out = tmp_path / "box"
-    done = launch({"out": str(out), "steps": 0, "minutes": 0.25, "log_every": 1})
-    assert done.returncode == 0, done.stderr[-3000:]
+    launch({"out": str(out), "steps": 0, "minutes": 0.25, "log_every": 1})
     rows = table(out / "metrics.csv")
     assert len(rows) > 3
     last = f"step_{round(rows[-1]['step']):07d}"

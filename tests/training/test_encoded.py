@@ -1,7 +1,5 @@
 """Stage 1 on what was encoded before: the same numbers, and refused where they would be others."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 
-from tests.photos import write
 from tests.training import toy_sd15
 from training import encode_control_data, train_control
 from training.common import DataConfig, ModelConfig, data_for, open_models
@@ -18,11 +15,6 @@ from training.loop import LoopConfig
 from training.models import Models
 
 SAMPLES, BATCH = 5, 2
-
-
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write(tmp_path_factory.mktemp("photos"), ("astronaut", "chelsea", "coffee"), (96, 80))
 
 
 @pytest.fixture(scope="module")

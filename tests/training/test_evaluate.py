@@ -1,10 +1,7 @@
 """The evaluation: test sets, metrics, report and the whole program against a real server."""
 
-from __future__ import annotations
-
 import io
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,9 +14,10 @@ from torchvision.models import alexnet
 
 from diff_restorer.degradations import KINDS
 from tests import photos as test_photos
+from tests.e2e.graph import Runner
 from tools.client import Client
 from tools.errors import ServerUnreachableError, WorkflowError
-from tools.host import Host, free_port
+from tools.host import free_port
 from tools.restoration import NANO_WORKFLOW
 from tools.workflow import find_node, load_workflow
 from training import evaluate
@@ -75,9 +73,6 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         picture.save(folder / name / "lq/cat.png")
         clean.save(folder / name / "gt/cat.png")
     return folder
-
-
-# Test sets
 
 
 def test_test_sets_are_a_function_of_the_seed_and_the_photo(photos: Path, tmp_path: Path):
@@ -198,9 +193,6 @@ def test_bad_folders_are_named(tmp_path: Path, photos: Path):
     assert evaluate.main(Config(out=tmp_path / "out")) == 1
 
 
-# Metrics
-
-
 def test_missing_weights_are_named_and_break_nothing(tmp_path: Path, photos: Path):
     learned = Learned(tmp_path)
     assert set(learned.missing) == {"lpips", "dists", "fid"}
@@ -222,14 +214,6 @@ def test_lpips_is_measured_where_its_file_is(tmp_path: Path, photos: Path):
     assert learned.score(lq, gt)["lpips"] > 0.001
 
 
-# Report
-
-
-def halfway(lq: Path, gt: Path) -> Image.Image:
-    """A made-up restoration."""
-    return to_picture((read_image(lq) + read_image(gt)) / 2)
-
-
 @pytest.fixture(scope="module")
 def offline(photos: Path, pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> Config:
     """A run whose restored pictures are made up, so that it needs no server."""
@@ -245,7 +229,8 @@ def offline(photos: Path, pairs: Path, tmp_path_factory: pytest.TempPathFactory)
         case = cases[task.name]
         seen = dict.fromkeys(KINDS, 0.02) | {case.kind or "noise": 0.9}
         note = {"key": key, "probabilities": seen, "seconds": 1.5}
-        save_picture(task.result, halfway(case.lq, case.gt), note)
+        halfway = (read_image(case.lq) + read_image(case.gt)) / 2
+        save_picture(task.result, to_picture(halfway), note)
     for task, key in round_trips.pending():
         save_picture(task.result, to_picture(read_image(task.photo) * 0.9), {"key": key})
     return config
@@ -356,9 +341,6 @@ def test_several_processes_give_the_same_scores(offline: Config, metrics: dict, 
         assert found == pytest.approx(photo["baselines"])
 
 
-# The comparison network
-
-
 def test_nafnet_begins_as_identity_and_takes_any_size():
     network = nafnet.new_nafnet(8, (1, 1, 1))
     image = torch.rand(1, 3, 37, 50)
@@ -388,9 +370,6 @@ def test_nafnet_trains_and_is_scored(photos: Path, offline: Config, metrics: dic
         nafnet.load_network(offline.file)
 
 
-# The server
-
-
 def test_the_round_trip_takes_the_vae_of_the_workflow():
     trip = vae_round_trip(load_workflow(NANO_WORKFLOW))
     classes = sorted(node["class_type"] for node in trip.values())
@@ -409,13 +388,7 @@ def test_a_dead_server_ends_the_run_with_a_message(
 
 
 @pytest.fixture(scope="module")
-def host(comfyui_root: Path) -> Iterator[Host]:
-    with Host() as host:
-        yield host
-
-
-@pytest.fixture(scope="module")
-def run(host: Host, photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Config:
+def run(runner: Runner, photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Config:
     """The whole program on two tiny photos and one that cannot be read."""
     out = tmp_path_factory.mktemp("run")
     clean = out / "clean"
@@ -430,7 +403,7 @@ def run(host: Host, photos: Path, tmp_path_factory: pytest.TempPathFactory) -> C
         PhotoSets(clean, suites=("own",)),
         out,
         out / "quick.json",
-        server=host.url,
+        server=runner.host.url,
         workers=1,
         sheet_photos=1,
     )
@@ -438,7 +411,6 @@ def run(host: Host, photos: Path, tmp_path_factory: pytest.TempPathFactory) -> C
     return config
 
 
-@pytest.mark.comfy
 def test_the_program_restores_through_the_api(run: Config):
     metrics = json.loads((run.out / "metrics.json").read_text())
     assert len(metrics["photos"]) == 18
@@ -453,7 +425,6 @@ def test_the_program_restores_through_the_api(run: Config):
     assert metrics["sets"]["low_light"]["gain"] > 1
 
 
-@pytest.mark.comfy
 def test_a_second_run_does_only_what_is_missing(run: Config):
     results = sorted((run.out / "restored").rglob("*.png"))
     assert len(results) == 18
@@ -464,7 +435,6 @@ def test_a_second_run_does_only_what_is_missing(run: Config):
     assert again == {results[3]}
 
 
-@pytest.mark.comfy
 def test_another_model_file_makes_every_result_stale(run: Config, photos: Path, tmp_path: Path):
     cases = evaluate.open_cases(replace(run, data=PhotoSets(photos, suites=("own",)))).cases
     workload, _ = evaluate.server_work(run, cases)
@@ -474,14 +444,13 @@ def test_another_model_file_makes_every_result_stale(run: Config, photos: Path, 
     assert len(other.pending()) == len(cases)
 
 
-@pytest.mark.comfy
-def test_a_failed_photo_does_not_stop_the_others(run: Config, host: Host, tmp_path: Path):
+def test_a_failed_photo_does_not_stop_the_others(run: Config, runner: Runner, tmp_path: Path):
     good = evaluate.open_cases(run).cases[0]
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"no picture")
     tasks = (Task("bad", broken, tmp_path / "1.png"), Task("good", good.lq, tmp_path / "2.png"))
     workload = replace(evaluate.server_work(run, [good])[0], tasks=tasks)
-    failed = run_workload(Client(host.url), workload, workload.pending())
+    failed = run_workload(runner.client, workload, workload.pending())
     assert list(failed) == ["bad"]
     assert read_note(tmp_path / "2.png")["probabilities"]
     with pytest.raises(ServerUnreachableError):
@@ -490,7 +459,6 @@ def test_a_failed_photo_does_not_stop_the_others(run: Config, host: Host, tmp_pa
         )
 
 
-@pytest.mark.comfy
 def test_it_starts_a_server_of_its_own(pairs: Path, tmp_path: Path, comfyui_root: Path):
     only = tmp_path / "pairs"
     (only / "noise_real").parent.mkdir()

@@ -1,11 +1,10 @@
 """Gradients reach every trainable tensor and no frozen one, each from the terms that should."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -27,11 +26,6 @@ LOOP = LoopConfig(out=Path("never"), precision="no")
 DATA = DataConfig(Path("never"), crop=32)
 LAST_BIAS = "11.bias"
 """Of the discriminator: real and fake patches cancel in it while all scores are in the margin."""
-
-
-@pytest.fixture(scope="module")
-def toy_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("toy")
 
 
 @pytest.fixture(params=["nano", "sd15"])
@@ -83,6 +77,12 @@ def stage_2(models: Models, **changes: Any) -> train_decoder.DecoderLoss:
     return train_decoder.DecoderLoss(models, config)
 
 
+def terms_of(loss: train_decoder.DecoderLoss, models: Models, step: int = 0) -> dict[str, Tensor]:
+    """Of stage 2, at a step, on one batch."""
+    loss.begin_step(step)
+    return loss(batch_for(models), torch.Generator().manual_seed(2))
+
+
 def reached(module: nn.Module) -> set[str]:
     """Names of the parameters that some gradient reaches."""
     return {
@@ -127,19 +127,16 @@ def test_p_s_can_learn_without_the_encoder_of_the_unet(models: Models) -> None:
     assert not torch.allclose(other, p_s)
 
 
-def test_first_steps_start_from_the_degraded_photo(
-    models: Models, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_first_steps_start_from_the_degraded_photo(models: Models) -> None:
     """About half the draws are at the last timestep, and only their latent follows LQ."""
     config = train_control.Config(LOOP, DATA, first_step=0.5, draws=20)
     train_control.prepare(models, config)
     loss, batch = train_control.make_loss(models, config), batch_for(models)
-    seen: list[tuple[Tensor, ...]] = []
-    denoise = models.denoise
-    monkeypatch.setattr(models, "denoise", lambda *given: (seen.append(given), denoise(*given))[1])
-    for lq in (batch["lq"], batch["lq"].flip(-1)):
-        loss(batch | {"lq": lq}, torch.Generator().manual_seed(2))
-    (noisy, timestep, hint), (other, again, other_hint) = (given[:3] for given in seen)
+    with mock.patch.object(models, "denoise", wraps=models.denoise) as denoise:
+        for lq in (batch["lq"], batch["lq"].flip(-1)):
+            loss(batch | {"lq": lq}, torch.Generator().manual_seed(2))
+    calls = [call.args[:3] for call in denoise.call_args_list]
+    (noisy, timestep, hint), (other, again, other_hint) = calls
     assert torch.equal(timestep, again)
     first = timestep == TIMESTEPS - 1
     assert 10 < int(first.sum()) < 30
@@ -282,8 +279,7 @@ def test_sd15_is_frozen_in_half_precision_and_what_trains_is_not(toy_folder: Pat
 
 def test_stage_2_reaches_all_that_trains_and_nothing_else(models: Models) -> None:
     loss = stage_2(models, lpips_weight=1.0, gan=GanConfig(0.025, start=0, width=8))
-    loss.begin_step(0)
-    terms = loss(batch_for(models), torch.Generator().manual_seed(2))
+    terms = terms_of(loss, models)
     terms["loss"].backward()
     assert reached(loss.trainable) == names(loss.trainable) - {f"discriminator.{LAST_BIAS}"}
     assert frozen_without_gradient(models)
@@ -293,8 +289,7 @@ def test_stage_2_reaches_all_that_trains_and_nothing_else(models: Models) -> Non
 @pytest.mark.parametrize("term", ["l1", "perceptual", "gan"])
 def test_each_term_of_stage_2_alone_reaches_the_last_conv(models: Models, term: str) -> None:
     loss = stage_2(models, lpips_weight=1.0, gan=GanConfig(0.025, start=0, width=8))
-    loss.begin_step(0)
-    loss(batch_for(models), torch.Generator().manual_seed(2))[term].backward()
+    terms_of(loss, models)[term].backward()
     last = "extension.out.weight"
     if models.decoder.decoder is not None:
         names = [name for name, _ in models.decoder.decoder.named_parameters()]
@@ -306,8 +301,7 @@ def test_each_term_of_stage_2_alone_reaches_the_last_conv(models: Models, term: 
 
 def test_minus_the_psnr_alone_reaches_all_of_the_decoder(models: Models) -> None:
     loss = stage_2(models, pixel_loss="psnr")
-    loss.begin_step(0)
-    terms = loss(batch_for(models), torch.Generator().manual_seed(2))
+    terms = terms_of(loss, models)
     terms["loss"].backward()
     assert reached(models.decoder) == names(models.decoder)
     assert not torch.equal(terms["loss"], terms["l1"])
@@ -315,8 +309,7 @@ def test_minus_the_psnr_alone_reaches_all_of_the_decoder(models: Models) -> None
 
 def test_the_discriminator_s_term_leaves_the_decoder_alone(models: Models) -> None:
     loss = stage_2(models, gan=GanConfig(0.025, start=0, width=8))
-    loss.begin_step(0)
-    loss(batch_for(models), torch.Generator().manual_seed(2))["discriminator"].backward()
+    terms_of(loss, models)["discriminator"].backward()
     assert all(p.grad is None for p in models.decoder.parameters())
     assert loss.discriminator is not None
     assert reached(loss.discriminator) == names(loss.discriminator) - {LAST_BIAS}
@@ -328,8 +321,7 @@ def test_parts_join_stage_2_at_their_step(models: Models) -> None:
     assert loss.discriminator is not None
     for step, decoder, gan in ((0, False, False), (3, True, False), (5, True, True)):
         loss.trainable.zero_grad()
-        loss.begin_step(step)
-        loss(batch_for(models), torch.Generator().manual_seed(2))["loss"].backward()
+        terms_of(loss, models, step)["loss"].backward()
         assert reached(models.decoder.extension) == names(models.decoder.extension)
         if tuned:
             assert bool(reached(models.decoder.decoder)) == decoder
@@ -351,19 +343,13 @@ def test_pooled_p_d_alone_is_that_of_the_whole_reading(models: Models) -> None:
 def test_stage_2_decodes_sampled_latents_where_there_are_some(models: Models) -> None:
     loss = stage_2(models, latent_noise=0.0)
     batch = batch_for(models)
-    seen: list[torch.Tensor] = []
-    decode = loss._decode_fast
-
-    def decoded(latent: Tensor, features: Any, pooled: Tensor, statistics: Tensor) -> Tensor:
-        seen.append(latent)
-        return decode(latent, features, pooled, statistics)
-
-    loss._decode_fast = decoded
     sampled = torch.rand(2, 4, 4, 4, generator=torch.Generator().manual_seed(3))
-    for given in (batch, batch | {"latent": sampled}):
-        loss(given, torch.Generator().manual_seed(2))
-    torch.testing.assert_close(seen[0], models.encode(to_pixels(batch["gt"])))
-    assert torch.equal(seen[1], sampled)
+    with mock.patch.object(loss, "_decode_fast", wraps=loss._decode_fast) as decode:
+        for given in (batch, batch | {"latent": sampled}):
+            loss(given, torch.Generator().manual_seed(2))
+    own, other = (call.args[0] for call in decode.call_args_list)
+    torch.testing.assert_close(own, models.encode(to_pixels(batch["gt"])))
+    assert torch.equal(other, sampled)
 
 
 def test_crops_of_one_part_share_its_p_d(models: Models) -> None:
@@ -397,8 +383,7 @@ def test_the_decoder_without_p_d_ignores_it(models: Models) -> None:
     assert not models.read_pooled(batch).any()
     assert not models.read(batch).pooled.any()
     assert models.read(batch).logits.any()
-    loss.begin_step(0)
-    loss(batch, torch.Generator().manual_seed(2))["loss"].backward()
+    terms_of(loss, models)["loss"].backward()
     extension, layer = models.decoder.extension, "norm.weight"
     if isinstance(extension, FusionBlocks):
         layer = "film.weight"

@@ -1,9 +1,8 @@
 """The training loop: exact resume, EMA, interruption, full disks and losses that are not finite."""
 
-from __future__ import annotations
-
 import csv
 import importlib
+import itertools
 import logging
 import os
 import resource
@@ -11,6 +10,7 @@ import shutil
 import signal
 from pathlib import Path
 from typing import Any, cast
+from unittest import mock
 
 import pytest
 import tomllib
@@ -69,22 +69,14 @@ def test_a_finished_run_is_not_trained_again(tmp_path: Path) -> None:
 
 def test_accumulation_equals_a_larger_batch(tmp_path: Path) -> None:
     """Up to rounding and dropout's and noise's own numbers, which come per batch."""
-    means = {}
-    for name, shape in {"small": (2, 4), "large": (8, 1)}.items():
-        seen: list[Tensor] = []
+    seen = {}
+    for size, accumulate in ((2, 4), (8, 1)):
         watched = stage()
-        loss = watched.loss
-
-        def record(batch: dict[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
-            seen.append(batch["x"])  # noqa: B023
-            return loss(batch, generator)  # noqa: B023
-
-        watched.loss = record
-        size, accumulate = shape
-        settings = config(tmp_path / name, steps=2, batch_size=size, accumulate=accumulate)
+        watched.loss = mock.Mock(wraps=watched.loss)
+        settings = config(tmp_path / str(size), steps=2, batch_size=size, accumulate=accumulate)
         run(watched, Points(), settings)
-        means[name] = torch.cat(seen)
-    assert torch.equal(means["small"], means["large"])
+        seen[size] = torch.cat([call.args[0]["x"] for call in watched.loss.call_args_list])
+    assert torch.equal(seen[2], seen[8])
 
 
 def test_the_exported_weights_are_the_average_and_not_the_last(tmp_path: Path) -> None:
@@ -261,12 +253,10 @@ def test_an_interrupted_run_saves_its_state_and_says_how_to_go_on(
     straight = run(stage(), Points(), config(tmp_path / "straight"))
     out, interrupted = tmp_path / "interrupted", stage()
     loss, before = interrupted.loss, signal.getsignal(number)
-    seen = 0
+    batches = itertools.count(1)
 
     def loss_and_signal(batch: dict[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
-        nonlocal seen
-        seen += 1
-        if seen == 3:
+        if next(batches) == 3:
             os.kill(os.getpid(), number)
         return loss(batch, generator)
 

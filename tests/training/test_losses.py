@@ -1,7 +1,5 @@
 """Each loss is what it says, and tells which perceptual distance runs."""
 
-from __future__ import annotations
-
 import logging
 from pathlib import Path
 
@@ -109,15 +107,11 @@ def test_the_spectral_distance_of_a_flat_image_has_a_finite_gradient() -> None:
 
 
 def test_without_weights_the_fallback_runs_and_says_so(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    home = torch.hub.get_dir()
-    torch.hub.set_dir(str(tmp_path))
-    try:
-        with caplog.at_level(logging.INFO):
-            fallback = Perceptual()
-    finally:
-        torch.hub.set_dir(home)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    with caplog.at_level(logging.INFO):
+        fallback = Perceptual()
     assert f"LPIPS's backbone is not there; put torchvision's {VGG_FILE}" in caplog.text
     image, other = picture(0), picture(1)
     assert torch.equal(fallback(image, other), spectral_distance(image, other))

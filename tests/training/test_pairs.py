@@ -21,7 +21,7 @@ from training.networks import Sizes
 from training.pairs import PairedPhotos
 from training.photos import CleanPhotos, PhotoStore
 
-from .toys import drawn, same, write_tar
+from .toys import drawn, occurs, same, write_tar
 
 PHOTO = picture("chelsea").resize((96, 72))
 
@@ -253,13 +253,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def make(root: Path, **changes: object) -> RestorationBatches:
-    settings = {
-        "part": 60,
-        "crop": 48,
-        "clip_size": 24,
-        "seed": 0,
-        "pairs": PairedPhotos([root / "daclip", root / "reside"]),
-    } | changes
+    pairs = PairedPhotos([root / "daclip", root / "reside"])
+    settings = {"part": 60, "crop": 48, "clip_size": 24, "seed": 0, "pairs": pairs} | changes
     return RestorationBatches(CleanPhotos(root / "photos"), **settings)  # type: ignore[arg-type]
 
 
@@ -304,12 +299,6 @@ def test_crops_of_pairs_are_aligned_in_both_halves(root: Path) -> None:
         assert places
         mirrored.update(places)
     assert mirrored == {False, True}
-
-
-def occurs(crop: Tensor, photo: Tensor) -> bool:
-    side = crop.shape[-1]
-    windows = photo.unfold(1, side, 1).unfold(2, side, 1)  # (3, rows, columns, side, side)
-    return bool((windows == crop[:, None, None]).all(-1).all(-1).all(0).any())
 
 
 def test_pairs_and_photos_share_a_batch(root: Path) -> None:

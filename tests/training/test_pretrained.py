@@ -1,18 +1,19 @@
 """SD 1.5 and CLIP open from every accepted layout; other files are named and refused."""
 
-from __future__ import annotations
-
+import copy
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from open_clip.transformer import QuickGELU, VisionTransformer
 from safetensors.torch import load_file, save_file
 
 from diff_restorer.checkpoint import CheckpointError, read_checkpoint
 from tests import toy_weights
+from tests.toy_models import open_clip_tower
 from tests.training import toy_sd15
 from training.common import ModelConfig, open_models
 from training.models import clip_tokens
@@ -54,9 +55,8 @@ def test_single_file_and_diffusers_folder_are_the_same_networks(files: dict[str,
     assert (single.sizes.context_width, single.sizes.vae_channels) == (64, (32, 32, 64, 64))
     assert (single.sizes.vision_width, single.sizes.vision_image) == (64, 64)
     assert single.sizes.prompt_hidden == 1024  # the file does not tell it
-    mine, theirs = states(single), states(folder)
-    assert mine.keys() == theirs.keys()
-    assert all(torch.equal(mine[key], theirs[key]) for key in mine)
+    mine = states(single)
+    torch.testing.assert_close(mine, states(folder), rtol=0, atol=0)
     written = load_file(files["checkpoint"])
     assert torch.equal(
         mine["unet.down_blocks.0.resnets.0.conv1.weight"],
@@ -73,10 +73,10 @@ def test_files_may_be_written_over_while_a_training_runs(
     state = {key: value.float() for key, value in load_file(files["checkpoint"]).items()}
     save_file(state, path)
     base = opened(path, files["clip"])
-    before = {key: value.clone() for key, value in states(base).items()}
+    before = copy.deepcopy(states(base))
     path.write_bytes(bytes(path.stat().st_size))
     path.write_bytes(b"")
-    assert all(torch.equal(before[key], value) for key, value in states(base).items())
+    torch.testing.assert_close(states(base), before, rtol=0, atol=0)
 
 
 def test_another_vae_takes_the_place_of_the_checkpoint_s(
@@ -91,22 +91,8 @@ def test_another_vae_takes_the_place_of_the_checkpoint_s(
     assert torch.equal(again.vae.decoder.conv_out.weight, state["decoder.conv_out.weight"])
 
 
-def open_clip_tower() -> Any:
-    tower = VisionTransformer(
-        image_size=64, patch_size=16, width=64, layers=2, heads=1, mlp_ratio=4.0, output_dim=48,
-        act_layer=QuickGELU,
-    ).eval()  # fmt: skip
-    generator = torch.Generator().manual_seed(0)
-    for name, parameter in tower.named_parameters():
-        noise = torch.randn(parameter.shape, generator=generator)
-        scale = parameter.shape[-1] ** -0.5 if parameter.ndim > 1 else 0.1
-        norm = 1.0 if name.endswith("weight") and parameter.ndim == 1 else 0.0
-        parameter.data.copy_(norm + scale * noise)
-    return tower
-
-
 def test_p_clip_of_an_open_clip_file_is_open_clip_s(files: dict[str, Path], tmp_path: Path) -> None:
-    tower = open_clip_tower()
+    tower = open_clip_tower(toy_sd15.VISION)
     state = {f"visual.{key}": value for key, value in tower.state_dict().items()}
     save_file(state | {"logit_scale": torch.zeros(())}, tmp_path / "open_clip.safetensors")
     vision = opened(files["checkpoint"], tmp_path / "open_clip.safetensors").vision
@@ -124,17 +110,14 @@ def test_p_clip_of_an_open_clip_file_is_open_clip_s(files: dict[str, Path], tmp_
 
 
 def test_every_key_of_open_clip_has_a_place() -> None:
-    renamed = from_open_clip(open_clip_tower().state_dict())
+    renamed = from_open_clip(open_clip_tower(toy_sd15.VISION).state_dict())
     shapes = dict(toy_weights.vision_shapes(toy_sd15.VISION))
     assert {key: tuple(value.shape) for key, value in renamed.items()} == shapes
 
 
 def wrong_context(width: int) -> Callable[[Path], Path]:
-    def write(path: Path) -> Path:
-        sizes = toy_weights.UNetSizes(32, (1, 2), 1, (0,), width)
-        return toy_sd15.write_checkpoint(path, sizes)
-
-    return write
+    sizes = replace(toy_sd15.UNET, context=width)
+    return partial(toy_sd15.write_checkpoint, unet=sizes)
 
 
 def changed(edit: Callable[[dict[str, Any]], Any]) -> Callable[[Path], Path]:
@@ -184,10 +167,7 @@ WRONG = {
         changed(without("model.diffusion_model.out.2.weight")),
         r"the UNet does not fit \(missing: conv_out\.weight\)",
     ),
-    "no middle": (
-        changed(without("model.diffusion_model.middle_block.")),
-        "found no SD UNet",
-    ),
+    "no middle": (changed(without("model.diffusion_model.middle_block.")), "found no SD UNet"),
     "nothing": (lambda path: path, "no such file"),
 }
 

@@ -1,7 +1,5 @@
 """The real programs, all stages in order at toy width, end in a file that reads back."""
 
-from __future__ import annotations
-
 import json
 import pickle
 import subprocess
@@ -21,7 +19,7 @@ from diff_restorer.abstention import Abstention
 from diff_restorer.checkpoint import read_checkpoint, write_checkpoint
 from diff_restorer.degradations import degrade
 from diff_restorer.prompt_processor import DEFAULT_TYPES
-from tests.photos import photo, write
+from tests.photos import photo
 from tests.training import toy_sd15
 from training import (
     ablate,
@@ -54,11 +52,6 @@ TOY = Sizes(
 )
 
 
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write(tmp_path_factory.mktemp("photos"), ("astronaut", "chelsea", "coffee"), (96, 80))
-
-
 def loop(out: Path, **changes: Any) -> LoopConfig:
     """A step or two."""
     return replace(LoopConfig(out, steps=1, batch_size=1, warmup=1, workers=0), **changes)
@@ -75,6 +68,17 @@ def nano(*files: Path, **changes: Any) -> ModelConfig:
     return replace(ModelConfig(init=files, sizes=TOY), **changes)
 
 
+def stage_1(out: Path, photos: Path, *files: Path, **changes: Any) -> train_control.Config:
+    """Of the toy networks, with a UNet of their own."""
+    run, data, model = loop(out), shots(photos), nano(*files)
+    return replace(train_control.Config(run, data, model, train_unet=True), **changes)
+
+
+def stage_2(out: Path, photos: Path, file: Path, **changes: Any) -> train_decoder.Config:
+    run, data, model = loop(out, batch_size=2), shots(photos), nano(file)
+    return replace(train_decoder.Config(run, data, model), **changes)
+
+
 @pytest.fixture(scope="module")
 def files(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """What each stage wrote."""
@@ -82,25 +86,15 @@ def files(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, P
     two = {"steps": 2, "batch_size": 2, "ema": 0.5, "checkpoint_every": 2, "validate_every": 2}
     base = autoencoder.main(autoencoder.Config(loop(out / "base", **two), data, nano()))
     eyes = vision.main(vision.Config(loop(out / "eyes", **two), data, nano()))
-    control = train_control.main(
-        train_control.Config(
-            *(loop(out / "control", **two), data, nano(eyes, base)),
-            train_unet=True,
-            validation_steps=2,
-        )
-    )
+    settings = stage_1(out / "control", photos, eyes, base, validation_steps=2)
+    control = train_control.main(replace(settings, loop=loop(out / "control", **two)))
     latents = sample_decoder_data.main(
         sample_decoder_data.Config(
             *(data, out / "latents.safetensors", nano(control)), samples=3, batch_size=2, steps=2
         )
     )
-    decoder = train_decoder.main(
-        train_decoder.Config(
-            *(loop(out / "decoder", **two), data, nano(control)),
-            latents=latents,
-            validation_steps=2,
-        )
-    )
+    settings = stage_2(out / "decoder", photos, control, latents=latents, validation_steps=2)
+    decoder = train_decoder.main(replace(settings, loop=loop(out / "decoder", **two)))
     release = export.main(
         export.Config(data, out / "release.safetensors", nano(decoder), samples=128)
     )
@@ -136,14 +130,8 @@ def test_stage_2_trains_the_decoder_only(files: dict[str, Path]) -> None:
 def test_stage_2_samples_latents_where_no_file_has_them(
     files: dict[str, Path], photos: Path, tmp_path: Path
 ) -> None:
-    settings = train_decoder.Config(
-        loop(tmp_path, steps=2, batch_size=2),
-        shots(photos),
-        nano(files["control"]),
-        sample_steps=2,
-        sampled_share=1.0,
-        validation_steps=2,
-    )
+    settings = stage_2(tmp_path, photos, files["control"], sample_steps=2, sampled_share=1.0)
+    settings = replace(settings, loop=loop(tmp_path, steps=2, batch_size=2), validation_steps=2)
     made = read_checkpoint(train_decoder.main(settings)).state("decoder.detail.")
     assert made["out.weight"].any()
     with pytest.raises(ValueError, match="--sample-steps: latents come from --latents already"):
@@ -218,14 +206,8 @@ def test_scores_that_are_no_json_are_named_at_the_start(photos: Path, tmp_path: 
 def test_a_classifier_of_several_kinds_is_told_apart(
     files: dict[str, Path], photos: Path, tmp_path: Path
 ) -> None:
-    settings = train_control.Config(
-        loop(tmp_path),
-        shots(photos),
-        nano(files["eyes"], files["base"]),
-        train_unet=True,
-        classification="bce",
-        validation_steps=1,
-    )
+    settings = stage_1(tmp_path, photos, files["eyes"], files["base"], validation_steps=1)
+    settings = replace(settings, classification="bce")
     made = train_control.main(settings)
     assert read_checkpoint(made).info.classification == "bce"
     assert open_models(nano(made))[0].classification == "bce"
@@ -239,13 +221,7 @@ def test_a_classifier_of_several_kinds_is_told_apart(
 def test_a_weight_of_a_loss_that_trains_nothing_is_refused(
     files: dict[str, Path], photos: Path, tmp_path: Path
 ) -> None:
-    settings = train_control.Config(
-        loop(tmp_path),
-        shots(photos),
-        nano(files["control"]),
-        ce_weight=0.0,
-        train_degradation=False,
-    )
+    settings = stage_1(tmp_path, photos, files["control"], ce_weight=0.0, train_degradation=False)
     with pytest.raises(ValueError, match=r"--ce-weight 0\.0: without --train-degradation"):
         train_control.main(settings)
 
@@ -253,12 +229,7 @@ def test_a_weight_of_a_loss_that_trains_nothing_is_refused(
 def test_a_decoder_without_diffusion_is_an_ablation(
     files: dict[str, Path], photos: Path, tmp_path: Path
 ) -> None:
-    settings = train_decoder.Config(
-        loop(tmp_path, batch_size=2),
-        shots(photos),
-        nano(files["control"]),
-        without_diffusion=True,
-    )
+    settings = stage_2(tmp_path, photos, files["control"], without_diffusion=True)
     models, _ = open_models(nano(train_decoder.main(settings)))
     assert models.ablations == {"without_diffusion"}
     with pytest.raises(ValueError, match="--without-diffusion: it decodes no sampled latents"):
@@ -294,19 +265,17 @@ def test_thresholds_stay_with_the_classifier_they_were_fitted_to(
     )
     fitted = tmp_path / "fitted.safetensors"
     write_checkpoint(fitted, source.state(""), replace(source.info, abstention=abstention))
-    data, model = shots(photos), nano(fitted)
-    decoder = train_decoder.main(
-        train_decoder.Config(loop(tmp_path / "decoder", batch_size=2), data, model)
-    )
+    decoder = train_decoder.main(stage_2(tmp_path / "decoder", photos, fitted))
     assert read_checkpoint(decoder).info.abstention == abstention
-    eyes = vision.main(vision.Config(loop(tmp_path / "eyes", batch_size=2), data, model))
+    run = loop(tmp_path / "eyes", batch_size=2)
+    eyes = vision.main(vision.Config(run, shots(photos), nano(fitted)))
     assert read_checkpoint(eyes, required=()).info.abstention is None
 
 
 def test_a_missing_part_is_named(files: dict[str, Path], photos: Path) -> None:
-    never = loop(files["base"].parent / "never")
+    settings = stage_1(files["base"].parent / "never", photos, files["base"], train_unet=False)
     with pytest.raises(ValueError, match=r"base\.clip_vision\."):
-        train_control.main(train_control.Config(never, shots(photos), nano(files["base"])))
+        train_control.main(settings)
 
 
 def test_toy_photos_are_shared_out_to_training_and_validation(photos: Path) -> None:
@@ -396,9 +365,8 @@ def test_stage_2_of_sd15_trains_the_decoder_only(sd15_files: dict[str, Path]) ->
 def test_a_file_for_sd15_can_be_taken_apart(
     sd15_files: dict[str, Path], photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    data_ = ablate.AblationData(photos, limit=1, kinds=("noise",))
     config = ablate.Config(
-        data_,
+        ablate.AblationData(photos, limit=1, kinds=("noise",)),
         tmp_path,
         sd15_files["release"],
         variants=("no_ps", "stock_decoder"),
@@ -449,7 +417,7 @@ def test_a_killed_sampling_goes_on_to_the_same_latents(
         sample_decoder_data.main(replace(config, out=tmp_path / "straight.safetensors"))
     )
     assert resumed["latents"].shape == (6, 1, 4, 4, 4)
-    assert all(torch.equal(resumed[name], straight[name]) for name in straight)
+    torch.testing.assert_close(resumed, straight, rtol=0, atol=0)
     assert not parts.exists()
     assert sample_decoder_data.main(config) == config.out  # complete: nothing to do
 
@@ -521,15 +489,9 @@ def test_a_student_of_sd15_leaves_its_unet_alone(
 def test_an_ablation_says_so_and_is_refused_for_release(
     files: dict[str, Path], photos: Path, tmp_path: Path
 ) -> None:
-    ablated = train_control.main(
-        train_control.Config(
-            *(loop(tmp_path), shots(photos), nano(files["eyes"], files["base"])),
-            train_unet=True,
-            without_semantic=True,
-            degradation_in_control="time",
-            validation_steps=1,
-        )
-    )
+    settings = stage_1(tmp_path, photos, files["eyes"], files["base"], validation_steps=1)
+    ablation = {"without_semantic": True, "degradation_in_control": "time"}
+    ablated = train_control.main(replace(settings, **ablation))
     models, _ = open_models(nano(ablated))
     assert models.ablations == {"without_semantic", "control_time"}
     assert read_checkpoint(ablated).has("control.label_emb.0.2.")
@@ -538,13 +500,9 @@ def test_an_ablation_says_so_and_is_refused_for_release(
 
 
 def test_sd15_s_unet_cannot_train(photos: Path, tmp_path: Path) -> None:
+    settings = stage_1(tmp_path / "run", photos, model=toy_sd15.model_config(tmp_path))
     with pytest.raises(ValueError, match=r"--train-unet: a file for SD 1\.5 holds no UNet"):
-        train_control.main(
-            train_control.Config(
-                *(loop(tmp_path / "run"), shots(photos), toy_sd15.model_config(tmp_path)),
-                train_unet=True,
-            )
-        )
+        train_control.main(settings)
 
 
 @pytest.mark.parametrize(("kind", "gain"), [("low_light", 5.0), ("haze", 3.0), ("noise", 2.0)])

@@ -1,7 +1,5 @@
 """Suites beyond the own test sets: others' degradations, mixes, near-clean photos; the anchors."""
 
-from __future__ import annotations
-
 import json
 import sys
 from dataclasses import replace
@@ -56,9 +54,6 @@ def cbsd68(tmp_path: Path, photo: Image.Image) -> Path:
     return folder
 
 
-# What decisions were made on
-
-
 def test_photos_that_guided_decisions_are_told_apart(cbsd68: Path, tmp_path: Path):
     photos = testsets.clean_photos(cbsd68)
     assert [p.name for p in photos if not p.decided_on] == ["34", "35"]
@@ -68,9 +63,6 @@ def test_photos_that_guided_decisions_are_told_apart(cbsd68: Path, tmp_path: Pat
     assert {(case.name, case.decided_on) for case in cases} == {("34", False), ("35", False)}
     elsewhere = cbsd68.rename(tmp_path / "holiday")
     assert not any(p.decided_on for p in testsets.clean_photos(elsewhere))
-
-
-# Degradations that others wrote
 
 
 @pytest.mark.parametrize(("kind", "corruption"), EVERY)
@@ -125,9 +117,6 @@ def test_a_missing_package_is_named_and_breaks_nothing(
     config = Config(PhotoSets(cbsd68, suites=("independent",)), tmp_path / "out")
     with pytest.raises(ValueError, match="pip install albumentations"):
         evaluate.open_cases(config)
-
-
-# Mixes and near-clean photos
 
 
 def test_mixes_and_looks_are_a_function_of_seed_and_photo(cbsd68: Path, tmp_path: Path):
@@ -193,9 +182,6 @@ def test_mild_pairs_are_taken_as_they_are(tmp_path: Path, photo: Image.Image):
     assert [Path(name).name for name in found.failed] == ["alone.png"]
 
 
-# The harm table
-
-
 def near_clean(name: str, before: float, after: float, look: str = "grey") -> PhotoScore:
     rows = {"lq": {"psnr": before, "ssim": 1.0}, "restored": {"psnr": after, "ssim": 0.9}}
     return PhotoScore(f"harm/{look}", name, None, (9, 9), rows, probabilities={"clean": 1.0})
@@ -240,9 +226,6 @@ def test_goals_are_judged_for_information():
     assert all(bar.passed is None for bar in report.quality_bars(summary))
 
 
-# The anchors
-
-
 def test_published_figures_stand_beside_their_own_set_only():
     rows = {"lq": {"psnr": 15.0, "ssim": 0.2}, "restored": {"psnr": 25.0, "ssim": 0.6}}
     sets = report.summarize([PhotoScore("noise", "p", "noise", (9, 9), rows)])["sets"]
@@ -267,9 +250,6 @@ def test_bm3d_removes_noise_where_it_is_installed(
     before = fidelity(read_image(lq), read_image(gt))["psnr"]
     assert fidelity(found, read_image(gt))["psnr"] > before + 7
     assert not anchors.anchor_path(tmp_path, "bm3d", cases[1]).exists()
-
-
-# The program
 
 
 def test_the_report_has_a_section_for_every_suite(cbsd68: Path, tmp_path: Path):
@@ -303,9 +283,6 @@ def test_the_report_has_a_section_for_every_suite(cbsd68: Path, tmp_path: Path):
     assert evaluate.main(replace(config, check=True)) == 0
     assert stamps == {path: path.stat().st_mtime_ns for path in stamps}, "made again for nothing"
     assert read_note(cases[0].lq)["key"]
-
-
-# Metrics and digests
 
 
 def test_psnr_and_ssim_are_those_of_other_libraries(photo: Image.Image):

@@ -1,21 +1,21 @@
 """What training validates with is what `restore_sd15` makes in the host, at toy size."""
 
-from __future__ import annotations
-
 import importlib
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from PIL import Image
-from skimage import data
 from torch import Tensor
 
+from benchmarks.stage import stock
 from diff_restorer.checkpoint import write_checkpoint
 from tests import toy_weights
+from tests.photos import picture
 from tests.training import toy_sd15
 from tools import in_process
 from tools.environment import ROOT
@@ -25,8 +25,6 @@ from training.common import DataConfig, data_for, open_models, to_home
 from training.data import PICTURES
 from training.loop import LoopConfig
 from training.models import CLIP_MEAN, CLIP_STD
-
-pytestmark = pytest.mark.comfy
 
 NAME = "toy_sd15_restorer.safetensors"
 
@@ -46,13 +44,8 @@ def tensors() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 
 
 def run(graph: Workflow, loaded: dict[str, tuple[Any, ...]], last: str) -> Any:
-    """First output of the node of class `last`, in this process.
-
-    Args:
-        graph: In API format.
-        loaded: Outputs of nodes that need not run, by their class.
-        last: Node of which the output is wanted.
-    """
+    """First output of the node of class `last`, in this process; nodes of classes that are `loaded`
+    need not run."""
     nodes: Any = importlib.import_module("nodes")
     made = {find_node(graph, kind): outputs for kind, outputs in loaded.items()}
 
@@ -63,19 +56,15 @@ def run(graph: Workflow, loaded: dict[str, tuple[Any, ...]], last: str) -> Any:
                 key: outputs(value[0])[value[1]] if isinstance(value, list) else value
                 for key, value in graph[name]["inputs"].items()
             }
-            node = nodes.NODE_CLASS_MAPPINGS[kind]
-            if hasattr(node, "GET_SCHEMA"):
-                made[name] = in_process.execute(kind, **inputs)
-            else:
-                made[name] = getattr(node(), node.FUNCTION)(**inputs)
+            v3 = hasattr(nodes.NODE_CLASS_MAPPINGS[kind], "GET_SCHEMA")
+            made[name] = (in_process.execute if v3 else stock)(kind, **inputs)
         return made[name]
 
-    with torch.inference_mode():
-        return outputs(find_node(graph, last))[0]
+    return outputs(find_node(graph, last))[0]
 
 
 def test_a_validation_picture_is_the_workflow_s(
-    comfyui: Path, pack: ModuleType, tmp_path: Path
+    comfyui: Path, pack: ModuleType, photos: Path, tmp_path: Path
 ) -> None:
     """The same prompts, first latent, sampler, last sigma and decoder, from the same file."""
     from comfy.cli_args import args
@@ -87,11 +76,6 @@ def test_a_validation_picture_is_the_workflow_s(
     file = comfyui / "models/diff_restorer" / NAME
     file.parent.mkdir(exist_ok=True)
     write_checkpoint(file, restorer, toy_weights.info("sd15", clip=clip))
-    photos = tmp_path / "photos"
-    photos.mkdir()
-    for name in ("astronaut", "chelsea", "coffee"):
-        Image.fromarray(getattr(data, name)()).resize((96, 80)).save(photos / f"{name}.png")
-
     model = toy_sd15.model_config(tmp_path, init=(file,), fusion_growth=8, fusion_depth=2)
     shots = DataConfig(photos, part=80, crop=64, held_out=3, validation_samples=1)
     loop = LoopConfig(out=tmp_path / "run", precision="no")
@@ -112,14 +96,10 @@ def test_a_validation_picture_is_the_workflow_s(
     stages = train_control.Config, train_decoder.Config
     assert {steps} == {s.validation_steps for s in stages} | {sample_decoder_data.Config.steps}
 
-    args.fp32_unet = args.fp32_vae = True
-    try:
-        with torch.inference_mode():
-            unet, vision, vae, _ = pack.nodes.host_nano.load_nano(whole)
+    with mock.patch.multiple(args, fp32_unet=True, fp32_vae=True), torch.inference_mode():
+        unet, vision, vae, _ = pack.nodes.host_nano.load_nano(whole)
         loaded = {"CheckpointLoaderSimple": (unet, None, vae), "CLIPVisionLoader": (vision,)}
         restored = run(graph, loaded, "DiffRestorerAwareVAEDecode").movedim(-1, 1)
-    finally:
-        args.fp32_unet = args.fp32_vae = False
     # fp32 on both sides. Ending at the least timestep, not at sigma 0, is 1.7e-3 away, UniPC 6e-2.
     torch.testing.assert_close(restored, validated.clamp(0, 1), rtol=0, atol=5e-4)
 
@@ -127,8 +107,8 @@ def test_a_validation_picture_is_the_workflow_s(
 def test_sd15_reads_p_s_from_what_it_denoises(tmp_path: Path) -> None:
     """As in the nodes, where both see the whole photo; Nano's sees the part that crops share."""
     models, _ = open_models(toy_sd15.model_config(tmp_path))
-    Image.fromarray(data.astronaut()).save(tmp_path / "a.png")
-    Image.fromarray(data.coffee()).save(tmp_path / "b.png")
+    picture("astronaut").save(tmp_path / "a.png")
+    picture("coffee").save(tmp_path / "b.png")
     shots = DataConfig(tmp_path, part=320, crop=64, held_out=2, validation_samples=1)
     train, fixed = data_for(models, shots, 0, PICTURES)
     drawn = train.sized(2).finish(train.sized(2)[0], torch.device("cpu"))

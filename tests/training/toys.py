@@ -56,12 +56,8 @@ def config(out: Path, **changes: Any) -> LoopConfig:
 
 
 def stage(stop_at: int | None = None, scale: float = 1.0) -> Stage:
-    """A fit with noise from the step's generator, dropout and a frozen part.
-
-    Args:
-        stop_at: Batch at which it stops like a killed process.
-        scale: Factor of the loss.
-    """
+    """A fit with noise from the step's generator, dropout and a frozen part, which stops at a batch
+    like a killed process."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.2), nn.Tanh(), nn.Linear(8, 1))
     frozen = nn.Linear(4, 4).requires_grad_(False)
@@ -102,6 +98,13 @@ def untimed(path: Path) -> list[dict[str, str]]:
 def drawn(batches: Batches, number: int) -> dict[str, Tensor]:
     """A batch on the CPU."""
     return batches.finish(batches[number], torch.device("cpu"))
+
+
+def occurs(crop: Tensor, photo: Tensor) -> bool:
+    """Whether a crop is a window of the photo, pixel by pixel."""
+    side = crop.shape[-1]
+    windows = photo.unfold(1, side, 1).unfold(2, side, 1)  # (3, rows, columns, side, side)
+    return bool((windows == crop[:, None, None]).all(-1).all(-1).all(0).any())
 
 
 def write_tar(path: Path, files: dict[str, bytes]) -> None:

@@ -4,6 +4,8 @@ Weights are random at the size of SD 1.5, but for Nano. Each case is a process o
 its peak memory is its own, too. Writes bench.json, a Markdown report and its plots.
 """
 
+from __future__ import annotations
+
 import contextlib
 import json
 import logging

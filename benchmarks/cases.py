@@ -1,5 +1,7 @@
 """What is measured; each case runs in a process of its own and returns figures for JSON."""
 
+from __future__ import annotations
+
 import importlib
 import logging
 import time

@@ -8,6 +8,8 @@ it goes. The second restores small photos on one local server and on one actor, 
 so that what else a machine does slows both; then on two actors.
 """
 
+from __future__ import annotations
+
 import argparse
 import os
 import statistics

@@ -1,5 +1,7 @@
 """How far tiled decodes are from whole ones, in figures and as a picture of the seams."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any

@@ -1,5 +1,7 @@
 """The table of ratios against their bars, plots, and the page that holds both."""
 
+from __future__ import annotations
+
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path

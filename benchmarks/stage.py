@@ -1,5 +1,7 @@
 """The host in this process, with models to measure."""
 
+from __future__ import annotations
+
 import importlib
 from collections.abc import Iterator
 from dataclasses import dataclass

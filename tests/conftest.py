@@ -1,5 +1,7 @@
 """Fixtures that give the tests the real host."""
 
+from __future__ import annotations
+
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType

@@ -1,5 +1,7 @@
 """Photos that come with scikit-image, as the tests take them."""
 
+from __future__ import annotations
+
 from pathlib import Path
 
 import torch

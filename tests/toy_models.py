@@ -1,5 +1,7 @@
 """A network of open_clip at any width, which training reads at full size only."""
 
+from __future__ import annotations
+
 from typing import Any
 
 import torch

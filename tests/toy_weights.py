@@ -3,6 +3,8 @@
 Nothing is zero, unlike in a fresh training: with zero convs at zero every test of a control passes.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass

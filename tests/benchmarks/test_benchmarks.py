@@ -1,5 +1,7 @@
 """The benchmark's table says what was measured, and its program runs."""
 
+from __future__ import annotations
+
 import json
 import subprocess
 import sys

@@ -1,5 +1,7 @@
 """Who is trusted: by kind, in mixes, over the tiles of a photo; and what distrust does to P_D."""
 
+from __future__ import annotations
+
 import json
 
 import pytest

@@ -1,5 +1,7 @@
 """Files: what goes in comes out, lazily; damage is named."""
 
+from __future__ import annotations
+
 import copy
 import json
 import os

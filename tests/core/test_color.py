@@ -1,5 +1,7 @@
 """Colours come from the reference, detail from the picture."""
 
+from __future__ import annotations
+
 import pytest
 import torch
 from torch import Tensor

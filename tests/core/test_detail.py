@@ -1,5 +1,7 @@
 """The detail path by itself, at toy width."""
 
+from __future__ import annotations
+
 from typing import Any
 
 import torch

@@ -1,5 +1,7 @@
 """What `make serve` gives to try shows what each template is for."""
 
+from __future__ import annotations
+
 from pathlib import Path
 
 import numpy as np

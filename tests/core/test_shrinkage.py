@@ -1,5 +1,7 @@
 """What is measured of photos, and taken from them: noise, JPEG's steps, another tone, haze."""
 
+from __future__ import annotations
+
 import pytest
 import torch
 from torch import Tensor

@@ -1,5 +1,7 @@
 """The decode in tiles equals that of the whole picture."""
 
+from __future__ import annotations
+
 import errno
 import os
 import weakref

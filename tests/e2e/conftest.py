@@ -1,5 +1,7 @@
 """Graphs and photos for all end-to-end tests."""
 
+from __future__ import annotations
+
 from collections.abc import Iterator
 from pathlib import Path
 

@@ -1,5 +1,7 @@
 """A workflow that tests can hold while a server runs it, and photos to send through it."""
 
+from __future__ import annotations
+
 import json
 import time
 from collections.abc import Callable

@@ -1,5 +1,7 @@
 """Bad input gives a clear error over the API, and the server goes on."""
 
+from __future__ import annotations
+
 import os
 import re
 import shutil

@@ -1,5 +1,7 @@
 """Proxies, tunnels and other services in the place of a ComfyUI: no photo pays for them."""
 
+from __future__ import annotations
+
 import base64
 import hashlib
 import http.client

@@ -1,5 +1,7 @@
 """The restore program on a Ray cluster of two nodes on this machine; `make demo-cluster`."""
 
+from __future__ import annotations
+
 import errno
 import importlib
 import json

@@ -1,5 +1,7 @@
 """How programs end: in words, where their user can do something."""
 
+from __future__ import annotations
+
 import json
 import subprocess
 import sys

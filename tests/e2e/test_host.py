@@ -1,5 +1,7 @@
 """Life of the host: readiness, faults, and an end without orphans."""
 
+from __future__ import annotations
+
 import os
 import signal
 import socket

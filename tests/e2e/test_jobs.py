@@ -1,5 +1,7 @@
 """Which photos a run restores and where the results go."""
 
+from __future__ import annotations
+
 import errno
 import os
 import subprocess

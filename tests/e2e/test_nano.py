@@ -1,5 +1,7 @@
 """The shipped Nano workflow in a running ComfyUI."""
 
+from __future__ import annotations
+
 import json
 from pathlib import Path
 

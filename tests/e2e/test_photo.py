@@ -1,5 +1,7 @@
 """Photos as files: what goes in comes out."""
 
+from __future__ import annotations
+
 import os
 from collections.abc import Callable
 from pathlib import Path

@@ -1,5 +1,7 @@
 """The programs that users run: the restore client and the demo."""
 
+from __future__ import annotations
+
 import json
 import subprocess
 from pathlib import Path

@@ -1,5 +1,7 @@
 """The restore program with a real server: what it keeps, skips and refuses."""
 
+from __future__ import annotations
+
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path

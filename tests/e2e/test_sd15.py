@@ -1,5 +1,7 @@
 """The Stable Diffusion 1.5 workflow at full size, with random weights."""
 
+from __future__ import annotations
+
 from collections.abc import Iterator
 from pathlib import Path
 

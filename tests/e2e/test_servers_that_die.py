@@ -1,5 +1,7 @@
 """Batches survive servers that die, stay away, come back or lose the connection."""
 
+from __future__ import annotations
+
 import contextlib
 import signal
 import socket

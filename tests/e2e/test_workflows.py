@@ -1,5 +1,7 @@
 """The shipped workflows and the blueprint on a running ComfyUI."""
 
+from __future__ import annotations
+
 import json
 from pathlib import Path
 

@@ -5,6 +5,8 @@ ComfyUI. Prints what came of how many cases; a fault is made small and kept unde
 where `make test` tries it from then on, and ends the program with status 1.
 """
 
+from __future__ import annotations
+
 import argparse
 import faulthandler
 import importlib

@@ -1,5 +1,7 @@
 """What every kind of input has in common: cases, outcomes, and how a found one is made small."""
 
+from __future__ import annotations
+
 import copy
 import hashlib
 import json

@@ -1,5 +1,7 @@
 """Model files: headers, shapes, number formats, offsets, values, metadata and what is no file."""
 
+from __future__ import annotations
+
 import contextlib
 import json
 import os

@@ -1,5 +1,7 @@
 """Photos as programs and nodes read them, and the records that results carry."""
 
+from __future__ import annotations
+
 import base64
 import io
 import json

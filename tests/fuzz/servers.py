@@ -1,5 +1,7 @@
 """A real server: prompts with odd values, and proxies before it that give odd answers."""
 
+from __future__ import annotations
+
 import json
 import re
 from random import Random

@@ -5,6 +5,8 @@ of restoration comes again and again and is to give the very same picture. Print
 and how the server's memory grows; draws it to soak.png and writes soak.json.
 """
 
+from __future__ import annotations
+
 import hashlib
 import json
 import math

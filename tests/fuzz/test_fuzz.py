@@ -1,5 +1,7 @@
 """The found cases again, and a few new ones by a fixed seed; `make fuzz` tries many more."""
 
+from __future__ import annotations
+
 from pathlib import Path
 from random import Random
 from types import ModuleType

@@ -1,5 +1,7 @@
 """The pack in this process, with a toy Nano: what cases of files and values are tried with."""
 
+from __future__ import annotations
+
 import importlib
 from pathlib import Path
 from types import ModuleType

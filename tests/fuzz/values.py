@@ -1,5 +1,7 @@
 """What nodes are given: numbers, words, pictures, latents and prompts, of which few make sense."""
 
+from __future__ import annotations
+
 import importlib
 import re
 from pathlib import Path

@@ -1,5 +1,7 @@
 """The pack as the host loads it, in this process, with toy models."""
 
+from __future__ import annotations
+
 import asyncio
 import copy
 import importlib

@@ -1,5 +1,7 @@
 """What goes wrong in the middle of a run, as the host says it; imported by tests, not before it."""
 
+from __future__ import annotations
+
 from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any

@@ -1,5 +1,7 @@
 """Abstention where the nodes read photos: one switch for all of them, and none of old files."""
 
+from __future__ import annotations
+
 import json
 from dataclasses import replace
 from types import ModuleType, SimpleNamespace

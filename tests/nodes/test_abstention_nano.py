@@ -1,5 +1,7 @@
 """The shipped Nano: what is fine stays, what is not is restored, each side of a photo by itself."""
 
+from __future__ import annotations
+
 from dataclasses import replace
 from typing import Any
 

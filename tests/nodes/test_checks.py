@@ -3,6 +3,8 @@
 Switch Image hands on what it is given.
 """
 
+from __future__ import annotations
+
 import importlib
 from types import ModuleType
 from typing import Any

@@ -1,5 +1,7 @@
 """Training reads P_CLIP from open_clip, the nodes from the host: the same numbers from both."""
 
+from __future__ import annotations
+
 import json
 from pathlib import Path
 from typing import Any

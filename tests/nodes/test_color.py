@@ -1,5 +1,7 @@
 """Match Colors as a node: sizes, batches, transparency, bad values."""
 
+from __future__ import annotations
+
 from typing import Any
 
 import pytest

@@ -1,5 +1,7 @@
 """Degradation Control inside the host's sampling, against the host's own ControlNet."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from dataclasses import replace
 from types import ModuleType, SimpleNamespace

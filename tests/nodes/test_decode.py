@@ -1,5 +1,7 @@
 """Aware VAE Decode against the host's own decode."""
 
+from __future__ import annotations
+
 import functools
 import logging
 import math

@@ -1,5 +1,7 @@
 """Edit Degradation, Simulate Degradation and Measure Restoration."""
 
+from __future__ import annotations
+
 import json
 from dataclasses import replace
 from typing import Any

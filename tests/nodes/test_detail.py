@@ -1,5 +1,7 @@
 """Aware VAE Decode with a file whose decoder is a detail path."""
 
+from __future__ import annotations
+
 import functools
 from typing import Any
 

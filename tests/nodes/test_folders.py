@@ -1,5 +1,7 @@
 """Photos of a folder, one for each run."""
 
+from __future__ import annotations
+
 from pathlib import Path
 from types import ModuleType
 from typing import Any

@@ -1,5 +1,7 @@
 """Opening files: where they are looked for, what is refused, in which number format."""
 
+from __future__ import annotations
+
 import os
 import re
 from pathlib import Path

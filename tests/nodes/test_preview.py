@@ -1,5 +1,7 @@
 """What is seen while the shipped Nano samples: the photo, in its colours."""
 
+from __future__ import annotations
+
 from types import ModuleType
 from unittest import mock
 

@@ -1,5 +1,7 @@
 """Prompt Processor and Degradation Classifier: one look at the photo for both."""
 
+from __future__ import annotations
+
 import gc
 import json
 import weakref

@@ -1,5 +1,7 @@
 """What the registry of ComfyUI asks of packs, held against what ships."""
 
+from __future__ import annotations
+
 import ast
 import fnmatch
 import re

@@ -1,6 +1,8 @@
 """Ids, sockets and defaults are what saved workflows hold: they may only grow at the end. Each node
 has a help page, and a Chinese name for all that the user sees of it."""
 
+from __future__ import annotations
+
 import json
 from types import ModuleType
 from typing import Any

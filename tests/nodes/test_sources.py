@@ -1,5 +1,7 @@
 """What degradation and complete files bring, so that it need not be connected."""
 
+from __future__ import annotations
+
 import gc
 import weakref
 from types import ModuleType

@@ -1,5 +1,7 @@
 """Tiled Diffusion inside the host's sampling."""
 
+from __future__ import annotations
+
 import copy
 from types import SimpleNamespace
 from typing import Any

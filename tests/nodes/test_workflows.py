@@ -1,5 +1,7 @@
 """The shipped workflows load without a missing node, and both formats say the same."""
 
+from __future__ import annotations
+
 import asyncio
 import itertools
 import json

@@ -1,5 +1,7 @@
 """The ablation on a toy model: every variant differs where it should and nowhere else."""
 
+from __future__ import annotations
+
 import json
 from dataclasses import replace
 from pathlib import Path

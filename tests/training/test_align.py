@@ -1,5 +1,7 @@
 """New eyes for networks that were trained on old ones."""
 
+from __future__ import annotations
+
 import copy
 from typing import Any
 

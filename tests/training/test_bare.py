@@ -1,5 +1,7 @@
 """The program for a bare machine: carried wheels, one folder of results, and clear refusals."""
 
+from __future__ import annotations
+
 import subprocess
 import sys
 import zipfile

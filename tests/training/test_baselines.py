@@ -1,5 +1,7 @@
 """Classical baselines: what goes in and out, and that each does what it is there for."""
 
+from __future__ import annotations
+
 import numpy as np
 import pytest
 import torch

@@ -1,5 +1,7 @@
 """Calibration: what is measured, what is fitted, and that only the file's metadata changes."""
 
+from __future__ import annotations
+
 import json
 from dataclasses import replace
 from pathlib import Path

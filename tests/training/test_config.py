@@ -1,5 +1,7 @@
 """Presets and the command line: what is merged, what is refused, and what is written down."""
 
+from __future__ import annotations
+
 from pathlib import Path
 from typing import Any
 

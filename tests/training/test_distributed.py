@@ -1,5 +1,7 @@
 """Two real processes (gloo) equal one that accumulates, with DDP."""
 
+from __future__ import annotations
+
 import json
 import os
 import subprocess

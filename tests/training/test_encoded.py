@@ -1,5 +1,7 @@
 """Stage 1 on what was encoded before: the same numbers, and refused where they would be others."""
 
+from __future__ import annotations
+
 from dataclasses import replace
 from pathlib import Path
 from typing import Any

@@ -1,5 +1,7 @@
 """The evaluation: test sets, metrics, report and the whole program against a real server."""
 
+from __future__ import annotations
+
 import io
 import json
 from dataclasses import replace

@@ -1,5 +1,7 @@
 """Gradients reach every trainable tensor and no frozen one, each from the terms that should."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path

@@ -1,5 +1,7 @@
 """SIGKILL at any moment, also while a checkpoint is written, costs no more than some steps."""
 
+from __future__ import annotations
+
 import multiprocessing
 import os
 import random

@@ -1,5 +1,7 @@
 """The training loop: exact resume, EMA, interruption, full disks and losses that are not finite."""
 
+from __future__ import annotations
+
 import csv
 import importlib
 import itertools

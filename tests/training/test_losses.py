@@ -1,5 +1,7 @@
 """Each loss is what it says, and tells which perceptual distance runs."""
 
+from __future__ import annotations
+
 import logging
 from pathlib import Path
 

@@ -1,5 +1,7 @@
 """Muon: steps whose directions all count alike."""
 
+from __future__ import annotations
+
 from dataclasses import replace
 from pathlib import Path
 

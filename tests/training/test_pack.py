@@ -1,5 +1,7 @@
 """Packs: the best photos first, as they are, in a file that training reads or refuses."""
 
+from __future__ import annotations
+
 import csv
 import io
 import tarfile

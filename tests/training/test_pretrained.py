@@ -1,5 +1,7 @@
 """SD 1.5 and CLIP open from every accepted layout; other files are named and refused."""
 
+from __future__ import annotations
+
 import copy
 from collections.abc import Callable
 from dataclasses import replace

@@ -1,5 +1,7 @@
 """The real programs, all stages in order at toy width, end in a file that reads back."""
 
+from __future__ import annotations
+
 import json
 import pickle
 import subprocess

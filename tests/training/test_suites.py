@@ -1,5 +1,7 @@
 """Suites beyond the own test sets: others' degradations, mixes, near-clean photos; the anchors."""
 
+from __future__ import annotations
+
 import json
 import sys
 from dataclasses import replace

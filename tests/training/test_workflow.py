@@ -1,5 +1,7 @@
 """What training validates with is what `restore_sd15` makes in the host, at toy size."""
 
+from __future__ import annotations
+
 import importlib
 from dataclasses import replace
 from pathlib import Path

@@ -1,5 +1,7 @@
 """A Stable Diffusion 1.5 with a CLIP tower at toy width, as files of every accepted layout."""
 
+from __future__ import annotations
+
 import json
 from pathlib import Path
 from typing import Any

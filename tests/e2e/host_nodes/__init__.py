@@ -1,5 +1,7 @@
 """Custom nodes for the tests' server: one loads any file, one waits while it is told to."""
 
+from __future__ import annotations
+
 import sys
 import time
 from pathlib import Path

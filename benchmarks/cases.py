@@ -39,7 +39,7 @@ LEVER_SIDE = 256
 """Longer side of the photos that the levers are tried on: many runs are needed."""
 CONTRAST = 2 * 60 / 255
 """Standard deviation of a photo's pixels in [-1, 1]."""
-NANO_STEPS = 5
+NANO_STEPS = 3
 """Of Nano's workflows."""
 
 

@@ -148,7 +148,7 @@ def _areas(results: Results, out: Path) -> list[str]:
     figure.savefig(out / "benchmarks_area.png", dpi=100)
     lines = [
         "",
-        "## Nano's graph for large photos, five steps",
+        "## Nano's graph for large photos, three steps",
         "",
         "![Time and memory](benchmarks_area.png)",
         "",

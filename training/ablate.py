@@ -98,8 +98,8 @@ class Config:
     """Variant -> file that was trained that way."""
     variants: tuple[str, ...] = tuple(VARIANTS)
     """Which to run; `full` always runs."""
-    steps: int = 5
-    """Sampling steps; Nano's workflows have 5."""
+    steps: int = 3
+    """Sampling steps; Nano's workflows have 3."""
     precision: Precision = "auto"
     """Number format of the networks, as in training."""
 

@@ -65,8 +65,8 @@ class Config:
     """Take so many photos, spread evenly over all; 0 takes all."""
     crop: int = 256
     """Side of the centre crop, in pixels."""
-    steps: int = 5
-    """Sampling steps; Nano's workflows have 5."""
+    steps: int = 3
+    """Sampling steps; Nano's workflows have 3."""
     seed: int = 0
     """Seed of the degradations and of the sampler's noise."""
     loss: float = 4.0

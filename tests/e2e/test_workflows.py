@@ -210,7 +210,7 @@ def test_blueprint_is_offered_and_runs(runner: Runner, photo: str, tmp_path: Pat
     assert listed[number]["info"]["node_pack"] == f"custom_nodes.{PACK_NAME}"
     sent = json.loads(runner.client.get(f"/global_subgraphs/{number}")["data"])
     assert sent == json.loads(BLUEPRINT.read_text())
-    plain = load("restore_nano", photo, steps=5)
+    plain = load("restore_nano", photo, steps=3)
     nodes, output = expand_blueprint(sent, image=[plain.node("LoadImage"), 0])
     graph = Graph({key: plain.nodes[key] for key in (plain.node("LoadImage"),)} | nodes)
     graph.nodes["save"] = {

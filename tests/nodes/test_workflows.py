@@ -121,7 +121,7 @@ def test_what_programs_rely_on(name: str) -> None:
     nodes = {node["class_type"]: node for node in graph.values()}
     sampler = nodes["KSampler"]["inputs"]
     settings = [sampler[key] for key in ("sampler_name", "scheduler", "steps", "cfg", "denoise")]
-    nano = ["euler", "sgm_uniform", 5, 1.0, 1.0]
+    nano = ["euler", "sgm_uniform", 3, 1.0, 1.0]
     assert settings == (["euler", "simple", 20, 1.0, 1.0] if name == "restore_sd15" else nano)
     latent, slot = sampler["latent_image"]
     if graph[latent]["class_type"] == "LatentBatchSeedBehavior":

@@ -34,10 +34,10 @@ UPLOADS = "diff-restorer"
 DOUBLINGS = 8
 PRESETS: dict[str, dict[str, Any]] = {
     "fast": {"steps": 2, "cfg": 1.0, "sampler_name": "euler", "scheduler": "sgm_uniform"},
-    "best": {"steps": 8, "cfg": 1.5, "sampler_name": "euler", "scheduler": "sgm_uniform"},
+    "best": {"steps": 3, "cfg": 1.0, "sampler_name": "euler", "scheduler": "sgm_uniform"},
 }
-"""Settings of the sampler for Nano. In docs/benchmarks.md 2 steps cost 0.1 dB against more, and no
-other setting came to more than `best`."""
+"""Settings of the sampler for Nano. In docs/decoder.md 2 steps cost 0.1 dB on our own kinds, and no
+other setting came to more than `best`, which the workflows have."""
 
 
 @dataclass(frozen=True)

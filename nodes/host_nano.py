@@ -54,8 +54,9 @@ class _NanoUNet(comfy.supported_models.SD15):
 
 
 def load_nano(path: Path, abstain: bool = True) -> tuple[Any, Any, Any, DiffRestorer]:
-    """MODEL, CLIP_VISION, VAE and DIFF_RESTORER of one self-contained file; raises CheckpointError,
-    which says why, where it cannot be used."""
+    """MODEL, CLIP_VISION, VAE and DIFF_RESTORER of one self-contained file; raises
+    FileNotFoundError where there is none, and CheckpointError, which says why, where it cannot be
+    used."""
     checkpoint = read_checkpoint(path)
     if not checkpoint.self_contained:
         raise UnsupportedCheckpointError(

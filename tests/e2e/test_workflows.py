@@ -162,10 +162,12 @@ def test_a_folder_is_restored_photo_by_photo(runner: Runner) -> None:
     with pytest.raises(ExecutionError, match="holds 2 photos, counted from 0"):
         runner.run(graph.set("DiffRestorerFolderPhoto", index=2))
     for outside in ("..", "by_name/..", "/"):
-        # Newer hosts refuse what their list does not have before the node can.
-        refused = (ExecutionError, PromptRejectedError)
-        with pytest.raises(refused, match=r"folder: (there is no|.* not in)"):
+        with pytest.raises((ExecutionError, PromptRejectedError)) as refusal:
             runner.run(graph.set("DiffRestorerFolderPhoto", folder=outside, index=0))
+        # Newer hosts refuse what their list does not have before the node can.
+        by_node = isinstance(refusal.value, ExecutionError)
+        expected = "folder: there is no" if by_node else f"folder: {outside!r} not in"
+        assert expected in str(refusal.value)
 
 
 def test_same_noise_for_all_frames(runner: Runner) -> None:

@@ -22,6 +22,7 @@ def open_file(path: Path, sd15: Sd15Config | None = None) -> Models:
     """The networks of a finished file, for evaluation, on the device of this process.
 
     Raises:
+        FileNotFoundError: There is no such file.
         CheckpointError: It is no Diff-Restorer file.
         ValueError: It has no base networks of its own and none are given, or a part does not fit.
     """
